@@ -1,0 +1,1 @@
+"""Runs as Python files: each has get_config(variant) and imports ml_collections only."""

@@ -1,0 +1,1 @@
+"""From media files, or from nothing (procedural scenes), to training records and batches."""

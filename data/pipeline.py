@@ -1,0 +1,245 @@
+"""From shards to batches: one global order of clips, of which a step number is the whole state.
+
+Grain makes the order (shuffle, repeat, batch) on record *numbers*, which are cheap; a host then
+reads only its rows of each global batch. So the batch of a step is a function of (seed, step) alone
+and neither the number of hosts nor of worker processes changes it. Imports no jax.
+
+Axes: b clip, e ear (0 left, 1 right), k descriptor; the others as in `spatialv2a_jax.schema`.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import grain
+import numpy as np
+from absl import flags
+
+from data import shards, tfrecord
+from spatialv2a_jax import schema
+from spatialv2a_jax.errors import UserError
+
+KINDS: Mapping[str, Mapping[str, str]] = {
+  "features": schema.AXES,
+  "audio": {"audio": "audio_bep"},
+}
+MIRRORED = {"clip": "clip_mirror", "sync": "sync_mirror"}  # Stored beside the field they replace.
+EARS = ("mean", "std", "audio")  # Fields whose first axis is the ear.
+# Mirroring the image negates the horizontal moment, left-right contrast and skew.
+MIRROR_SIGNS_K = np.array([-1, 1, 1, -1, 1], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Reads the rows of one host out of a global batch of record numbers. Pickled to workers."""
+
+  source: tfrecord.TFRecordSource
+  kind: str
+  layouts: Mapping[str, Mapping[str, tfrecord.Tensor]]  # Folder -> fields.
+  seed: int
+  first: int
+  last: int
+  total: int | None
+  mirror: bool
+  max_bad: int
+
+  def __call__(self, step: int, records_b: np.ndarray) -> dict[str, np.ndarray]:
+    start = step * len(records_b)
+    examples, bad = [], []
+    for row in range(self.first, self.last):
+      position = start + row
+      example, skipped = self._read(int(records_b[row]), position // len(self.source))
+      example["weight_b"] = np.float32(self.total is None or position < self.total)
+      examples.append(example)
+      bad += skipped
+    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+    return {**batch, "bad_records": np.array(bad, np.int64)}
+
+  def _read(self, record: int, epoch: int) -> tuple[dict[str, Any], list[int]]:
+    """Reads a record, or the next intact one; says which were skipped."""
+    skipped = []
+    while True:
+      try:
+        return self._parse(record, self.source[record], epoch), skipped
+      except tfrecord.CorruptRecordError:
+        skipped.append(record)
+        if len(skipped) > self.max_bad:
+          raise
+        record = (record + 1) % len(self.source)
+
+  def _parse(self, record: int, payload: bytes, epoch: int) -> dict[str, Any]:
+    path, place = self.source.locate(record)
+    try:
+      raw = tfrecord.decode_example(payload)
+      clip = bytes(raw["id"]).decode()
+    except (ValueError, KeyError) as error:
+      raise UserError(f"{path}: record {place} cannot be read ({error})") from error
+    layout = self.layouts[str(pathlib.Path(path).parent)]
+    mirrored = self.mirror and is_mirrored(self.seed, epoch, clip)
+    example: dict[str, Any] = {"id_b": np.uint32(schema.clip_id(clip))}
+    for field, name in KINDS[self.kind].items():
+      stored = MIRRORED.get(field, field) if mirrored else field
+      if stored not in raw:
+        raise UserError(f"{path}: record {place} has no field {stored}, only {sorted(raw)}")
+      try:
+        value = tfrecord.value_of(raw[stored], layout[stored])
+      except ValueError as error:
+        raise UserError(f"{path}: record {place}, field {stored}: {error}") from error
+      value = tfrecord.as_float32(np.asarray(value))
+      if mirrored and field in EARS:
+        value = value[::-1]
+      elif mirrored and field == "spatial":
+        value = value * MIRROR_SIGNS_K[None]
+      example[name] = value
+    return example
+
+
+class Loader(Iterator[dict[str, np.ndarray]]):
+  """Batches from a step on.
+
+  Attributes:
+    bad: damaged records that were skipped so far, by number, and where they are.
+  """
+
+  def __init__(
+    self, batches: grain.DatasetIterator, source: tfrecord.TFRecordSource, step: int, max_bad: int
+  ):
+    self._batches, self._source, self._step, self._max_bad = batches, source, step, max_bad
+    self.bad: dict[int, str] = {}
+
+  def state(self) -> dict[str, int]:
+    """Returns the data position for a checkpoint: pass it on as `start_step` to resume."""
+    return {"step": self._step}
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    batch = next(self._batches)
+    for record in batch.pop("bad_records").tolist():
+      if record not in self.bad:
+        path, place = self._source.locate(record)
+        self.bad[record] = f"{path}: record {place}"
+        logging.warning("skipped a damaged record, %d so far: %s", len(self.bad), self.bad[record])
+    if len(self.bad) > self._max_bad:
+      named = ", ".join(list(self.bad.values())[:5])
+      raise UserError(
+        f"{len(self.bad)} damaged records, more than {self._max_bad}: {named}; restore the shards"
+      )
+    self._step += 1
+    return batch
+
+  def close(self) -> None:
+    """Stops worker processes and threads."""
+    self._batches.close()
+
+
+def loader(
+  paths: Sequence[str | pathlib.Path],
+  *,
+  batch_size: int,
+  seed: int | None,
+  kind: Literal["features", "audio"] = "features",
+  shapes: Mapping[str, tuple[int, ...]] | None = None,
+  start_step: int = 0,
+  host: int = 0,
+  hosts: int = 1,
+  workers: int = 0,
+  threads: int = 4,
+  epochs: int | None = None,
+  mirror: bool = False,
+  max_bad: int | None = None,
+) -> Loader:
+  """Returns an iterator over the batches of one host.
+
+  Epochs follow each other in one stream, so a batch may span two. With `epochs` the stream ends;
+  its last batch is filled up with further clips of weight 0.
+
+  Args:
+    paths: shards; each folder holds a `features.json`.
+    batch_size: clips per step over all hosts.
+    seed: of the order, a new one each epoch, and of mirroring; None keeps the order of the shards.
+    kind: "features" for the fields of `schema.AXES`, "audio" for `audio_bep` in -1..1.
+    shapes: what the run needs of each field, as from `schema.feature_shapes`; None: as stored.
+    start_step: first step to deliver.
+    host: which rows of each batch: [host, host + 1) * batch_size / hosts.
+    hosts: number of hosts.
+    workers: reading processes; 0 reads in threads of this one, which is faster unless parsing
+      dominates. Their number changes no batch.
+    threads: batches read at a time, in each process.
+    epochs: passes over the data; None: endless.
+    mirror: mirrors left and right of half of the clips, drawn from (seed, epoch, clip).
+    max_bad: distinct damaged records to replace by their successors before giving up; None: the
+      larger of 5 and 1 %.
+
+  Raises:
+    UserError: shards that are missing, cut short, empty or of another layout; a bad argument; and,
+      while iterating, records that contradict their layout or too many damaged ones.
+  """
+  if hosts < 1 or batch_size < 1 or batch_size % hosts or not 0 <= host < hosts:
+    raise UserError(f"batch_size {batch_size} must be a multiple of {hosts} hosts, host {host}")
+  if mirror and seed is None:
+    raise UserError("mirror needs a seed")
+  source = tfrecord.TFRecordSource(paths)
+  if not len(source):
+    raise UserError(f"no records in {', '.join(source.paths[:3]) or 'the list of shards'}")
+  rows = batch_size // hosts
+  total = None if epochs is None else epochs * len(source)
+  max_bad = max(5, len(source) // 100) if max_bad is None else max_bad
+  read = _Rows(
+    source=source,
+    kind=kind,
+    layouts=_layouts(source.paths, kind, shapes, mirror),
+    seed=seed or 0,
+    first=host * rows,
+    last=(host + 1) * rows,
+    total=total,
+    mirror=mirror,
+    max_bad=max_bad,
+  )
+  order = grain.MapDataset.range(len(source))
+  if seed is not None:
+    order = order.seed(seed).shuffle()
+  steps = None if total is None else -(-total // batch_size)
+  # Batches are formed before `to_iter_dataset`: only then are they the same for any `workers`.
+  batches = (
+    order.repeat().batch(batch_size, drop_remainder=True).map_with_index(read)[start_step:steps]
+  )
+  stream = batches.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads))
+  if workers:
+    if not flags.FLAGS.is_parsed():  # Grain's worker options are absl flags.
+      flags.FLAGS.mark_as_parsed()
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  return Loader(iter(stream), source, start_step, max_bad)
+
+
+def is_mirrored(seed: int, epoch: int, clip: str) -> bool:
+  """Returns whether a clip is mirrored in an epoch: a fair coin of (seed, epoch, clip)."""
+  return bool(hashlib.blake2b(f"{seed}/{epoch}/{clip}".encode(), digest_size=1).digest()[0] & 1)
+
+
+def _layouts(
+  paths: Sequence[str], kind: str, shapes: Mapping[str, tuple[int, ...]] | None, mirror: bool
+) -> dict[str, dict[str, tfrecord.Tensor]]:
+  """Reads the layout of each folder and compares it with the run's and with the first folder's."""
+  layouts: dict[str, dict[str, tfrecord.Tensor]] = {}
+  wanted = {field: (shapes or {}).get(field) for field in KINDS[kind]}
+  for path in paths:
+    folder = str(pathlib.Path(path).parent)
+    if folder in layouts:
+      continue
+    layouts[folder] = have = shards.read_features(folder)
+    for field in ["id", *wanted]:
+      if field not in have:
+        raise UserError(f"{path}: field {field} is missing, the records have {sorted(have)}")
+    for field, shape in wanted.items():
+      wanted[field] = shape = have[field].shape if shape is None else tuple(shape)
+      for stored in [field, *([MIRRORED[field]] if mirror and field in MIRRORED else [])]:
+        if stored not in have:
+          raise UserError(f"{path}: field {stored} is missing, which mirror needs; encode with it")
+        if have[stored].shape != shape:
+          raise UserError(
+            f"{path}: field {stored} is {list(have[stored].shape)}, this run needs {list(shape)};"
+            " encode with the same duration, audio rate and encoders"
+          )
+  return layouts

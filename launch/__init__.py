@@ -1,0 +1,1 @@
+"""How things start: the only code that joins `data` and `spatialv2a_jax`."""

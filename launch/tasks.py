@@ -1,0 +1,311 @@
+"""What can be trained: joins a model, its loss, its data and what it leaves behind.
+
+Axes: b clip, e ear (0 left, 1 right), t latent frame, c latent channel, p sample, k descriptor.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from data import pipeline, shards
+from launch.listen import Listener
+from spatialv2a_jax import (
+  checkpoint,
+  codec,
+  features,
+  flow,
+  schema,
+  sharding,
+  train_step,
+)
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.logbook import Logbook
+from spatialv2a_jax.models import flow_net
+
+SYNTHETIC = "synthetic"  # As a path: noise of the right shapes, for smoke runs and estimates.
+Config = Mapping[str, Any]
+
+
+class Task(NamedTuple):
+  """Arguments of `train.fit` that depend on what is trained, and what comes after it.
+
+  Attributes:
+    init: from a key to boxed parameters.
+    stats: running statistics to start from.
+    loss: (params, stats, batch, key) -> (value, (metrics, new stats)).
+    values: parameters of a new run that come from data or from another model.
+    batches: from the index of a batch to the iterator that begins there.
+    evaluate: hook of the loop, or None.
+    flops: () -> floating point operations of one clip's loss and gradient, or None if unknown.
+    export: writes the model folder of a state.
+  """
+
+  init: Callable[[jax.Array], Any]
+  stats: Any
+  loss: train_step.Loss
+  values: Callable[[], Mapping[str, Any]]
+  batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
+  evaluate: Callable[..., Mapping[str, float] | None] | None
+  export: Callable[[pathlib.Path, train_step.State], None]
+  flops: Callable[[], float | None] = lambda: None
+
+
+def build(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
+  """Returns the task that `config["kind"]` names.
+
+  Raises:
+    UserError: for an unknown kind, a model that cannot be built, or missing data.
+  """
+  kinds = {"flow": flow_task, "vae": vae_task}
+  if config["kind"] not in kinds:
+    raise UserError(f"config.kind={config['kind']!r} is unknown, have: {', '.join(kinds)}")
+  if config["audio"] not in schema.AUDIO:
+    raise UserError(f"config.audio={config['audio']!r} is unknown, have: {', '.join(schema.AUDIO)}")
+  return kinds[config["kind"]](config, mesh, rules)
+
+
+def flow_config(config: Config) -> flow_net.Config:
+  """Returns the sizes of the network: those of the model, the features and the audio."""
+  keys = ("clip_dim", "sync_dim", "text_dim", "text_len")
+  sizes = {name: config["features"][name] for name in keys}
+  channels = schema.AUDIO[config["audio"]].latent_channels
+  return _sizes(flow_net.Config, "model", {**sizes, "latent_channels": channels, **config["model"]})
+
+
+def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
+  """The two-ear flow model on stored latents and features."""
+  audio, sizes = schema.AUDIO[config["audio"]], flow_config(config)
+  net = flow_net.build(sizes, sharding.constrainer(mesh, rules))
+  objective = _sizes(flow.LossConfig, "loss", config["loss"])
+  encoders = _sizes(features.Config, "features", config["features"])
+  loss = functools.partial(flow.loss, net=net, config=objective)
+  shapes = schema.feature_shapes(
+    config["seconds"],
+    audio,
+    clip_dim=sizes.clip_dim,
+    sync_dim=sizes.sync_dim,
+    text_len=sizes.text_len,
+    text_dim=sizes.text_dim,
+  )
+  folder = _model_folder(config["vae"], "vae")
+  source = _Source(config, mesh, rules, "features", shapes)
+
+  def values():
+    if config["init_from"]:
+      return _model_folder(config["init_from"], "flow").params["flow"]
+    mean_c, std_c = latent_statistics(itertools.islice(source(0), config["data"]["statistics"]))
+    null = features.encode_text("", encoders)
+    return {"frozen": {"latent_mean": mean_c, "latent_std": std_c, "null_text": null}}
+
+  def export(path, state):
+    about = {
+      "audio": audio.name,
+      "seconds": config["seconds"],
+      "features": dataclasses.asdict(encoders),
+      "ear_correlation": objective.ear_correlation,
+      "flow": dataclasses.asdict(sizes),
+    }
+    params = {"flow": _gather(state.ema)}
+    if folder.params:
+      params["vae"], about["vae"] = folder.params["vae"], folder.config["vae"]
+    _write(path, params, {"flow": _gather(state.stats)}, about)
+
+  hooks = _Evaluation(functools.partial(loss, train=False), config, mesh, rules, source)
+  if folder.params:
+    decoder = codec.build(folder.config["vae"], audio)
+    hooks.listener = Listener(
+      flow_net.build(sizes),  # Few clips: their batch need not divide by the mesh.
+      decoder,
+      folder.params["vae"],
+      audio,
+      config["listen"],
+      objective.ear_correlation,
+    )
+  evaluate = hooks if config["data"]["eval"] else None
+  flops = functools.partial(flow_flops, sizes, objective, shapes)
+  return Task(net.init, net.init_stats(), loss, values, source, evaluate, export, flops)
+
+
+def flow_flops(
+  sizes: flow_net.Config, objective: flow.LossConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> float:
+  """Returns the floating point operations of one clip's loss and gradient; nothing is compiled."""
+  # The count of a scan is that of one turn, and recomputation is no work of the model.
+  net = flow_net.build(dataclasses.replace(sizes, unroll=True, remat=False))
+  loss = functools.partial(flow.loss, net=net, config=objective)
+  params = nn.unbox(jax.eval_shape(net.init, jax.random.key(0)))
+  batch = schema.synthetic_batch(shapes, 1, seed=0)
+  gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  lowered = gradient.lower(params, net.init_stats(), batch, jax.random.key(0))
+  return float(lowered.cost_analysis()["flops"])
+
+
+def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
+  """The mel VAE, on stored sound of both ears."""
+  audio = schema.AUDIO[config["audio"]]
+  weights = _sizes(codec.LossConfig, "loss", config["loss"])
+  try:
+    net = codec.build(config["model"], audio, weights)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"config.model: {error}") from error
+  samples = schema.lengths(config["seconds"], audio).samples
+  source = _Source(config, mesh, rules, "audio", {"audio": (2, samples)})
+
+  def loss(params, stats, batch, key):
+    value, metrics = net.loss(params, batch, key)
+    return value, (metrics, stats)
+
+  def values():
+    if config["init_from"]:
+      return _model_folder(config["init_from"], "vae").params["vae"]
+    sound = itertools.islice(source(0), config["data"]["statistics"])
+    mean_m, std_m = codec.statistics((batch["audio_bep"] for batch in sound), audio)
+    return {"frozen": {"data_mean": mean_m, "data_std": std_m}}
+
+  def export(path, state):
+    about = {"audio": audio.name, "vae": dict(config["model"])}
+    _write(path, {"vae": _gather(state.ema)}, {}, about)
+
+  hooks = _Evaluation(loss, config, mesh, rules, source) if config["data"]["eval"] else None
+  return Task(net.init, {}, loss, values, source, hooks, export)
+
+
+def latent_statistics(batches: Iterator[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns mean_c and std_c of the latents' posteriors, over clips, ears and frames."""
+  count, total, square = 0, np.zeros(()), np.zeros(())
+  for batch in batches:
+    mean = batch["mean_betc"].astype(np.float64)
+    variance = np.square(batch["std_betc"].astype(np.float64))
+    count += mean[..., 0].size
+    total = total + mean.sum((0, 1, 2))
+    square = square + (np.square(mean) + variance).sum((0, 1, 2))
+  mean_c = total / count
+  std_c = np.sqrt(np.maximum(square / count - np.square(mean_c), 1e-8))
+  return mean_c.astype(np.float32), std_c.astype(np.float32)
+
+
+@dataclasses.dataclass
+class _Source:
+  """Batches of this process, from any step on."""
+
+  config: Config
+  mesh: Mesh
+  rules: sharding.Rules
+  kind: Any
+  shapes: Mapping[str, tuple[int, ...]]
+
+  def __call__(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+    data = self.config["data"]
+    options = {"mirror": data["mirror"], "workers": data["workers"]}
+    return self.read(data["path"], start_step=start, seed=self.config["seed"], **options)
+
+  def read(self, path: str, *, seed: int | None, **options: Any) -> Iterator[dict[str, np.ndarray]]:
+    """Returns the batches of a folder of shards, or synthetic ones."""
+    size = self.config["data"]["batch_size"]
+    first, last = sharding.local_rows(self.mesh, self.rules, size)
+    rows = last - first
+    if path == SYNTHETIC:
+      return self._noise(options.get("start_step", 0), first, last, size)
+    if not path:
+      raise UserError("config.data.path is empty: give the folder of the shards to train on")
+    return pipeline.loader(
+      shards.paths(path),
+      batch_size=size,
+      seed=seed,
+      kind=self.kind,
+      shapes=self.shapes,
+      host=first // rows,
+      hosts=size // rows,
+      **options,
+    )
+
+  def _noise(self, step, first, last, size):
+    for seed in itertools.count(step):
+      if self.kind == "features":
+        batch = schema.synthetic_batch(self.shapes, size, seed=seed)
+      else:
+        noise = np.random.default_rng(seed).standard_normal((size, *self.shapes["audio"]))
+        batch = {"audio_bep": 0.1 * noise.astype(np.float32), "weight_b": np.ones(size, np.float32)}
+      yield {name: array[first:last] for name, array in batch.items()}
+
+
+@dataclasses.dataclass
+class _Evaluation:
+  """Hook of the loop: the loss of the averaged weights on held-out clips, and some sound."""
+
+  loss: train_step.Loss
+  config: Config
+  mesh: Mesh
+  rules: sharding.Rules
+  source: _Source
+  listener: Listener | None = None
+  step: Callable[..., Any] | None = None
+
+  def __call__(self, state: train_step.State, step: int, book: Logbook) -> Mapping[str, float]:
+    data = self.config["data"]
+    evaluate = self._compile(state)
+    total: dict[str, float] = {}
+    weight, first = 0.0, None
+    options = {} if data["eval"] == SYNTHETIC else {"epochs": 1}
+    batches = self.source.read(data["eval"], seed=None, **options)
+    for local in itertools.islice(batches, data["eval_batches"]):
+      first = local if first is None else first
+      batch = sharding.global_batch(local, self.mesh, self.rules, data["batch_size"])
+      clips = float(batch["weight_b"].sum())
+      values = jax.device_get(evaluate(state.ema, state.stats, batch))
+      total = {name: total.get(name, 0.0) + clips * float(value) for name, value in values.items()}
+      weight += clips
+    if self.listener is not None and first is not None and jax.process_count() == 1:
+      self.listener(state.ema, state.stats, first, step, book)
+    return {f"eval/{name}": value / max(weight, 1.0) for name, value in total.items()}
+
+  def _compile(self, state):
+    """Builds the evaluation step once; the state's layout does not change in a run."""
+    if self.step is None:
+      self.step = train_step.make_eval_step(
+        self.loss,
+        key=jax.random.key(self.config["seed"]),
+        mesh=self.mesh,
+        rules=self.rules,
+        layout=jax.tree.map(lambda x: x.sharding, state),
+      )
+    return self.step
+
+
+def _gather(tree: Any) -> Any:
+  """Returns whole arrays on the host of every process."""
+  if jax.process_count() > 1:
+    return multihost_utils.process_allgather(tree, tiled=True)
+  return jax.device_get(tree)
+
+
+def _write(path: pathlib.Path, *content: Any) -> None:
+  if jax.process_index() == 0:
+    checkpoint.save_model(path, *content)
+
+
+def _sizes(kind: Callable[..., Any], section: str, values: Mapping[str, Any]) -> Any:
+  """Builds a dataclass from a section of the config."""
+  try:
+    return kind(**values)
+  except (TypeError, ValueError) as error:
+    raise UserError(f"config.{section}: {error}") from error
+
+
+def _model_folder(path: str, name: str) -> checkpoint.Model:
+  """Returns a model folder that must hold the network `name`; an empty one for no path."""
+  if not path:
+    return checkpoint.Model({}, {}, {})
+  model = checkpoint.load_model(path)
+  if name not in model.params:
+    raise UserError(f"model folder {path} has no network {name!r}, only {sorted(model.params)}")
+  return model

@@ -1,0 +1,286 @@
+"""Checkpoints of a run (Orbax, any mesh) and model folders (safetensors and one JSON file).
+
+A checkpoint has two items: `state`, the arrays of `train_step.State`, and `run`, a JSON object
+with the data position, the configuration and the versions. A model folder holds what generation
+needs: `NAME.safetensors` for each network and `config.json`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.io import atomic_path
+from spatialv2a_jax.optim import names
+
+FOLDER = "checkpoints"  # Inside a working directory.
+Path = str | pathlib.Path
+
+
+class Checkpoints:
+  """The checkpoints of one run: saved in the background, complete or invisible."""
+
+  def __init__(self, workdir: Path, *, keep: int = 3, keep_every: int | None = None):
+    """Opens WORKDIR/checkpoints, which need not exist.
+
+    Args:
+      workdir: of the run, on a disk that all processes see.
+      keep: how many of the newest checkpoints stay.
+      keep_every: checkpoints whose step is a multiple of it also stay, for ever.
+    """
+    self.folder = pathlib.Path(workdir).absolute() / FOLDER
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True
+    )
+    handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+    self._manager = ocp.CheckpointManager(
+      self.folder, options=options, item_names=tuple(handlers), item_handlers=handlers
+    )
+
+  def save(self, step: int, state: Any, run: Mapping[str, Any]) -> None:
+    """Starts to save; the arrays may be donated as soon as this returns."""
+    items = {
+      "state": ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
+      "run": ocp.args.JsonSave({**run, "time": time.time()}),  # pyright: ignore[reportCallIssue]
+    }
+    self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+  def latest(self) -> int | None:
+    """Returns the step of the newest complete checkpoint, or None."""
+    return self._manager.latest_step()
+
+  def run(self, step: int) -> dict[str, Any]:
+    """Returns the `run` item of a checkpoint."""
+    args = ocp.args.Composite(run=ocp.args.JsonRestore())
+    return dict(self._manager.restore(step, args=args)["run"])
+
+  def restore(
+    self, abstract: Any, warn: Callable[[str], None] = print
+  ) -> tuple[Any, dict[str, Any]] | None:
+    """Returns (state, run) of the newest readable checkpoint, or None if there is none.
+
+    A checkpoint whose files are damaged is set aside (renamed, never deleted) if one before it
+    can be used; `warn` is told.
+
+    Args:
+      abstract: shapes with shardings, of this run's mesh and not of the one that saved.
+      warn: called with one line per checkpoint set aside.
+
+    Raises:
+      UserError: if the checkpoint holds another model, or none can be read.
+    """
+    damaged: dict[int, str] = {}
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        run = self.run(step)
+        self._check_shapes(step, abstract)
+        state = self._manager.restore(step, args=args)["state"]
+      except UserError:
+        raise
+      except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
+        damaged[step] = _first_line(error)
+        if jax.process_count() > 1:
+          break  # Processes could disagree on what is readable.
+        continue
+      for bad, reason in damaged.items():
+        aside = self.folder.parent / f"damaged-{bad}-{int(time.time())}"
+        (self.folder / str(bad)).rename(aside)
+        warn(f"checkpoint {bad} is damaged, set aside as {aside}: {reason}")
+      if damaged:
+        self._manager.reload()
+      return state, run
+    if damaged:
+      step, reason = next(iter(damaged.items()))
+      raise UserError(f"cannot read checkpoint {self.folder}/{step}: {reason}")
+    return None
+
+  def _check_shapes(self, step: int, abstract: Any) -> None:
+    saved = _shapes(_metadata(self._manager, step)["params"])
+    wanted = _shapes(abstract.params)
+    for name in sorted(saved.keys() | wanted.keys()):
+      if saved.get(name) != wanted.get(name):
+        raise UserError(
+          f"{self.folder}/{step} holds another model: {name} has shape {saved.get(name, 'none')} "
+          f"there, {wanted.get(name, 'none')} here; use another --workdir"
+        )
+
+  def wait(self) -> None:
+    """Blocks until what was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then releases the threads."""
+    self.wait()
+    self._manager.close()
+
+
+def load_params(
+  folder: Path, which: str = "ema", step: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+  """Returns (params, stats, config) of a run as numpy arrays, whatever mesh saved them.
+
+  Args:
+    folder: working directory of the run, or its `checkpoints`.
+    which: "ema" or "params".
+    step: the newest complete checkpoint by default.
+
+  Raises:
+    MissingAssetError: if there is no complete checkpoint.
+    UserError: if the checkpoint is damaged.
+  """
+  if which not in ("ema", "params"):
+    raise UserError(f"which={which!r} is unknown, have: ema, params")
+  where = pathlib.Path(folder)
+  if not where.is_dir():
+    raise MissingAssetError(f"no such folder: {where}")
+  where = where / FOLDER if (where / FOLDER).is_dir() else where
+  options = ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False)
+  handlers = {"state": ocp.PyTreeCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+  with ocp.CheckpointManager(
+    where.absolute(), options=options, item_handlers=handlers, item_names=("state", "run")
+  ) as manager:
+    steps = manager.all_steps()
+    if not steps or (step is not None and step not in steps):
+      wanted = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"
+      raise MissingAssetError(f"{wanted} in {where}; have: {sorted(steps) or 'none'}")
+    step = max(steps) if step is None else step
+    try:
+      tree = _metadata(manager, step)
+      item = {
+        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree[name] or {})
+        for name in (which, "stats")
+      }
+      restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+      args = ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
+          item=item, restore_args=restore_args, partial_restore=True
+        ),
+        run=ocp.args.JsonRestore(),
+      )
+      got = manager.restore(step, args=args)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
+      raise UserError(f"cannot read checkpoint {where}/{step}: {_first_line(error)}") from error
+  return got["state"][which], got["state"]["stats"], dict(got["run"]["config"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """What a model folder holds.
+
+  Attributes:
+    params: parameters of each network, by its name.
+    stats: running statistics of each network, by its name.
+    config: what rebuilds the networks; one object, of which each network reads its part.
+    sha256: digest of each weights file, by the name of its network.
+  """
+
+  params: dict[str, Any]
+  stats: dict[str, Any]
+  config: dict[str, Any]
+  sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def save_model(
+  folder: Path, params: Mapping[str, Any], stats: Mapping[str, Any], config: Mapping[str, Any]
+) -> Model:
+  """Writes a model folder; networks and config entries already there and not named stay.
+
+  Args:
+    folder: made if missing.
+    params: parameters of each network, by its name ("flow", "vae").
+    stats: running statistics of each network; may lack some.
+    config: JSON-able entries.
+
+  Returns:
+    The weights as written and their digests.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  about = _read_config(folder) if (folder / "config.json").exists() else {}
+  digests = dict(about.pop("sha256", {}))
+  for name, tree in params.items():
+    flat = traverse_util.flatten_dict({"params": tree, "stats": stats.get(name, {})}, sep="/")
+    raw = save_tensors({key: _plain(leaf) for key, leaf in flat.items()})
+    with atomic_path(folder / f"{name}.safetensors") as temporary:
+      pathlib.Path(temporary).write_bytes(raw)
+    digests[name] = hashlib.sha256(raw).hexdigest()
+  about = {**about, **config}
+  with atomic_path(folder / "config.json") as temporary:
+    text = json.dumps({**about, "sha256": digests}, indent=2, sort_keys=True)
+    pathlib.Path(temporary).write_text(text + "\n")
+  return Model(dict(params), dict(stats), about, digests)
+
+
+def load_model(folder: Path) -> Model:
+  """Reads a model folder, or that of a finished run (WORKDIR/model), as numpy arrays.
+
+  Raises:
+    MissingAssetError: if there is no such folder, or a file of it is missing.
+    UserError: if a file is damaged.
+  """
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise MissingAssetError(f"no model folder {folder}")
+  if not (folder / "config.json").is_file() or (folder / FOLDER).is_dir():
+    if not (folder / "model" / "config.json").is_file():
+      run = f"; {folder} is a run that has not finished" if (folder / FOLDER).is_dir() else ""
+      raise MissingAssetError(f"{folder} is no model folder: it has no config.json{run}")
+    folder = folder / "model"
+  about = _read_config(folder)
+  digests = dict(about.pop("sha256", {}))
+  params, stats = {}, {}
+  for name, digest in digests.items():
+    file = folder / f"{name}.safetensors"
+    if not file.is_file():
+      raise MissingAssetError(f"model folder {folder} lacks {file.name}")
+    raw = file.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != digest:
+      raise UserError(f"{file} is damaged: its SHA-256 is not that in config.json; copy it again")
+    try:
+      tree = traverse_util.unflatten_dict(load_tensors(raw), sep="/")
+    except SafetensorError as error:
+      raise UserError(f"{file} is no safetensors file: {_first_line(error)}") from error
+    params[name], stats[name] = tree.get("params", {}), tree.get("stats", {})
+  return Model(params, stats, about, digests)
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+  try:
+    return dict(json.loads((folder / "config.json").read_text()))
+  except (ValueError, TypeError) as error:
+    raise UserError(f"{folder}/config.json is no JSON object: {_first_line(error)}") from error
+
+
+def _plain(leaf: Any) -> np.ndarray:
+  """Returns a contiguous numpy array; bfloat16, which readers may lack, becomes float32."""
+  array = np.asarray(leaf)
+  kind = np.dtype(np.float32) if array.dtype == jax.numpy.bfloat16 else array.dtype
+  return np.array(array, kind, order="C")
+
+
+def _metadata(manager: ocp.CheckpointManager, step: int) -> Any:
+  metadata = manager.item_metadata(step)["state"]
+  return getattr(metadata, "tree", metadata)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  return {
+    name: tuple(leaf.shape) for name, leaf in zip(names(tree), jax.tree.leaves(tree), strict=True)
+  }
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

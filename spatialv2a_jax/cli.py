@@ -1,0 +1,177 @@
+"""The `spatialv2a` command: parsing and nothing else.
+
+Exit codes: 0 ok, 1 a check failed, 2 bad input, 3 missing asset, 4 some files failed.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import spatialv2a_jax
+from spatialv2a_jax.errors import UserError
+
+
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+  """Returns an argparse type that accepts numbers above 0."""
+
+  def parse(text):
+    value = kind(text)
+    if not 0 < value < float("inf"):
+      raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+  return parse
+
+
+def localizer(text: str) -> str:
+  """Argparse type of --localizer."""
+  if text != "motion" and not text.startswith("track:"):
+    raise argparse.ArgumentTypeError(f"{text!r} is none of: motion, track:FILE")
+  return text
+
+
+def hrtf(text: str) -> str:
+  """Argparse type of --hrtf."""
+  if text != "sphere" and not text.startswith("sofa:"):
+    raise argparse.ArgumentTypeError(f"{text!r} is none of: sphere, sofa:FILE")
+  return text
+
+
+def parser() -> argparse.ArgumentParser:
+  """Returns the parser of all commands."""
+  main = argparse.ArgumentParser(
+    prog="spatialv2a", description="Silent video in, binaural sound out.", allow_abbrev=False
+  )
+  main.add_argument("--version", action="version", version=spatialv2a_jax.__version__)
+  commands = main.add_subparsers(dest="command", required=True)
+
+  def command(name, help):
+    return commands.add_parser(
+      name,
+      help=help,
+      description=help,
+      allow_abbrev=False,
+      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+  command("doctor", "Check this machine: versions, devices, codecs, cache, disk.")
+
+  p = command("generate", "Generate binaural sound for video files or folders of them.")
+  p.add_argument("inputs", nargs="+", metavar="VIDEO|DIR")
+  p.add_argument("--checkpoint", required=True, metavar="DIR", help="model folder")
+  p.add_argument("--out", required=True, metavar="DIR")
+  p.add_argument("--prompt", default="", help="what sounds; empty leaves it to the picture")
+  p.add_argument("--negative", default="", help="what should not sound")
+  p.add_argument("--seed", type=int, default=0)
+  p.add_argument("--steps", type=positive(int), default=25, help="steps of the solver")
+  p.add_argument("--guidance", type=float, default=3.0, help="strength of all conditions")
+  p.add_argument(
+    "--spatial-guidance", type=float, help="strength of the spatial one; unset: as --guidance"
+  )
+  p.add_argument(
+    "--localizer", type=localizer, help="motion or track:FILE; unset: the checkpoint's"
+  )
+  p.add_argument("--phase", choices=("shared", "independent"), default="shared")
+  p.add_argument("--duration", type=positive(float), help="seconds at most; unset: all")
+  p.add_argument("--format", choices=("wav", "flac"), default="wav")
+  p.add_argument("--no-video", dest="video", action="store_false", help="write sound only")
+  p.add_argument("--low-memory", action="store_true", help="one window at a time")
+  p.set_defaults(run=run_generate)
+
+  p = command("spatialize", "Place the sound of a file along a track, or along its own picture.")
+  p.add_argument("inputs", nargs="+", metavar="AUDIO|VIDEO")
+  p.add_argument("--out", required=True, metavar="DIR")
+  p.add_argument("--track", metavar="FILE", help="CSV or JSON with time_s and azimuth_deg")
+  p.add_argument("--hrtf", type=hrtf, default="sphere", help="sphere or sofa:FILE")
+  p.add_argument("--format", choices=("wav", "flac"), default="wav")
+  p.set_defaults(run=run_spatialize)
+
+  p = command("evaluate", "Score binaural sound against references and visible truth.")
+  p.add_argument("--pred", required=True, metavar="DIR")
+  p.add_argument("--ref", required=True, metavar="DIR")
+  p.add_argument("--truth", metavar="DIR", help="folder of scene truth, <stem>.json")
+  p.add_argument(
+    "--baseline",
+    action="append",
+    default=[],
+    metavar="NAME=DIR",
+    help="score another folder beside it; may be repeated",
+  )
+  p.add_argument("--out", required=True, metavar="FILE.json")
+  p.add_argument("--jobs", type=positive(int), default=os.cpu_count() or 1)
+  p.set_defaults(run=run_evaluate)
+
+  p = command("report", "Write one self-contained HTML page of generated clips or of a run.")
+  p.add_argument("dir", metavar="DIR")
+  p.add_argument("--out", required=True, metavar="FILE.html")
+  p.add_argument("--ref", metavar="DIR", help="reference sound, for the A/B switch")
+  p.add_argument("--truth", metavar="DIR", help="folder of scene truth, <stem>.json")
+  p.add_argument("--scores", metavar="FILE.json", help="scores; unset: DIR/scores.json if there")
+  p.set_defaults(run=run_report)
+  return main
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+  """`spatialv2a doctor`."""
+  del args
+  from spatialv2a_jax import doctor
+
+  return doctor.run()
+
+
+def run_generate(args: argparse.Namespace) -> int:
+  """`spatialv2a generate`."""
+  from spatialv2a_jax import generate
+
+  chosen = vars(args)
+  fields = (field.name for field in dataclasses.fields(generate.Settings))
+  settings = generate.Settings(**{name: chosen[name] for name in fields if name in chosen})
+  return generate.run(args.inputs, args.checkpoint, args.out, settings)
+
+
+def run_spatialize(args: argparse.Namespace) -> int:
+  """`spatialv2a spatialize`."""
+  from spatialv2a_jax import spatialize
+
+  return spatialize.run(args.inputs, args.out, track=args.track, hrtf=args.hrtf, format=args.format)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+  """`spatialv2a evaluate`."""
+  from spatialv2a_jax.metrics import evaluate
+
+  pairs = [item.partition("=") for item in args.baseline]
+  for name, equals, folder in pairs:
+    if not (name and equals and folder):
+      raise UserError(f"--baseline {name}: write it as NAME=DIR")
+  baselines = {name: folder for name, _, folder in pairs}
+  evaluate.run(args.pred, args.ref, args.truth, args.out, baselines=baselines, jobs=args.jobs)
+  return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+  """`spatialv2a report`."""
+  from spatialv2a_jax import report
+
+  report.write_report(args.dir, args.out, ref=args.ref, truth=args.truth, scores=args.scores)
+  return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command and returns its exit code."""
+  args = parser().parse_args(argv)
+  run = getattr(args, "run", run_doctor)
+  try:
+    return run(args)
+  except UserError as error:
+    print(f"spatialv2a {args.command}: {error}", file=sys.stderr)
+    return error.exit_code
+  except KeyboardInterrupt:
+    print(f"spatialv2a {args.command}: interrupted", file=sys.stderr)
+    return 130
+
+
+if __name__ == "__main__":
+  sys.exit(main())

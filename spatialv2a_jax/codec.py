@@ -1,0 +1,224 @@
+"""Binaural sound <-> latents: log-mels, one VAE applied to each ear, and waveforms with shared phase.
+
+Everything is a pure function of parameters and arrays. `build` ties the functions of one codec
+together; `loss` has the signature (params, batch, key) -> (value, metrics) of a generic trainer.
+
+Axes: b clip, e ear (0 left, 1 right), p audio sample, m mel bin, n mel frame, t latent frame,
+c latent channel, v frame of an azimuth track.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from spatialv2a_jax import mel
+from spatialv2a_jax import phase as phases
+from spatialv2a_jax.models import vae
+from spatialv2a_jax.schema import AudioSpec
+
+Params = Any
+Track = tuple[np.ndarray, np.ndarray]  # Times in seconds and azimuths in degrees, + left.
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """Weights of the VAE's objective beside the mean absolute error of the normalised log-mel.
+
+  The distance is that of the VAE behind MMAudio without its discriminator. Times and levels between
+  the ears are small beside the level itself, hence a term of their own.
+
+  Attributes:
+    beta: of the KL divergence from the standard normal, per latent value.
+    slope: of the error of differences between neighbouring frames and between neighbouring bins.
+    interaural: of the error of the difference between the ears, per band.
+  """
+
+  beta: float = 1e-3
+  slope: float = 0.5
+  interaural: float = 0.5
+
+
+class Codec(NamedTuple):
+  """Functions of one codec.
+
+  Attributes:
+    init: key -> boxed VAE parameters.
+    encode: (params, audio_bep) -> mean_betc, std_betc of the posterior.
+    decode: (params, z_betc) -> log_mel_bemn with n = 2 t.
+    loss: (params, {"audio_bep"}, key) -> (value, metrics); see `vae_loss`.
+    waveform: (params, z_etc, track=None, *, phase, synthesize) of one clip -> audio_ep (NumPy).
+  """
+
+  init: Callable[[Array], Params]
+  encode: Callable[[Params, Array], tuple[Array, Array]]
+  decode: Callable[[Params, Array], Array]
+  loss: Callable[[Params, Mapping[str, Array], Array], tuple[Array, dict[str, Array]]]
+  waveform: Callable[..., np.ndarray]
+
+
+def _merge(x_be: Array) -> Array:
+  return x_be.reshape(-1, *x_be.shape[2:])
+
+
+def _split(x_b: Array) -> Array:
+  return x_b.reshape(-1, 2, *x_b.shape[1:])
+
+
+def even_mel(audio_bep: Array, spec: AudioSpec) -> Array:
+  """Returns log-mels [..., m, n] of whole latent frames: an odd last mel frame is dropped."""
+  mels = mel.log_mel(audio_bep, spec)
+  return mels[..., : mels.shape[-1] // 2 * 2]
+
+
+def encode(net: vae.Vae, params: Params, audio_bep: Array, spec: AudioSpec) -> tuple[Array, Array]:
+  """Returns the posterior's mean and standard deviation, [b, 2, t, c] each, ear by ear."""
+  mean, std = net.encode(params, _merge(even_mel(audio_bep, spec)))
+  return _split(mean), _split(std)
+
+
+def decode(net: vae.Vae, params: Params, z_betc: Array) -> Array:
+  """Returns log-mels [b, 2, m, 2 t] of latents [b, 2, t, c]."""
+  return _split(net.decode(params, _merge(z_betc)))
+
+
+def binaural_waveform(
+  mel_bemn: np.ndarray,
+  spec: AudioSpec,
+  azimuth_bv: np.ndarray | None = None,
+  phase: phases.Phase = "shared",
+  synthesize: phases.Synthesizer | None = None,
+) -> np.ndarray:
+  """Returns float32 [b, 2, p] of log-mels, clip by clip (see `phase.binaural`).
+
+  Args:
+    mel_bemn: [b, 2, m, n].
+    spec: front end.
+    azimuth_bv: [b, v] degrees, + left, at v instants spread evenly over the clip; None derives it from
+      the levels.
+    phase: "shared" or "independent".
+    synthesize: vocoder of one channel; None is Griffin-Lim.
+  """
+  frames = np.shape(mel_bemn)[-1]
+  clips = []
+  for i, mel_emn in enumerate(np.asarray(mel_bemn)):
+    azimuth_n = None
+    if azimuth_bv is not None:
+      count = np.shape(azimuth_bv)[1]
+      track = (np.arange(count) + 0.5) / count, np.asarray(azimuth_bv[i])
+      azimuth_n = np.interp((np.arange(frames) + 0.5) / frames, *track)
+    clips.append(phases.binaural(mel_emn, spec, azimuth_n, phase, synthesize))
+  return np.stack(clips)
+
+
+def vae_loss(
+  net: vae.Vae,
+  spec: AudioSpec,
+  config: LossConfig,
+  params: Params,
+  batch: Mapping[str, Array],
+  key: Array,
+) -> tuple[Array, dict[str, Array]]:
+  """Returns the VAE's loss on the binaural audio of a batch.
+
+  Args:
+    net: functions of the VAE.
+    spec: front end.
+    config: weights of the terms.
+    params: of the VAE; `frozen/` gets no gradient.
+    batch: "audio_bep" [b, 2, p] in -1..1.
+    key: of the posterior sample.
+
+  Returns:
+    The loss and metrics: "l1" (normalised units), "mel_db" (mean absolute error), "ild_db" (of the
+    level difference per frame), "kl" (nats per latent value), "std" and "mean_rms" of the posterior.
+  """
+  target = jax.lax.stop_gradient(even_mel(batch["audio_bep"], spec))
+  mean, std = net.encode(params, _merge(target))
+  z = mean + std * jax.random.normal(key, mean.shape, mean.dtype)
+  error = _split(net.decode(params, z)) - target
+  scale = jax.lax.stop_gradient(params["frozen"]["data_std"]).reshape(1, 1, -1, 1)
+  scaled = error / scale
+  l1 = jnp.abs(scaled).mean()
+  slope = jnp.abs(jnp.diff(scaled, axis=-1)).mean() + jnp.abs(jnp.diff(scaled, axis=-2)).mean()
+  interaural = jnp.abs(scaled[:, 0] - scaled[:, 1]).mean()
+  kl = 0.5 * (jnp.square(mean) + jnp.square(std) - 1 - 2 * jnp.log(std)).mean()
+  value = l1 + config.slope * slope + config.interaural * interaural + config.beta * kl
+  metrics = {
+    "l1": l1,
+    "mel_db": jnp.abs(error).mean() * mel.db_per_unit(spec),
+    "ild_db": jnp.abs(frame_ild_db(target + error, spec) - frame_ild_db(target, spec)).mean(),
+    "kl": kl,
+    "std": std.mean(),
+    "mean_rms": jnp.sqrt(jnp.square(mean).mean()),
+  }
+  return value, metrics
+
+
+def frame_ild_db(log_mel_bemn: Array, spec: AudioSpec) -> Array:
+  """Returns the level difference [b, n] in dB, left over right, of each mel frame's power."""
+  power_ben = jnp.square(mel.from_log(log_mel_bemn, spec)).sum(-2)
+  return 10 * jnp.log10(power_ben[:, 0] / power_ben[:, 1])
+
+
+def statistics(audio: Iterable[np.ndarray], spec: AudioSpec) -> tuple[np.ndarray, np.ndarray]:
+  """Returns mean and standard deviation [m] of the log-mels of clips [..., p], in float64 sums."""
+  count, total, square = 0, np.zeros(spec.n_mels), np.zeros(spec.n_mels)
+  for clip in audio:
+    values = np.asarray(mel.log_mel(jnp.asarray(clip), spec), np.float64)
+    values = np.moveaxis(values, -2, 0).reshape(spec.n_mels, -1)
+    count += values.shape[1]
+    total += values.sum(1)
+    square += np.square(values).sum(1)
+  mean = total / count
+  deviation = np.sqrt(np.maximum(square / count - np.square(mean), 1e-4))
+  return mean.astype(np.float32), deviation.astype(np.float32)
+
+
+def with_statistics(params: Params, mean_m: np.ndarray, std_m: np.ndarray) -> Params:
+  """Returns the parameters with the data's statistics, by which the VAE normalises mels."""
+  frozen = {"data_mean": jnp.asarray(mean_m), "data_std": jnp.asarray(std_m)}
+  return {**params, "frozen": frozen}
+
+
+def build(
+  config: Mapping[str, Any], spec: AudioSpec, loss_config: LossConfig | None = None
+) -> Codec:
+  """Returns the functions of one codec.
+
+  Args:
+    config: fields of `models.vae.Config`; mel bins and latent channels default to the spec's.
+    spec: front end.
+    loss_config: weights of the training objective.
+  """
+  sizes = {"n_mels": spec.n_mels, "latent_channels": spec.latent_channels, **config}
+  net = vae.build(vae.Config(**sizes))
+  weights = loss_config or LossConfig()
+  decode_clip = jax.jit(lambda params, z_betc: decode(net, params, z_betc))
+
+  def waveform(
+    params: Params,
+    z_etc: np.ndarray,
+    track: Track | None = None,
+    *,
+    phase: phases.Phase = "shared",
+    synthesize: phases.Synthesizer | None = None,
+  ) -> np.ndarray:
+    mel_emn = np.asarray(decode_clip(params, jnp.asarray(z_etc)[None])[0])
+    azimuth_n = None
+    if track is not None:
+      time_n = (np.arange(mel_emn.shape[-1]) + 0.5) * (spec.hop / spec.sample_rate)
+      azimuth_n = np.interp(time_n, np.asarray(track[0]), np.asarray(track[1]))
+    return phases.binaural(mel_emn, spec, azimuth_n, phase, synthesize)
+
+  return Codec(
+    init=net.init,
+    encode=lambda params, audio_bep: encode(net, params, audio_bep, spec),
+    decode=lambda params, z_betc: decode(net, params, z_betc),
+    loss=lambda params, batch, key: vae_loss(net, spec, weights, params, batch, key),
+    waveform=waveform,
+  )

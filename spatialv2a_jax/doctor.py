@@ -1,0 +1,109 @@
+"""Checks of the machine, each with a line that says how to mend it."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+
+import spatialv2a_jax
+
+Check = tuple[bool, str, str]  # ok, what was found, how to mend it
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "av", "soundfile")
+FREE_GIB = 2.0
+
+
+def python() -> Check:
+  """The interpreter is one the project is tested on."""
+  found = f"Python {platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores"
+  return sys.version_info >= (3, 11), found, "use Python 3.11 or 3.12"
+
+
+def packages() -> Check:
+  """Every package of the core install is there."""
+  found, missing = [f"spatialv2a_jax {spatialv2a_jax.__version__}"], []
+  for name in PACKAGES:
+    try:
+      found.append(f"{name} {importlib.metadata.version(name)}")
+    except importlib.metadata.PackageNotFoundError:
+      missing.append(name)
+  text = ", ".join(found) + (f"; missing: {', '.join(missing)}" if missing else "")
+  return not missing, text, "pip install --upgrade spatialv2a_jax"
+
+
+def devices() -> Check:
+  """JAX starts and sees a device."""
+  import jax
+
+  try:
+    seen = jax.devices()
+  except RuntimeError as error:
+    return False, f"no device: {error}".splitlines()[0], "set JAX_PLATFORMS=cpu, or mend the driver"
+  return True, f"{len(seen)} x {seen[0].device_kind} ({jax.default_backend()})", ""
+
+
+def codecs() -> Check:
+  """PyAV can read and write what the commands read and write."""
+  import av
+
+  wanted = {"h264": "r", "libx264": "w", "aac": "r", "flac": "w"}
+  missing = []
+  for name, mode in wanted.items():
+    try:
+      av.Codec(name, mode)  # type: ignore[arg-type]
+    except av.codec.codec.UnknownCodecError:
+      missing.append(name)
+  text = "h264 and AAC in, h264 and FLAC out"
+  return (
+    not missing,
+    text + (f"; missing: {missing}" if missing else ""),
+    "pip install --upgrade av",
+  )
+
+
+def cache() -> Check:
+  """Compiled programs can be kept from one run to the next."""
+  folder = pathlib.Path(
+    os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/spatialv2a_jax/xla")
+  ).expanduser()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    return (
+      False,
+      f"{folder}: {error.strerror}",
+      "set JAX_COMPILATION_CACHE_DIR to a writable folder",
+    )
+  return True, f"{folder} is writable", ""
+
+
+def disk() -> Check:
+  """There is room in the working folder."""
+  free = shutil.disk_usage(pathlib.Path.cwd()).free / 2**30
+  return free >= FREE_GIB, f"{free:.1f} GiB free here", f"free {FREE_GIB:g} GiB, or work elsewhere"
+
+
+CHECKS: dict[str, Callable[[], Check]] = {
+  "python": python,
+  "packages": packages,
+  "devices": devices,
+  "codecs": codecs,
+  "cache": cache,
+  "disk": disk,
+}
+
+
+def run() -> int:
+  """Prints one line per check; returns 0 if all pass, 1 otherwise."""
+  failed = 0
+  for name, check in CHECKS.items():
+    ok, found, mend = check()
+    failed += not ok
+    print(f"{'ok  ' if ok else 'FAIL'} {name:9} {found}" + ("" if ok else f"  ->  {mend}"))
+  return int(failed > 0)

@@ -1,0 +1,255 @@
+"""Conditional flow matching on the latents of both ears. Knows a velocity, no model.
+
+Path, target and sampling of time follow the paper (section on conditional flow matching, one
+velocity field per ear) and MMAudio: x_t = (1 - t) x_0 + t x_1, target x_1 - x_0, t logit-normal.
+
+Axes: b clip, e ear (0 left, 1 right), t latent frame, c latent channel.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key, UInt32
+
+Cond = Mapping[str, Array]
+Velocity = Callable[[Array, Array], Array]  # (x_betc, t_b) -> v_betc
+
+
+class Net(Protocol):
+  """What the loss and the sampler need of a network (see `models.flow_net`)."""
+
+  def condition(
+    self,
+    params: Any,
+    stats: Any,
+    cond: Cond,
+    drop: Mapping[str, Array],
+    *,
+    latent_len: int,
+    train: bool,
+  ) -> tuple[Any, Any]:
+    """Returns the part that depends on neither time nor latents, and the new statistics."""
+    ...
+
+  def velocity(self, params: Any, x_betc: Array, t_b: Array, prepared: Any) -> Array:
+    """Returns the velocity of both ears."""
+    ...
+
+  def normalize(self, params: Any, x_betc: Array) -> Array:
+    """Returns latents of zero mean and unit variance."""
+    ...
+
+  def unnormalize(self, params: Any, x_betc: Array) -> Array:
+    """Inverts `normalize`."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """Numbers of the training objective.
+
+  Attributes:
+    drop_video: share of clips trained without the semantic and synchronisation features.
+    drop_text: share of clips trained without text.
+    drop_spatial: share of clips trained without the spatial condition.
+    ear_correlation: correlation of the two ears' noise in 0..1. Each ear's noise is standard
+      normal whatever its value; at 1 both ears start equal, so that what differs between them
+      comes from the condition alone.
+    difference_weight: weight of the squared error of the left-minus-right velocity, which
+      carries the interaural cues; 0 is the paper's objective.
+  """
+
+  drop_video: float = 0.1
+  drop_text: float = 0.1
+  drop_spatial: float = 0.1
+  ear_correlation: float = 0.0
+  difference_weight: float = 0.0
+
+
+def clip_keys(key: Key[Array, ""], id_b: UInt32[Array, " b"]) -> Key[Array, " b"]:
+  """Returns one key per clip, so that a clip's draws ignore batch order, hosts and mesh."""
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, id_b)
+
+
+def ear_noise(
+  key: Key[Array, ""], frames: int, channels: int, *, ears: int, correlation: float, start: int = 0
+) -> Float[Array, "e t c"]:
+  """Returns standard normal noise of which each latent frame has its own key.
+
+  A window that starts at frame `start` of a long clip draws what the whole clip draws there.
+
+  Args:
+    key: key of the clip.
+    frames: latent frames to draw.
+    channels: latent channels.
+    ears: 1 or 2.
+    correlation: of the ears, in 0..1.
+    start: index of the first frame within the clip.
+  """
+
+  def frame(index):
+    return jax.random.normal(jax.random.fold_in(key, index), (1 + ears, channels))
+
+  draws_tec = jax.vmap(frame)(jnp.arange(start, start + frames, dtype=jnp.uint32))
+  shared_etc = jnp.broadcast_to(draws_tec[:, 0], (ears, frames, channels))
+  own_etc = jnp.moveaxis(draws_tec[:, 1:], 1, 0)
+  return correlation**0.5 * shared_etc + (1 - correlation) ** 0.5 * own_etc
+
+
+def loss(
+  params: Any,
+  stats: Any,
+  batch: Mapping[str, Array],
+  key: Key[Array, ""],
+  *,
+  net: Net,
+  config: LossConfig,
+  train: bool = True,
+) -> tuple[Float[Array, ""], tuple[dict[str, Array], Any]]:
+  """Squared error of the velocity along the path from noise to data, summed over ears.
+
+  Args:
+    params: parameters of `net`.
+    stats: running statistics of `net`.
+    batch: `mean_betc`, `std_betc`, `id_b`, `weight_b` (0 marks padding) and the condition.
+    key: key of this step.
+    net: the network.
+    config: numbers of the objective.
+    train: whether statistics are those of the batch (and are updated).
+
+  Returns:
+    The scalar to minimise (mean over real clips), and (metrics, new statistics).
+  """
+  mean_betc, weight_b = batch["mean_betc"], batch["weight_b"]
+  _, ears, frames, channels = mean_betc.shape
+
+  def draw(key):
+    k_time, k_noise, k_data, k_drop = jax.random.split(key, 4)
+    noise = {"ears": ears, "correlation": config.ear_correlation}
+    return (
+      jax.nn.sigmoid(jax.random.normal(k_time)),
+      ear_noise(k_noise, frames, channels, **noise),
+      ear_noise(k_data, frames, channels, **noise),
+      jax.random.uniform(k_drop, (3,)),
+    )
+
+  t_b, noise_betc, eps_betc, u_bd = jax.vmap(draw)(clip_keys(key, batch["id_b"]))
+  drop = {
+    "video": u_bd[:, 0] < config.drop_video,
+    "text": u_bd[:, 1] < config.drop_text,
+    "spatial": u_bd[:, 2] < config.drop_spatial,
+  }
+  cond = {name: batch[name] for name in ("clip_bvf", "sync_bsf", "text_bwf", "spatial_bvk")}
+  cond["weight_b"] = weight_b
+  prepared, new_stats = net.condition(params, stats, cond, drop, latent_len=frames, train=train)
+
+  data_betc = net.normalize(params, mean_betc + batch["std_betc"] * eps_betc)
+  t_b111 = t_b[:, None, None, None]
+  x_betc = (1 - t_b111) * noise_betc + t_b111 * data_betc
+  error_betc = net.velocity(params, x_betc, t_b, prepared) - (data_betc - noise_betc)
+  error_betc = error_betc.astype(jnp.float32)
+
+  def clip_mean(x_b):
+    return (weight_b * x_b).sum() / jnp.maximum(weight_b.sum(), 1)
+
+  square_be = jnp.square(error_betc).mean(axis=(2, 3))
+  per_ear = [clip_mean(square_be[:, i]) for i in range(ears)]
+  total = sum(per_ear, jnp.zeros(()))
+  names = ("loss/left", "loss/right") if ears == 2 else ("loss/mono",)
+  metrics = dict(zip(names, per_ear, strict=True))
+  if ears == 2:
+    difference_b = jnp.square(error_betc[:, 0] - error_betc[:, 1]).mean(axis=(1, 2))
+    metrics["loss/difference"] = clip_mean(difference_b)
+    total = total + config.difference_weight * metrics["loss/difference"]
+  return total, (metrics, new_stats)
+
+
+def guided(
+  net: Net,
+  params: Any,
+  stats: Any,
+  cond: Cond,
+  *,
+  latent_len: int,
+  guidance: float,
+  spatial_guidance: float | None = None,
+  negative_text_bwf: Array | None = None,
+  missing: Mapping[str, Bool[Array, " b"]] | None = None,
+) -> Velocity:
+  """Returns a velocity with classifier-free guidance; all branches run in one batch.
+
+  v = v_null + guidance (v_plain - v_null) + spatial_guidance (v_full - v_plain), where `plain`
+  has every condition but the spatial one. With equal scales this is the usual two-branch rule.
+
+  Args:
+    net: the network.
+    params: its parameters.
+    stats: its running statistics.
+    cond: condition of the batch.
+    latent_len: latent frames.
+    guidance: strength; below 1 only the conditional branch runs.
+    spatial_guidance: strength of the spatial condition; None is the same as `guidance`.
+    negative_text_bwf: text features that replace the null text of the unconditional branch.
+    missing: conditions (of "video", "text", "spatial") that each clip does not have.
+  """
+  rows = cond["clip_bvf"].shape[0]
+  none, every = jnp.zeros(rows, bool), jnp.ones(rows, bool)
+  absent = {"video": none, "text": none, "spatial": none} | dict(missing or {})
+  separate = spatial_guidance is not None and spatial_guidance != guidance
+
+  branches = [(cond, absent)]
+  if guidance >= 1.0 or separate:
+    negative = dict(cond)
+    drop = {"video": every, "text": every, "spatial": every}
+    if negative_text_bwf is not None:
+      negative["text_bwf"], drop["text"] = negative_text_bwf, none
+    branches.append((negative, drop))
+  if separate:
+    branches.append((cond, absent | {"spatial": every}))
+
+  stacked = {n: jnp.concatenate([c[n] for c, _ in branches]) for n in cond}
+  drops = {n: jnp.concatenate([d[n] for _, d in branches]) for n in absent}
+  prepared, _ = net.condition(params, stats, stacked, drops, latent_len=latent_len, train=False)
+
+  def velocity(x_betc, t_b):
+    n = len(branches)
+    v = net.velocity(params, jnp.concatenate([x_betc] * n), jnp.concatenate([t_b] * n), prepared)
+    full, *rest = jnp.split(v, n)
+    if not rest:
+      return full
+    plain = rest[1] if separate else full
+    scale = spatial_guidance if separate else 0.0
+    return guidance * plain + (1 - guidance) * rest[0] + scale * (full - plain)
+
+  return velocity
+
+
+def sample(
+  velocity: Velocity, x_betc: Float[Array, "b e t c"], *, steps: int, method: str = "euler"
+) -> Float[Array, "b e t c"]:
+  """Integrates the flow from noise at t = 0 to data at t = 1.
+
+  Args:
+    velocity: function of (x, t).
+    x_betc: noise.
+    steps: equal steps of time.
+    method: "euler" (one evaluation a step) or "midpoint" (two, second order).
+
+  Raises:
+    ValueError: for an unknown method.
+  """
+  if method not in ("euler", "midpoint"):
+    raise ValueError(f"unknown method {method!r}, have: euler, midpoint")
+  dt = 1.0 / steps
+  rows = x_betc.shape[0]
+
+  def step(x, t):
+    v = velocity(x, jnp.full(rows, t))
+    if method == "midpoint":
+      v = velocity(x + 0.5 * dt * v, jnp.full(rows, t + 0.5 * dt))
+    return x + dt * v, None
+
+  return jax.lax.scan(step, x_betc, jnp.arange(steps) / steps)[0]

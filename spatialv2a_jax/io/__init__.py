@@ -1,0 +1,35 @@
+"""Media in and out: frames by timestamp, sound, lossless remuxing, atomic files. No JAX here."""
+
+from spatialv2a_jax.io.audio import read_audio, write_audio
+from spatialv2a_jax.io.files import (
+  AUDIO_EXTENSIONS,
+  VIDEO_EXTENSIONS,
+  MediaInfo,
+  atomic_path,
+  check_writable,
+  file_hash,
+  list_media,
+  probe,
+)
+from spatialv2a_jax.io.mux import remux, write_video
+from spatialv2a_jax.io.video import View, Window, iter_views, read_video, read_views
+
+__all__ = [
+  "AUDIO_EXTENSIONS",
+  "VIDEO_EXTENSIONS",
+  "MediaInfo",
+  "View",
+  "Window",
+  "atomic_path",
+  "check_writable",
+  "file_hash",
+  "iter_views",
+  "list_media",
+  "probe",
+  "read_audio",
+  "read_video",
+  "read_views",
+  "remux",
+  "write_audio",
+  "write_video",
+]

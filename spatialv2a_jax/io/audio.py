@@ -1,0 +1,135 @@
+"""Sound in and out of files. Axes: e channel (0 left, 1 right), p sample."""
+
+import os
+import pathlib
+import warnings
+from fractions import Fraction
+
+import av
+import av.error
+import numpy as np
+import scipy.io.wavfile
+import soundfile
+import soxr
+
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.io.files import atomic_path, check_readable, open_media
+
+_SOUND_FILES = {".wav", ".flac", ".ogg", ".aiff"}
+
+
+def _decode_file(path: pathlib.Path) -> tuple[np.ndarray, int]:
+  try:
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+  except soundfile.LibsndfileError as error:
+    raise UserError(f"{path} is not a sound file or is damaged ({error.error_string})") from None
+  return samples.T, rate
+
+
+def _decode_container(path: pathlib.Path) -> tuple[np.ndarray, int]:
+  with open_media(path) as container:
+    if not container.streams.audio:
+      raise UserError(f"{path} has no audio stream")
+    stream = container.streams.audio[0]
+    rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
+    planar = av.AudioResampler(format="fltp", layout=stream.codec_context.layout, rate=rate)
+    blocks, first = [], None
+    try:
+      for frame in container.decode(stream):
+        first = frame.time if first is None else first
+        blocks += [block.to_ndarray() for block in planar.resample(frame)]
+      blocks += [block.to_ndarray() for block in planar.resample(None)]
+    except av.error.FFmpegError as error:
+      seconds = sum(block.shape[1] for block in blocks) / rate
+      raise UserError(
+        f"{path} is damaged: its sound stops after {seconds:.2f} s ({error.strerror or error})"
+      ) from None
+    audio_ep = np.concatenate(blocks, 1) if blocks else np.zeros((channels, 0), np.float32)
+    if stream.duration and stream.time_base:  # Codecs fill up their last block: cut that off.
+      audio_ep = audio_ep[:, : round(stream.duration * stream.time_base * rate)]
+    shift = 0
+    if container.streams.video and first is not None:
+      video = container.streams.video[0]
+      shift = round((first - float((video.start_time or 0) * (video.time_base or 0))) * rate)
+    audio_ep = np.pad(audio_ep, ((0, 0), (max(shift, 0), 0)))[:, max(-shift, 0) :]
+    return audio_ep, rate
+
+
+def read_audio(
+  path: str | os.PathLike,
+  sample_rate: int | None = None,
+  mono: bool = False,
+  start: float | Fraction = 0,
+  duration: float | Fraction | None = None,
+) -> np.ndarray:
+  """Reads the sound of an audio file or of a video.
+
+  In a video, sample 0 is at the time of the first video frame, so frames and samples line up. The
+  level is kept as it is; decoded lossy sound may exceed 1.
+
+  Args:
+    path: a sound file or a container with a sound stream.
+    sample_rate: samples per second to convert to (band-limited, linear phase); None keeps the
+      file's own.
+    mono: average the channels.
+    start: seconds to leave out at the beginning.
+    duration: seconds to read at most.
+
+  Returns:
+    float32 [e, p].
+
+  Raises:
+    UserError: unreadable or damaged file, no sound stream, or no samples.
+  """
+  path = check_readable(path)
+  decode = _decode_file if path.suffix.lower() in _SOUND_FILES else _decode_container
+  audio_ep, rate = decode(path)
+  if audio_ep.shape[1]:
+    stop = None if duration is None else round((start + duration) * rate)
+    audio_ep = audio_ep[:, round(start * rate) : stop]
+  if not audio_ep.shape[1]:
+    after = f" after {float(start):.2f} s" if start else ""
+    raise UserError(f"{path} has no sound{after}: zero samples")
+  if mono:
+    audio_ep = audio_ep.mean(0, keepdims=True)
+  if sample_rate is not None and sample_rate != rate:
+    audio_ep = soxr.resample(audio_ep.T, rate, sample_rate, quality="VHQ").T
+  return np.ascontiguousarray(audio_ep, np.float32)
+
+
+def fixed_point(audio_ep: np.ndarray, path: str | os.PathLike) -> np.ndarray:
+  """24-bit integers in the upper bits of int32, same shape; warns where full scale is exceeded."""
+  scaled = np.rint(np.asarray(audio_ep, np.float64) * 2**23)
+  over = int(np.count_nonzero((scaled < -(2**23)) | (scaled > 2**23 - 1)))
+  if over > np.count_nonzero(scaled == 2**23):  # Exactly +1.0 is one step off, not worth a word.
+    warnings.warn(
+      f"{path}: {over} samples beyond full scale are clipped; wav keeps them", stacklevel=3
+    )
+  return np.clip(scaled, -(2**23), 2**23 - 1).astype(np.int32) << 8
+
+
+def write_audio(path: str | os.PathLike, audio_ep: np.ndarray, sample_rate: int) -> None:
+  """Writes `.wav` (32-bit float, nothing clipped) or `.flac` (24 bit); equal input, equal bytes.
+
+  The level is never changed: loudness is content.
+
+  Args:
+    path: output; its suffix chooses the format. Written atomically.
+    audio_ep: float [e, p] or [p], finite.
+    sample_rate: samples per second.
+
+  Raises:
+    UserError: another suffix, or an output that cannot be written.
+  """
+  path = pathlib.Path(path)
+  audio_ep = np.atleast_2d(np.asarray(audio_ep, np.float32))
+  if not np.isfinite(audio_ep).all():
+    raise ValueError(f"{path}: the sound holds NaN or infinite samples")
+  suffix = path.suffix.lower()
+  if suffix not in (".wav", ".flac"):
+    raise UserError(f"cannot write sound to {path}: the suffix must be .wav or .flac")
+  with atomic_path(path) as temporary:
+    if suffix == ".wav":  # libsndfile would put the time of writing into the file.
+      scipy.io.wavfile.write(temporary, sample_rate, audio_ep.T)
+    else:
+      soundfile.write(temporary, fixed_point(audio_ep, path).T, sample_rate, subtype="PCM_24")

@@ -1,0 +1,218 @@
+"""Transformer blocks of the flow network: MMAudio's, with an ear axis.
+
+Axis letters: b batch, e ear (size 1 where both ears share a stream), t latent frame, n token of
+any kind, d width, h head, k head width, c latent channel.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spatialv2a_jax.models import layers
+from spatialv2a_jax.models.layers import Constrain, GatedMlp, Linear
+
+Qkv = tuple[jax.Array, jax.Array, jax.Array]
+
+
+class Stream(nn.Module):
+  """The part of a block that belongs to one kind of tokens: adaLN-zero around an attention.
+
+  Attributes:
+    width: d.
+    heads: attention heads; divides the width.
+    ffn: hidden width of the MLP.
+    taps: kernel length of output projection and MLP; 0 where the order is no time axis (text).
+    pre_only: the stream only gives queries, keys and values, and ends there.
+    dtype: of the matmuls; parameters, residual stream, norms and softmax stay float32.
+  """
+
+  width: int
+  heads: int
+  ffn: int
+  taps: int = 3
+  pre_only: bool = False
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  def setup(self):
+    d, h, k = self.width, self.heads, self.width // self.heads
+    parts = 2 if self.pre_only else 6
+    self.mod = Linear((parts, d), ("width", None, "mod"), init=layers.zeros, dtype=self.dtype)
+    qkv_axes = ("width", None, "heads", "head_dim")
+    qkv_init = layers.xavier(d, 3 * d)
+    self.qkv = Linear((3, h, k), qkv_axes, init=qkv_init, dtype=self.dtype)
+    self.q_norm = layers.RMSNorm()
+    self.k_norm = layers.RMSNorm()
+    if not self.pre_only:
+      self.out = Linear((d,), ("heads", "head_dim", "width"), self.taps, dtype=self.dtype)
+      self.mlp = GatedMlp(self.ffn, self.taps, dtype=self.dtype)
+
+  def before(self, x_bend: jax.Array, c_bend: jax.Array, table: np.ndarray | None):
+    """Returns queries, keys and values [b, e, n, h, k], and what `after` needs.
+
+    Args:
+      x_bend: tokens.
+      c_bend: condition; ears or tokens that share it have size 1.
+      table: rotary table of the tokens, None for those without positions.
+    """
+    shift, scale, *rest = jnp.unstack(self.mod(nn.silu(c_bend)), axis=-2)
+    q, k, v = jnp.unstack(self.qkv(layers.modulate(x_bend, shift, scale)), axis=-3)
+    q, k = self.q_norm(q), self.k_norm(k)
+    if table is not None:
+      q, k = layers.rope(q, table), layers.rope(k, table)
+    return (q.astype(self.dtype), k.astype(self.dtype), v), rest
+
+  def after(self, x_bend: jax.Array, out_benhk: jax.Array, rest: list[jax.Array]) -> jax.Array:
+    """Returns the tokens after output projection and MLP, both gated."""
+    gate1, shift2, scale2, gate2 = rest
+    x_bend += self.out(out_benhk) * gate1
+    return x_bend + self.mlp(layers.modulate(x_bend, shift2, scale2)) * gate2
+
+
+class EarBlock(nn.Module):
+  """Self-attention and ConvMLP over the frames of one ear (MMAudio's fused block)."""
+
+  width: int
+  heads: int
+  ffn: int
+  dtype: jax.typing.DTypeLike = jnp.float32
+  constrain: Constrain = layers.unconstrained
+
+  @nn.compact
+  def __call__(self, x_btd: jax.Array, c_btd: jax.Array) -> jax.Array:
+    """Maps tokens [b, t, d] under the per-frame condition [b, t, d]."""
+    stream = Stream(self.width, self.heads, self.ffn, dtype=self.dtype, name="audio")
+    table = layers.rope_table(x_btd.shape[1], self.width // self.heads)
+    qkv, rest = stream.before(x_btd, c_btd, table)
+    out_bthk = jax.nn.dot_product_attention(*qkv)
+    return self.constrain(stream.after(x_btd, out_bthk, rest), "act_batch", "act_time", "act_width")
+
+
+class JointBlock(nn.Module):
+  """Joint attention over the latents of the ears, the visual and the text tokens.
+
+  The streams' weights are shared by the ears. Each ear's latents, with a copy of the visual and
+  text tokens, attend to that same set and to the other ear's latents, the latter weighted by
+  `cross_mass` m: at m = 1 this is attention over all tokens at once, at m = 0 every ear is on its
+  own, as in the mono network. The copies' outputs are averaged, so ears that agree leave the
+  visual and text tokens as one ear alone would.
+
+  Attributes:
+    ears: 1 or 2.
+    width: d.
+    heads: attention heads; divides the width.
+    ffn: hidden width of the MLPs.
+    last: visual and text streams end in this block.
+    dtype: of the matmuls.
+    constrain: pins an activation to its logical axes.
+  """
+
+  ears: int
+  width: int
+  heads: int
+  ffn: int
+  last: bool = False
+  dtype: jax.typing.DTypeLike = jnp.float32
+  constrain: Constrain = layers.unconstrained
+
+  @nn.compact
+  def __call__(self, tokens: tuple[jax.Array, ...], c_b1td: jax.Array, g_b11d: jax.Array):
+    """Runs the block.
+
+    Args:
+      tokens: audio [b, e, t, d], clip [b, 1, v, d] and text tokens [b, 1, w, d].
+      c_b1td: per-frame condition of the audio tokens.
+      g_b11d: global condition of the others.
+
+    Returns:
+      The three kinds of tokens after the block; those of a `last` block's clip and text streams
+      are unchanged.
+    """
+    x_betd, clip_b1vd, text_b1wd = tokens
+    frames, k = x_betd.shape[2], self.width // self.heads
+    size = (self.width, self.heads, self.ffn)
+    audio = Stream(*size, dtype=self.dtype, name="audio")
+    clip = Stream(*size, pre_only=self.last, dtype=self.dtype, name="clip")
+    text = Stream(*size, taps=0, pre_only=self.last, dtype=self.dtype, name="text")
+
+    clip_table = layers.rope_table(clip_b1vd.shape[2], k, frames / clip_b1vd.shape[2])
+    audio_qkv, audio_rest = audio.before(x_betd, c_b1td, layers.rope_table(frames, k))
+    clip_qkv, clip_rest = clip.before(clip_b1vd, g_b11d, clip_table)
+    text_qkv, text_rest = text.before(text_b1wd, g_b11d, None)
+
+    def with_context(audio, clip, text):
+      shared = (jnp.broadcast_to(x, (*audio.shape[:2], *x.shape[2:])) for x in (clip, text))
+      return jnp.concatenate([audio, *shared], axis=2)
+
+    queries, keys, values = map(with_context, audio_qkv, clip_qkv, text_qkv)
+    if self.last:
+      queries = audio_qkv[0]
+    out_benhk, lse_benh = _attend(queries, keys, values)
+    if self.ears == 2:
+      mass = self.param("cross_mass", layers.logical(layers.ones, "heads"), (self.heads,))
+      other = _attend(queries, audio_qkv[1][:, ::-1], audio_qkv[2][:, ::-1])
+      out_benhk = merge_ears(out_benhk, lse_benh, *other, mass)
+
+    def pin(x, ear):
+      return self.constrain(x, "act_batch", ear, "act_time", "act_width")
+
+    x_betd = pin(audio.after(x_betd, out_benhk[:, :, :frames], audio_rest), "ear")
+    if not self.last:
+      mean_b1nhk = out_benhk[:, :, frames:].mean(axis=1, keepdims=True)
+      out_clip, out_text = jnp.split(mean_b1nhk, [clip_b1vd.shape[2]], axis=2)
+      clip_b1vd = pin(clip.after(clip_b1vd, out_clip, clip_rest), None)
+      text_b1wd = pin(text.after(text_b1wd, out_text, text_rest), None)
+    return x_betd, clip_b1vd, text_b1wd
+
+
+def _attend(q_benhk: jax.Array, k_benhk: jax.Array, v_benhk: jax.Array):
+  """Attention of every clip and ear, and its log-sum-exp [b, e, n, h]."""
+  folded = (x.reshape(-1, *x.shape[2:]) for x in (q_benhk, k_benhk, v_benhk))
+  return tuple(x.reshape(*q_benhk.shape[:2], *x.shape[1:]) for x in layers.attend(*folded))
+
+
+def merge_ears(
+  own_benhk: jax.Array,
+  own_lse_benh: jax.Array,
+  other_benhk: jax.Array,
+  other_lse_benh: jax.Array,
+  mass_h: jax.Array,
+) -> jax.Array:
+  """Merges attention over two disjoint sets of keys, the second weighted by a mass per head.
+
+  The mass enters the softmax linearly. A negative one counts as 0 yet receives its gradient, so
+  that it can recover; at 0 the result is `own_benhk`, bit for bit.
+
+  Args:
+    own_benhk: attention over the first set.
+    own_lse_benh: log of its softmax denominator.
+    other_benhk: attention over the second set.
+    other_lse_benh: log of its softmax denominator.
+    mass_h: multiplies the softmax weights of the second set.
+
+  Returns:
+    Attention over both sets [b, e, n, h, k].
+  """
+  mass_h = mass_h + jax.lax.stop_gradient(jnp.maximum(mass_h, 0) - mass_h)
+  # The bound keeps the derivative finite; the share rounds to 1 long before it.
+  odds = mass_h[None, None, None] * jnp.exp(jnp.minimum(other_lse_benh - own_lse_benh, 40.0))
+  share = (odds / (1 + odds))[..., None].astype(own_benhk.dtype)
+  return own_benhk + share * (other_benhk - own_benhk)
+
+
+class FinalLayer(nn.Module):
+  """Adaptive LayerNorm and a convolution to the flow of one ear, zero at the start."""
+
+  width: int
+  channels: int
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_btd: jax.Array, g_b1d: jax.Array) -> jax.Array:
+    """Maps tokens [b, t, d] under the global condition [b, 1, d] to a flow [b, t, c]."""
+    mod_axes = ("width", None, "mod")
+    mod = Linear((2, self.width), mod_axes, init=layers.zeros, dtype=self.dtype, name="mod")
+    shift, scale = jnp.unstack(mod(nn.silu(g_b1d)), axis=-2)
+    axes = ("width", "latent")
+    conv = Linear((self.channels,), axes, taps=7, init=layers.zeros, dtype=self.dtype, name="conv")
+    return conv(layers.modulate(x_btd, shift, scale)).astype(jnp.float32)

@@ -1,0 +1,302 @@
+"""The velocity network: joint blocks, a branch per ear, a final layer per ear.
+
+One code path holds the two-ear network of SpatialV2A (arXiv 2601.15017) and, with `ears=1` and
+`spatial=False`, MMAudio v1 and v2. Weights of repeated blocks are stacked on a leading `layers`
+axis, those of the branches on a leading `ear` axis before it.
+
+Axis letters: b batch, e ear (0 left, 1 right), t latent frame, c latent channel, v video frame,
+s synchronisation token, w text token, f feature of an encoder, k spatial descriptor, d width.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from spatialv2a_jax.models import layers, spatial
+from spatialv2a_jax.models.blocks import EarBlock, FinalLayer, JointBlock
+from spatialv2a_jax.models.conditioning import SYNC_SEGMENT, Condition, Project, TimeEmbedding
+from spatialv2a_jax.models.layers import Constrain
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Sizes of the network.
+
+  Attributes:
+    width: d; MMAudio's small models have 448, the others 896.
+    heads: attention heads; divides the width.
+    joint_depth: joint blocks, at least 1; the last ends the visual and text streams.
+    ear_depth: blocks of each ear's branch, at least 1.
+    latent_channels: c, 20 (16 kHz) or 40 (44.1 kHz).
+    clip_dim: features of a CLIP frame.
+    sync_dim: features of a Synchformer token.
+    text_dim: features of a text token.
+    text_len: text tokens.
+    ears: 2, or 1 for mono MMAudio.
+    v2: MMAudio v2's activations and time embedding.
+    spatial: has the spatial condition C_s.
+    ffn: hidden width of the blocks' MLPs; None is MMAudio's rule.
+    unroll: unrolls blocks and ears instead of scanning and batching them; None does so on the
+      CPU, where convolution gradients inside a scan are about 30 times slower.
+    remat: recomputes each block's activations in the backward pass.
+    dtype: of the matmuls.
+  """
+
+  width: int = 448
+  heads: int = 7
+  joint_depth: int = 6
+  ear_depth: int = 12
+  latent_channels: int = 20
+  clip_dim: int = 1024
+  sync_dim: int = 768
+  text_dim: int = 1024
+  text_len: int = 77
+  ears: int = 2
+  v2: bool = False
+  spatial: bool = True
+  ffn: int | None = None
+  unroll: bool | None = None
+  remat: bool = False
+  dtype: str = "float32"
+
+  def __post_init__(self):
+    if self.ears not in (1, 2):
+      raise ValueError(f"ears must be 1 or 2, got {self.ears}")
+    if self.width % (2 * self.heads):
+      raise ValueError(f"width {self.width} is not {self.heads} heads of an even width")
+    if min(self.joint_depth, self.ear_depth) < 1:
+      raise ValueError("joint_depth and ear_depth must be at least 1")
+
+
+class FlowNet(NamedTuple):
+  """A network as pure functions.
+
+  Attributes:
+    init: key -> parameters, boxed with the logical names of their axes.
+    init_stats: () -> running statistics of the spatial condition's BatchNorm, unboxed.
+    condition: (params, stats, cond, drop, *, latent_len, train) -> (prepared, new stats).
+      The part that depends on neither time nor latents. `cond` holds clip_bvf, sync_bsf, text_bwf,
+      spatial_bvk and optionally weight_b (0 leaves a clip out of the statistics); `drop` holds
+      boolean masks [b] "video" (clip and sync), "text" and "spatial" of what the learned null
+      features (frozen ones for text) replace.
+    velocity: (params, x_betc, t_b, prepared) -> v_betc, float32.
+    trace: as `velocity`, but returns (v_betc, intermediate values by name).
+    normalize: (params, x_betc) -> latents of zero mean and unit variance.
+    unnormalize: inverts `normalize`.
+  """
+
+  init: Callable[..., Params]
+  init_stats: Callable[[], dict[str, Any]]
+  condition: Callable[..., tuple[dict[str, jax.Array], dict[str, Any]]]
+  velocity: Callable[..., jax.Array]
+  trace: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+  normalize: Callable[..., jax.Array]
+  unnormalize: Callable[..., jax.Array]
+
+
+def normalize(params: Params, x_betc: jax.Array) -> jax.Array:
+  """Returns latents normalised with the frozen statistics of the training set."""
+  mean, std = params["frozen"]["latent_mean"], params["frozen"]["latent_std"]
+  return (x_betc - _channel(mean, x_betc)) / _channel(std, x_betc)
+
+
+def unnormalize(params: Params, x_betc: jax.Array) -> jax.Array:
+  """Inverts `normalize`."""
+  mean, std = params["frozen"]["latent_mean"], params["frozen"]["latent_std"]
+  return x_betc * _channel(std, x_betc) + _channel(mean, x_betc)
+
+
+def _channel(value_c: jax.Array, like: jax.Array) -> jax.Array:
+  return value_c.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def stacked(init: Callable, key: jax.Array, size: int, axis: str) -> Params:
+  """Returns `size` draws of `init` on a new leading axis of that logical name."""
+  params = jax.vmap(init)(jax.random.split(key, size))
+  return nn.meta.add_axis(params, 0, {nn.PARTITION_NAME: axis})
+
+
+def repeat(block: Callable, params: Params, x: Any, *, unroll: bool) -> tuple[Any, list[Any]]:
+  """Applies `block(params, x) -> x` once per entry of the parameters' leading axis.
+
+  Returns:
+    The last output, and when unrolled the list of all.
+  """
+  if not unroll:
+    return jax.lax.scan(lambda x, p: (block(p, x), None), x, params)[0], []
+  outputs = [x]
+  for p in unstack(params):
+    outputs.append(block(p, outputs[-1]))
+  return outputs[-1], outputs[1:]
+
+
+def per_ear(branch: Callable, params: Params, x_betd: jax.Array, *, unroll: bool) -> Any:
+  """Applies `branch(params, x_btd)` to each ear with its own parameters; outputs stack on e."""
+  if not unroll:
+    return jax.vmap(branch, in_axes=(0, 1), out_axes=1)(params, x_betd)
+  ears = zip(unstack(params), jnp.unstack(x_betd, axis=1), strict=True)
+  outputs = [branch(p, x) for p, x in ears]
+  return jax.tree.map(lambda *ears: jnp.stack(ears, axis=1), *outputs)
+
+
+def unstack(params: Params) -> list[Params]:
+  """Returns one tree per entry of the leading axis."""
+  leaves, tree = jax.tree.flatten(params)
+  return [tree.unflatten(part) for part in zip(*map(jnp.unstack, leaves), strict=True)]
+
+
+def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNet:
+  """Returns the network of `config`; `constrain` pins activations to their logical axes."""
+  c = config
+  size = {"width": c.width, "ffn": c.ffn or layers.hidden_width(c.width), "dtype": c.dtype}
+  condition_net = Condition(clip_dim=c.clip_dim, sync_dim=c.sync_dim, v2=c.v2, **size)
+  spatial_net = spatial.SpatialCondition(**size)
+  time_net = TimeEmbedding(width=c.width, v2=c.v2, dtype=c.dtype)
+  audio_net = Project(source="latent", first_taps=7, taps=7, v2=c.v2, **size)
+  block = {"heads": c.heads, "constrain": constrain, **size}
+  joint_net = JointBlock(ears=c.ears, **block)
+  joint_last_net = JointBlock(ears=c.ears, last=True, **block)
+  ear_net = EarBlock(**block)
+  final_net = FinalLayer(width=c.width, channels=c.latent_channels, dtype=c.dtype)
+
+  def init(key: jax.Array) -> Params:
+    d, frames = c.width, 4
+    x_betd = jnp.zeros((1, c.ears, frames, d))
+    g_b1d, c_btd = jnp.zeros((1, 1, d)), jnp.zeros((1, frames, d))
+    tokens = x_betd, jnp.zeros((1, 1, 2, d)), jnp.zeros((1, 1, c.text_len, d))
+    cond = {
+      "clip_bvf": jnp.zeros((1, 2, c.clip_dim)),
+      "sync_bsf": jnp.zeros((1, SYNC_SEGMENT, c.sync_dim)),
+      "text_bwf": jnp.zeros((1, c.text_len, c.text_dim)),
+    }
+    drop_b = jnp.zeros(1, bool)
+    drop = {"video": drop_b, "text": drop_b}
+
+    def make(net, *args, **kwargs):
+      return lambda key: net.init(key, *args, **kwargs)["params"]
+
+    joint_args = tokens, c_btd[:, None], g_b1d[:, None]
+    ear = make(ear_net, x_betd[:, 0], c_btd)
+    final = make(final_net, x_betd[:, 0], g_b1d)
+    makers = {
+      "frozen": lambda _: {
+        "latent_mean": layers.logical(jnp.zeros, "latent")((c.latent_channels,)),
+        "latent_std": layers.logical(jnp.ones, "latent")((c.latent_channels,)),
+        "null_text": layers.logical(jnp.zeros, None, None)((c.text_len, c.text_dim)),
+      },
+      "condition": make(condition_net, cond, drop, cond["text_bwf"][0], frames),
+      "time": make(time_net, jnp.zeros(1)),
+      "audio": make(audio_net, jnp.zeros((1, c.ears, frames, c.latent_channels))),
+      "joint": lambda key: stacked(make(joint_net, *joint_args), key, c.joint_depth - 1, "layers"),
+      "joint_last": make(joint_last_net, *joint_args),
+      "ears": lambda key: stacked(
+        lambda key: stacked(ear, key, c.ear_depth, "layers"), key, c.ears, "ear"
+      ),
+      "final": lambda key: stacked(final, key, c.ears, "ear"),
+    }
+    if c.joint_depth == 1:
+      del makers["joint"]
+    if c.ears == 2:
+      embedding = layers.logical(jnp.zeros, "ear", "width")
+      makers["ear_embedding"] = lambda _: embedding((2, d))
+    if c.spatial:
+      makers["spatial"] = make(
+        spatial_net,
+        jnp.zeros((1, 2, len(spatial.DESCRIPTORS))),
+        init_stats()["spatial"],
+        drop_b,
+        ~drop_b,
+        latent_len=frames,
+        train=False,
+      )
+    keys = jax.random.split(key, len(makers))
+    return {name: make(k) for (name, make), k in zip(makers.items(), keys, strict=True)}
+
+  def init_stats() -> dict[str, Any]:
+    if not c.spatial:
+      return {}
+    return {"spatial": {"mean": jnp.zeros(c.width), "var": jnp.ones(c.width)}}
+
+  def condition(
+    params: Params,
+    stats: dict[str, Any],
+    cond: Mapping[str, jax.Array],
+    drop: Mapping[str, jax.Array],
+    *,
+    latent_len: int,
+    train: bool,
+  ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    null_text_wf = jax.lax.stop_gradient(params["frozen"]["null_text"])
+    variables = {"params": params["condition"]}
+    prepared = condition_net.apply(variables, cond, drop, null_text_wf, latent_len)
+    assert isinstance(prepared, dict)
+    if c.spatial:
+      keep_b = ~drop["spatial"]
+      if "weight_b" in cond:
+        keep_b &= cond["weight_b"] > 0
+      spatial_btd, new = spatial_net.apply(
+        {"params": params["spatial"]},
+        cond["spatial_bvk"],
+        stats["spatial"],
+        drop["spatial"],
+        keep_b,
+        latent_len=latent_len,
+        train=train,
+      )
+      return prepared | {"spatial_btd": spatial_btd}, {"spatial": new}
+    return prepared, stats
+
+  def run(params, x_betc, t_b, prepared, unroll):
+    def apply(net):
+      def call(p, *args):
+        return net.apply({"params": p}, *args)
+
+      return jax.checkpoint(call) if c.remat else call
+
+    time_bd = time_net.apply({"params": params["time"]}, t_b)
+    g_b1d = (time_bd + prepared["global_bd"]).astype(jnp.float32)[:, None]
+    c_btd = g_b1d + prepared["sync_btd"]
+    if c.spatial:
+      c_btd += prepared["spatial_btd"]
+    x_betd = audio_net.apply({"params": params["audio"]}, x_betc).astype(jnp.float32)
+    mids = {"time": time_bd, "audio": x_betd}
+    if c.ears == 2:
+      x_betd += params["ear_embedding"][None, :, None]
+    x_betd = constrain(x_betd, "act_batch", "ear", "act_time", "act_width")
+
+    tokens = x_betd, *(prepared[n].astype(jnp.float32)[:, None] for n in ("clip_bvd", "text_bwd"))
+    if c.joint_depth > 1:
+      joint = apply(joint_net)
+      tokens, mids["joint"] = repeat(
+        lambda p, x: joint(p, x, c_btd[:, None], g_b1d[:, None]),
+        params["joint"],
+        tokens,
+        unroll=unroll,
+      )
+    x_betd = apply(joint_last_net)(params["joint_last"], tokens, c_btd[:, None], g_b1d[:, None])[0]
+    mids["joint_last"] = x_betd
+
+    ear_block, final = apply(ear_net), apply(final_net)
+
+    def branch(p, x_btd):
+      x_btd, outputs = repeat(lambda p, x: ear_block(p, x, c_btd), p["ears"], x_btd, unroll=unroll)
+      return final(p["final"], x_btd, g_b1d), outputs
+
+    per = {"ears": params["ears"], "final": params["final"]}
+    v_betc, mids["ears"] = per_ear(branch, per, x_betd, unroll=unroll)
+    return v_betc, mids
+
+  def velocity(params, x_betc, t_b, prepared):
+    unroll = c.unroll if c.unroll is not None else jax.default_backend() == "cpu"
+    return run(params, x_betc, t_b, prepared, unroll)[0]
+
+  def trace(params, x_betc, t_b, prepared):
+    return run(params, x_betc, t_b, prepared, True)
+
+  return FlowNet(init, init_stats, condition, velocity, trace, normalize, unnormalize)

@@ -1,0 +1,242 @@
+"""Layers of the flow network, as the public MMAudio project defines them.
+
+Axis letters: b batch, e ear, t token or frame, s key token, d width, h head, k head width,
+f hidden width of an MLP, i and o any input and output channels.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Constrain = Callable[..., jax.Array]
+
+RMS_EPS = 1.1920929e-07
+LAYER_NORM_EPS = 1e-5
+ROPE_THETA = 10_000.0
+
+zeros = nn.initializers.zeros
+ones = nn.initializers.ones
+
+
+def logical(init: Callable, *axes: str | None) -> Callable:
+  """Names the axes of a parameter; `sharding.Rules` gives the names their meaning."""
+  return nn.with_logical_partitioning(init, axes)
+
+
+def unconstrained(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Stands in for `sharding.constrainer` where there is one device."""
+  del axes
+  return x
+
+
+def uniform(bound: float) -> Callable:
+  """Returns an initialiser that draws from U(-bound, bound)."""
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def xavier(fan_in: int, fan_out: int) -> Callable:
+  """Returns Xavier's uniform initialiser for explicit fans."""
+  return uniform(math.sqrt(6 / (fan_in + fan_out)))
+
+
+class Linear(nn.Module):
+  """A dense layer, or with `taps` a 1-D convolution over time (odd, stride 1, zero padded).
+
+  Several input or output axes let one kernel keep heads apart, so that they can be sharded.
+
+  Attributes:
+    features: sizes of the output axes.
+    axes: logical names of the input axes, then of the output axes.
+    taps: kernel length over time; 0 is a dense layer.
+    bias: adds a bias.
+    init: of the kernel. By default Xavier uniform (dense, zero bias) or U(+-1/sqrt(fan in)) for
+      both kernel and bias (convolution), which are PyTorch's and MMAudio's.
+    dtype: of the multiplication; parameters stay float32.
+  """
+
+  features: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  taps: int = 0
+  bias: bool = True
+  init: Callable | None = None
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [..., t, *input axes] to [..., t, *features] in `dtype`."""
+    inputs = len(self.axes) - len(self.features)
+    split = x.ndim - inputs
+    fan_in, fan_out = math.prod(x.shape[split:]), math.prod(self.features)
+    kernel_init, bias_init = self.init or xavier(fan_in, fan_out), zeros
+    if self.taps and self.init is None:
+      kernel_init = bias_init = uniform(1 / math.sqrt(fan_in * self.taps))
+    taps = (self.taps,) if self.taps else ()
+    kernel = self.param(
+      "kernel",
+      logical(kernel_init, *(None for _ in taps), *self.axes),
+      (*taps, *x.shape[split:], *self.features),
+    ).astype(self.dtype)
+    x = x.astype(self.dtype).reshape(*x.shape[:split], fan_in)
+    if self.taps:
+      y = convolve(x, kernel.reshape(self.taps, fan_in, fan_out))
+    else:
+      y = x @ kernel.reshape(fan_in, fan_out)
+    if self.bias:
+      bias = self.param("bias", logical(bias_init, *self.axes[inputs:]), self.features)
+      y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (fan_out,))
+    return y.reshape(*x.shape[:-1], *self.features)
+
+
+def convolve(x: jax.Array, kernel_tio: jax.Array) -> jax.Array:
+  """Convolves [..., t, i] with an odd kernel [taps, i, o]: stride 1, zero padding.
+
+  One matrix product over shifted copies: XLA:CPU takes ten times longer for the gradient of a
+  convolution primitive, and batches over ears become batched products instead of groups.
+  """
+  taps, frames = kernel_tio.shape[0], x.shape[-2]
+  pad = [(0, 0)] * (x.ndim - 2) + [(taps // 2, taps // 2), (0, 0)]
+  padded = jnp.pad(x, pad)
+  shifted = [jax.lax.slice_in_dim(padded, i, i + frames, axis=-2) for i in range(taps)]
+  return jnp.concatenate(shifted, axis=-1) @ kernel_tio.reshape(-1, kernel_tio.shape[-1])
+
+
+def hidden_width(width: int) -> int:
+  """Returns MMAudio's hidden width: two thirds of 4 x 2 x width, rounded up to 256."""
+  return 256 * math.ceil(int(8 * width / 3) / 256)
+
+
+class GatedMlp(nn.Module):
+  """SwiGLU without biases: down(silu(gate) * value), dense or convolutional (ConvMLP).
+
+  Attributes:
+    hidden: hidden width f.
+    taps: 0 is MMAudio's MLP, an odd number its ConvMLP.
+    dtype: of the multiplications.
+  """
+
+  hidden: int
+  taps: int = 0
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_btd: jax.Array) -> jax.Array:
+    """Maps [..., t, d] to [..., t, d]."""
+    d = x_btd.shape[-1]
+    up = Linear(
+      (2, self.hidden),
+      ("width", None, "ffn"),
+      self.taps,
+      bias=False,
+      init=None if self.taps else xavier(d, self.hidden),
+      dtype=self.dtype,
+      name="up",
+    )
+    gate, value = jnp.unstack(up(x_btd), axis=-2)
+    down = Linear((d,), ("ffn", "width"), self.taps, bias=False, dtype=self.dtype, name="down")
+    return down(nn.silu(gate) * value)
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square norm over the last axis, with one weight per channel, in float32."""
+
+  axis: str | None = "head_dim"
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns `x` normalised, float32."""
+    scale = self.param("scale", logical(ones, self.axis), x.shape[-1:])
+    x = x.astype(jnp.float32)
+    x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + RMS_EPS)
+    return x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+  """Returns LayerNorm over the last axis without affine part, float32, two-pass variance."""
+  x = x.astype(jnp.float32)
+  x -= x.mean(axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + LAYER_NORM_EPS)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+  """Returns adaptive LayerNorm: `layer_norm(x) * (1 + scale) + shift`."""
+  return layer_norm(x) * (1 + scale) + shift
+
+
+def rope_table(length: int, head_dim: int, scale: float = 1.0) -> np.ndarray:
+  """Returns rotary angles' (cos, sin) as float32 [2, length, head_dim], each pair's value twice.
+
+  `scale` multiplies the frequencies, so that clip frames sit at latent positions (MMAudio).
+  """
+  exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  frequency = np.float32(1) / np.float32(ROPE_THETA) ** exponent * np.float32(scale)
+  angle = np.outer(np.arange(length, dtype=np.float32), frequency).repeat(2, axis=1)
+  return np.stack([np.cos(angle), np.sin(angle)])
+
+
+def rope(x: jax.Array, table: np.ndarray) -> jax.Array:
+  """Rotates the interleaved pairs (2i, 2i+1) of [..., t, h, k] in float32.
+
+  The half-split layout of most libraries would pair other channels than MMAudio's weights do.
+  """
+  shape = (1,) * (x.ndim - 3) + (table.shape[1], 1, table.shape[2])
+  cos, sin = (jnp.asarray(part.reshape(shape)) for part in table)
+  even = (np.arange(x.shape[-1]) % 2 == 0).reshape((1,) * (x.ndim - 1) + (-1,))
+  x = x.astype(jnp.float32)
+  partner = jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+  return x * cos + partner * sin
+
+
+def nearest_exact(source: int, target: int) -> np.ndarray:
+  """Returns the int32 source index of each target frame, as PyTorch's "nearest-exact" does.
+
+  PyTorch decides in float32, which settles exact ties otherwise than real arithmetic does.
+  """
+  step = np.float32(source) / np.float32(target)
+  position = (np.arange(target, dtype=np.float32) + np.float32(0.5)) * step
+  return np.minimum(np.floor(position).astype(np.int32), source - 1)
+
+
+def timestep_table(size: int, max_period: float) -> np.ndarray:
+  """Returns the size/2 float32 frequencies of the time embedding.
+
+  The base is always 10000 (as in MMAudio); `max_period` only sets the multiplier. Each operation
+  rounds to float32 once, as PyTorch's do: at frequencies up to 10000 an ulp is audible in t.
+  """
+  exponent = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+  power = (10_000.0 ** exponent.astype(np.float64)).astype(np.float32)
+  return np.float32(1) / power * np.float32(10_000 / max_period)
+
+
+def timestep_features(t_b: jax.Array, table: np.ndarray) -> jax.Array:
+  """Returns [cos, sin] of time x frequency, float32 [b, 2 * len(table)]."""
+  angle = t_b.astype(jnp.float32)[:, None] * table[None, :]
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def attend(q_bthk: jax.Array, k_bshk: jax.Array, v_bshk: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Softmax attention that also returns the log of each query's softmax denominator.
+
+  `jax.nn.dot_product_attention(return_residual=True)` stops the gradient of that logarithm,
+  which the merge of two ears needs.
+
+  Returns:
+    Output [b, t, h, k] in the dtype of `v_bshk`, and log-sum-exp [b, t, h] in float32.
+  """
+  scale = 1 / math.sqrt(q_bthk.shape[-1])
+  logits = jnp.einsum("bthk,bshk->bhts", q_bthk, k_bshk, preferred_element_type=jnp.float32)
+  logits *= scale
+  peak = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+  weight = jnp.exp(logits - peak)
+  total_bht = weight.sum(axis=-1)
+  out = jnp.einsum("bhts,bshk->bthk", weight.astype(v_bshk.dtype), v_bshk)
+  total_bth = total_bht.swapaxes(1, 2)
+  lse_bth = jnp.log(total_bth) + peak.squeeze(-1).swapaxes(1, 2)
+  return (out / total_bth[..., None]).astype(v_bshk.dtype), lse_bth

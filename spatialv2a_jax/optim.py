@@ -1,0 +1,223 @@
+"""The optimiser: AdamW with its schedule, tables over parameter names, and weight averages.
+
+The recipe is MMAudio's (github.com/hkchengrex/MMAudio), which the paper trains with: linear
+warm-up, step decay counted after the warm-up, one global gradient norm, decay on all weights.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.sharding import parameter_name
+
+Table = Sequence[tuple[str, Any]]  # (regex over whole parameter names, value); first match wins
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Numbers of the optimiser.
+
+  Attributes:
+    lr: peak learning rate.
+    warmup: steps of linear warm-up.
+    decay: "constant", "step" or "cosine".
+    milestones: steps after the warm-up at which "step" multiplies the rate by `gamma`.
+    gamma: factor of "step".
+    steps: length of "cosine", warm-up included.
+    final: share of the peak at which "cosine" ends.
+    betas: decay of the two moments of Adam.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled decay, multiplied by the learning rate.
+    clip: largest global norm of the gradient of what is trained; 0 turns clipping off.
+    freeze: table of booleans; frozen parameters get no gradient and no optimiser state.
+    lr_scale: table of factors of the learning rate.
+    decay_scale: table of factors of the weight decay.
+  """
+
+  lr: float = 1e-4
+  warmup: int = 1000
+  decay: str = "constant"
+  milestones: tuple[int, ...] = ()
+  gamma: float = 0.1
+  steps: int = 0
+  final: float = 0.0
+  betas: tuple[float, float] = (0.9, 0.95)
+  eps: float = 1e-8
+  weight_decay: float = 1e-6
+  clip: float = 1.0
+  freeze: Table = ((".*", False),)
+  lr_scale: Table = ((".*", 1.0),)
+  decay_scale: Table = ((".*", 1.0),)
+
+
+class Optimizer(NamedTuple):
+  """What a train step needs.
+
+  Attributes:
+    tx: the update rule.
+    lr: learning rate of a step, for the log.
+    trainable: function that cuts the gradient of the frozen parameters.
+  """
+
+  tx: optax.GradientTransformation
+  lr: Callable[[Any], Any] | None = None
+  trainable: Callable[[Any], Any] = lambda params: params
+
+
+def names(tree: Any) -> list[str]:
+  """Returns the parameter names of a tree, as "block/qkv/kernel"."""
+  return [parameter_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def lookup(table: Table, parameters: Sequence[str], label: str) -> dict[str, Any]:
+  """Returns the value of each parameter: that of the first regex that matches its whole name.
+
+  Args:
+    table: pairs of a regex and a value.
+    parameters: parameter names.
+    label: name of the table, for messages.
+
+  Raises:
+    UserError: if a parameter matches no regex, or a regex other than ".*" decides nothing.
+  """
+  values, used = {}, set()
+  for name in parameters:
+    index = next((i for i, (regex, _) in enumerate(table) if re.fullmatch(regex, name)), None)
+    if index is None:
+      raise UserError(f'table {label} covers no parameter {name!r}; end it with (".*", value)')
+    values[name] = table[index][1]
+    used.add(index)
+  for i, (regex, _) in enumerate(table):
+    if i not in used and regex != ".*":
+      raise UserError(f"table {label}: {regex!r} matches no parameter, or an earlier row hides it")
+  return values
+
+
+def schedule(config: Config) -> Callable[[Any], Any]:
+  """Returns the learning rate as a function of the step, counted from 0.
+
+  Raises:
+    UserError: if the kind of decay is unknown.
+  """
+  if config.decay not in ("constant", "step", "cosine"):
+    raise UserError(f"optim.decay={config.decay!r} is unknown, have: constant, step, cosine")
+
+  def rate(step):
+    step = jnp.asarray(step, jnp.float32)
+    warm = jnp.minimum((step + 1) / (config.warmup + 1), 1.0) if config.warmup else 1.0
+    after = jnp.maximum(step - config.warmup, 0)
+    scale = jnp.ones(())
+    for milestone in config.milestones if config.decay == "step" else ():
+      scale = jnp.where(after >= milestone, config.gamma * scale, scale)
+    if config.decay == "cosine":
+      done = jnp.minimum(after / max(config.steps - config.warmup, 1), 1.0)
+      scale = config.final + (1 - config.final) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+    return config.lr * warm * scale
+
+  return rate
+
+
+def adamw(config: Config, params: Any) -> Optimizer:
+  """Returns AdamW with the tables of `config` resolved for these parameters.
+
+  Args:
+    config: numbers and tables.
+    params: parameters or their shapes, boxed or plain.
+
+  Raises:
+    UserError: if a table does not cover the parameters.
+  """
+  known = names(params)
+  frozen = lookup(config.freeze, known, "freeze")
+  lr_scale = lookup(config.lr_scale, known, "lr_scale")
+  decay = lookup(config.decay_scale, known, "decay_scale")
+  rate = schedule(config)
+
+  def by_name(function):
+    """Maps function(name, leaf) over boxed, plain or masked trees."""
+    return lambda tree: jax.tree_util.tree_map_with_path(
+      lambda path, leaf: function(parameter_name(path), leaf), tree
+    )
+
+  def add_decay(updates, params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, u, p: u + config.weight_decay * decay[parameter_name(path)] * p, updates, params
+    )
+
+  def scale_rate(updates, params):
+    del params
+    return by_name(lambda name, u: lr_scale[name] * u)(updates)
+
+  chain = [
+    optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+    optax.scale_by_adam(*config.betas, eps=config.eps),
+    optax.stateless(add_decay),
+    optax.stateless(scale_rate),
+    optax.scale_by_learning_rate(rate),
+  ]
+  labels = by_name(lambda name, _: "frozen" if frozen[name] else "trained")
+  tx = optax.partition({"trained": optax.chain(*chain), "frozen": optax.set_to_zero()}, labels)
+  stop = by_name(lambda name, p: jax.lax.stop_gradient(p) if frozen[name] else p)
+  return Optimizer(tx, rate, stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+  """Exponential moving average of the parameters.
+
+  Attributes:
+    decay: of the plain average, reached through the warm-up (1 + n) / (10 + n) at update n.
+    sigma_rel: if set, the power-function average of this relative width (EDM2, arXiv 2312.02696)
+      replaces the plain one; MMAudio ships 0.05.
+  """
+
+  decay: float = 0.9999
+  sigma_rel: float | None = None
+
+  def __post_init__(self):
+    if not 0 <= self.decay < 1:
+      raise UserError(f"ema.decay={self.decay} is not in [0, 1)")
+    if self.sigma_rel is not None and not 0 < self.sigma_rel < 0.28:
+      raise UserError(f"ema.sigma_rel={self.sigma_rel} is not in (0, 0.28)")
+
+  def keep(self, update: Any) -> Any:
+    """Returns the weight of the old average in update number `update`, counted from 1."""
+    n = jnp.asarray(update, jnp.float32)
+    if self.sigma_rel is None:
+      return jnp.minimum(self.decay, (1 + n) / (10 + n))
+    power = (1 + power_gamma(self.sigma_rel)) / 2
+    # The first update copies: the average starts at the weights after it.
+    return jnp.where(n > 1, ((1 - 1 / (n + 1)) * (1 - 1 / (n + 2))) ** power, 0.0)
+
+  def update(self, average: Any, params: Any, update: Any) -> Any:
+    """Returns the average after update number `update`; constants stay exactly what they are."""
+    new = 1 - self.keep(update)
+    return jax.tree.map(lambda a, p: a + (new * (p - a)).astype(a.dtype), average, params)
+
+
+def power_gamma(sigma_rel: float) -> float:
+  """Returns the exponent of the power-function average of relative width `sigma_rel`."""
+  roots = np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2])
+  return float(roots.real.max())
+
+
+def from_mapping(values: Mapping[str, Any]) -> Config:
+  """Returns a Config from a mapping, with lists made tuples.
+
+  Raises:
+    UserError: if a key is unknown.
+  """
+  known = [field.name for field in dataclasses.fields(Config)]
+  if unknown := sorted(set(values) - set(known)):
+    raise UserError(f"optim has no {unknown}, have: {known}")
+  tuples: dict[str, Any] = {
+    k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()
+  }
+  return Config(**tuples)

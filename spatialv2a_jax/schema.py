@@ -1,0 +1,158 @@
+"""The contract of a batch: names, axes, rates, and lengths from seconds. Imports nothing of ours.
+
+Axes: b clip, e ear (0 left, 1 right), t latent frame, c latent channel, v video frame at 8 fps,
+s synchronisation token, w text token, f feature, k spatial descriptor, p audio sample.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+CLIP_FPS = 8  # Frames per second of the semantic features and of the spatial descriptors.
+SYNC_FPS = 25  # Frames per second of the frames that the synchronisation features see.
+SEGMENT_FRAMES, SEGMENT_STRIDE, SEGMENT_TOKENS = 16, 8, 8
+MIN_SECONDS = SEGMENT_FRAMES / SYNC_FPS
+DESCRIPTORS = ("S_h", "S_area", "S_var", "S_LR", "S_shape")
+HFOV_DEG = 120.0  # Azimuth = (0.5 - u) * HFOV_DEG for image column u in 0..1 (linear law).
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioSpec:
+  """Audio rates of one model family (MMAudio's two front ends).
+
+  Attributes:
+    name: "16k" or "44k".
+    sample_rate: samples per second.
+    hop: samples per mel frame; one latent frame spans two.
+    n_fft: window and transform length in samples.
+    n_mels: mel bins.
+    fmin: lowest mel edge, Hz.
+    fmax: highest mel edge, Hz.
+    log: base of the log-mel, "log10" or "ln".
+    latent_channels: channels of the VAE latent.
+  """
+
+  name: str
+  sample_rate: int
+  hop: int
+  n_fft: int
+  n_mels: int
+  fmin: float
+  fmax: float
+  log: str
+  latent_channels: int
+
+  @property
+  def latent_rate(self) -> float:
+    """Latent frames per second."""
+    return self.sample_rate / (2 * self.hop)
+
+
+AUDIO: Mapping[str, AudioSpec] = {
+  "16k": AudioSpec("16k", 16_000, 256, 1024, 80, 0.0, 8_000.0, "log10", 20),
+  "44k": AudioSpec("44k", 44_100, 512, 2048, 128, 0.0, 22_050.0, "ln", 40),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+  """Sequence lengths of a clip: latent frames, audio samples, 8 fps frames, sync tokens."""
+
+  latent: int
+  samples: int
+  clip: int
+  sync: int
+
+
+def lengths(seconds: float, audio: AudioSpec) -> Lengths:
+  """Returns the sequence lengths of a clip, by MMAudio's rules.
+
+  Args:
+    seconds: duration; at least 0.64 s, the length of one synchronisation segment.
+    audio: rates of the audio.
+
+  Raises:
+    ValueError: if the clip is shorter than one segment.
+  """
+  latent = math.ceil(seconds * audio.sample_rate / audio.hop / 2)
+  segments = int((seconds * SYNC_FPS - SEGMENT_FRAMES) // SEGMENT_STRIDE) + 1
+  if segments < 1:
+    raise ValueError(f"{seconds} s is shorter than one segment of {MIN_SECONDS} s")
+  return Lengths(
+    latent=latent,
+    samples=latent * audio.hop * 2,
+    clip=int(seconds * CLIP_FPS),
+    sync=int(segments * SEGMENT_FRAMES / 2),
+  )
+
+
+def clip_id(name: str) -> int:
+  """Returns the 32-bit number from which a clip's random keys derive."""
+  return int.from_bytes(hashlib.md5(name.encode()).digest()[:4], "little")
+
+
+def whole_frames(seconds: float, fps: int) -> int:
+  """Returns how many frames of rate `fps` begin within `seconds`, without rounding errors."""
+  return math.floor(Fraction(seconds).limit_denominator(10**6) * fps)
+
+
+def feature_shapes(
+  seconds: float, audio: AudioSpec, *, clip_dim: int, sync_dim: int, text_len: int, text_dim: int
+) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of each field of one training example, without the batch axis."""
+  n = lengths(seconds, audio)
+  return {
+    "mean": (2, n.latent, audio.latent_channels),
+    "std": (2, n.latent, audio.latent_channels),
+    "clip": (n.clip, clip_dim),
+    "sync": (n.sync, sync_dim),
+    "text": (text_len, text_dim),
+    "spatial": (n.clip, len(DESCRIPTORS)),
+  }
+
+
+AXES = {
+  "mean": "mean_betc",
+  "std": "std_betc",
+  "clip": "clip_bvf",
+  "sync": "sync_bsf",
+  "text": "text_bwf",
+  "spatial": "spatial_bvk",
+}
+
+
+def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+  """Raises ValueError naming the field if a batch breaks the contract.
+
+  Args:
+    batch: `id_b` (uint32), `weight_b` (float32, 0 marks padding) and the fields of `AXES`.
+    shapes: from `feature_shapes`.
+  """
+  rows = len(batch["id_b"])
+  if np.dtype(batch["id_b"].dtype) != np.uint32:
+    raise ValueError(f"field id_b has dtype {batch['id_b'].dtype}, expected uint32")
+  for field, shape in shapes.items():
+    name = AXES[field]
+    if name not in batch:
+      raise ValueError(f"field {name} is missing, the batch has {sorted(batch)}")
+    if tuple(batch[name].shape) != (rows, *shape):
+      raise ValueError(f"field {name} has shape {batch[name].shape}, expected {(rows, *shape)}")
+
+
+def synthetic_batch(
+  shapes: Mapping[str, tuple[int, ...]], rows: int, *, seed: int
+) -> dict[str, np.ndarray]:
+  """Returns a batch of noise that keeps the contract, for tests, estimates and smoke runs."""
+  rng = np.random.default_rng(seed)
+  batch: dict[str, np.ndarray] = {
+    AXES[field]: rng.standard_normal((rows, *shape), np.float32) for field, shape in shapes.items()
+  }
+  batch["std_betc"] = np.full_like(batch["std_betc"], 0.1)
+  batch["id_b"] = rng.integers(0, 2**32, rows, dtype=np.uint32)
+  batch["weight_b"] = np.ones(rows, np.float32)
+  return batch

@@ -1,0 +1,223 @@
+"""Logical axis names -> mesh axes. The only file that knows both.
+
+Parameters and activations name their axes; one frozen `Rules` says which mesh axis splits each
+name. Nothing here sets a global mesh or a rule context: both would be invisible to jit's cache.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spatialv2a_jax.errors import UserError
+
+Axes = str | tuple[str, ...] | None
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """One field per logical axis; its value is the mesh axis (or axes) that splits it.
+
+  Attributes:
+    act_batch: clips of a batch.
+    act_time: frames or tokens of an activation.
+    act_width: channels of an activation.
+    ear: stacked weights of the two ear branches (size 2).
+    layers: stacked weights of repeated blocks.
+    width: model width of a parameter.
+    heads: attention heads.
+    head_dim: width of one head.
+    ffn: hidden width of the feed-forward part.
+    mod: outputs of the modulation layers.
+    latent: latent channels.
+    vocab: rows of an embedding table.
+  """
+
+  act_batch: Axes = ("data", "fsdp")
+  act_time: Axes = None
+  act_width: Axes = None
+  ear: Axes = None
+  layers: Axes = None
+  width: Axes = "fsdp"
+  heads: Axes = "tensor"
+  head_dim: Axes = None
+  ffn: Axes = "tensor"
+  mod: Axes = None
+  latent: Axes = None
+  vocab: Axes = None
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      for axis in _mesh_axes(getattr(self, field.name)):
+        if axis not in MESH_AXES:
+          raise UserError(f"rule {field.name}={axis!r} names no mesh axis, have: {MESH_AXES}")
+
+  def spec(self, *names: str | None) -> P:
+    """Returns the spec of an array whose axes have these names (None: never split).
+
+    Raises:
+      ValueError: if a name is unknown, or if two names would use one mesh axis.
+    """
+    known = [field.name for field in dataclasses.fields(self)]
+    if unknown := [name for name in names if name is not None and name not in known]:
+      raise ValueError(f"unknown logical axes {unknown}, have: {known}")
+    axes = tuple(None if name is None else getattr(self, name) for name in names)
+    used = [one for axis in axes for one in _mesh_axes(axis)]
+    if len(used) != len(set(used)):
+      raise ValueError(f"axes {names} would use one mesh axis twice: {axes}")
+    return P(*axes)
+
+
+def _mesh_axes(axes: Axes) -> tuple[str, ...]:
+  if axes is None:
+    return ()
+  return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def make_mesh(
+  data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+  """Returns a mesh over all devices. Its axes are `Auto`: the compiler places the rest.
+
+  Args:
+    data: copies of the model, each with its share of the batch.
+    fsdp: devices that split both the batch and the width of the weights.
+    tensor: devices that split heads and feed-forward channels.
+    devices: all devices of the job by default. One of the sizes may be -1: it takes what is left.
+
+  Raises:
+    UserError: if the sizes do not use every device exactly once.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  shown = " ".join(f"{name}={size}" for name, size in sizes.items())
+  free = [name for name, size in sizes.items() if size == -1]
+  fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+  if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+    raise UserError(f"mesh {shown}: sizes are positive and at most one is -1 (takes what is left)")
+  if free:
+    sizes[free[0]] = max(len(devices) // fixed, 1)
+  if int(np.prod(list(sizes.values()))) != len(devices):
+    raise UserError(
+      f"mesh {shown} does not fit {len(devices)} device(s): "
+      "the product of the sizes must be their number; set one size to -1"
+    )
+  # `jax.make_mesh` alone gives `Explicit` axes, on which Linen layers fail.
+  auto = (AxisType.Auto,) * len(sizes)
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+
+
+def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+  """Returns a `NamedSharding` for each leaf of a tree of boxed parameters.
+
+  A leaf without axis names (biases, norms, counters) is replicated, and so is a dimension of
+  size 1. Every other dimension divides by the devices that split it.
+
+  Args:
+    boxed: tree of arrays or shapes, some in `nn.Partitioned` boxes that name their axes.
+    mesh: where the leaves will live.
+    rules: meaning of the axis names.
+
+  Raises:
+    UserError: naming the parameter, if a dimension does not divide by its mesh axes.
+  """
+
+  def is_box(x):
+    return isinstance(x, nn.Partitioned)
+
+  def one(path, leaf):
+    if not is_box(leaf):
+      return NamedSharding(mesh, P())
+    if not jax.tree.leaves(leaf.value):
+      return leaf.value  # The optimiser keeps an empty node where a parameter is frozen.
+    name, shape = parameter_name(path), leaf.value.shape
+    if len(leaf.names) != len(shape):
+      raise ValueError(f"{name}: shape {shape} has other axes than its names {leaf.names}")
+    names = [None if size == 1 else axis for axis, size in zip(leaf.names, shape, strict=True)]
+    spec = rules.spec(*names)
+    for size, axis, entry in zip(shape, names, spec, strict=True):
+      parts = int(np.prod([mesh.shape[m] for m in _mesh_axes(entry)]))
+      if size % parts:
+        raise UserError(
+          f"{name}: axis {axis} of size {size} does not divide by the {parts} devices of mesh "
+          f"axis {entry}; change the mesh, or leave rule {axis} empty"
+        )
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+
+
+def parameter_name(path: tuple[Any, ...]) -> str:
+  """Returns a tree path as "block/qkv/kernel", the same for boxed and plain trees."""
+  keys = [key for key in path if getattr(key, "name", None) != "value"]
+  return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+
+
+def constrainer(mesh: Mesh, rules: Rules) -> Callable[..., jax.Array]:
+  """Returns `constrain(x, *names)` for a model to call on its activations."""
+
+  def constrain(x, *names):
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(*names)))
+
+  return constrain
+
+
+def local_rows(mesh: Mesh, rules: Rules, global_batch_size: int) -> tuple[int, int]:
+  """Returns the rows [first, last) of every global batch that this process must load.
+
+  Raises:
+    UserError: if the batch does not divide by the devices that split it.
+  """
+  parts = int(np.prod([mesh.shape[axis] for axis in _mesh_axes(rules.act_batch)]))
+  if global_batch_size % parts:
+    raise UserError(
+      f"batch_size {global_batch_size} does not divide by the {parts} devices of mesh axes "
+      f"{rules.act_batch}; use a multiple of {parts}"
+    )
+  sharding = NamedSharding(mesh, rules.spec("act_batch"))
+  slices = sharding.addressable_devices_indices_map((global_batch_size,)).values()
+  bounds = {index[0].indices(global_batch_size)[:2] for index in slices if index is not None}
+  first, last = min(lo for lo, _ in bounds), max(hi for _, hi in bounds)
+  if sum(hi - lo for lo, hi in bounds) != last - first:
+    raise UserError("the rows of one process are not contiguous; give the data axis whole hosts")
+  return first, last
+
+
+def global_batch(
+  batch: Mapping[str, np.ndarray], mesh: Mesh, rules: Rules, global_batch_size: int
+) -> dict[str, jax.Array]:
+  """Returns the batch of all processes from the rows of this one.
+
+  Args:
+    batch: arrays that hold exactly the rows `local_rows` gives, in that order.
+    mesh: where the batch will live.
+    rules: which mesh axes split the batch.
+    global_batch_size: rows over all processes.
+
+  Raises:
+    UserError: if an array has another number of rows.
+  """
+  first, last = local_rows(mesh, rules, global_batch_size)
+  sharding = NamedSharding(mesh, rules.spec("act_batch"))
+
+  def one(name, array):
+    if len(array) != last - first:
+      raise UserError(f"batch field {name} has {len(array)} rows, expected {last - first}")
+    # Without the global shape, a mesh whose tensor axis spans processes makes a smaller batch.
+    shape = (global_batch_size, *array.shape[1:])
+    return jax.make_array_from_process_local_data(sharding, array, shape)
+
+  return {name: one(name, np.asarray(array)) for name, array in batch.items()}
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Returns the bytes that a tree of sharded arrays takes on the fullest device."""
+  return sum(
+    int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )

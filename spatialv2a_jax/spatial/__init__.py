@@ -1,0 +1,1 @@
+"""Physics of spatial hearing: spherical harmonics, head-related filters, moving sources."""

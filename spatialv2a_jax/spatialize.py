@@ -1,0 +1,99 @@
+"""Places the sound of a file: one mono source, rendered along a track.
+
+The track is the user's, or, for a video, where its picture moves.
+
+Axes: e ear (0 left, 1 right), p audio sample, v frame at 8 fps.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from spatialv2a_jax import features, io, logbook, schema
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.spatial import hrtf as hrtfs
+from spatialv2a_jax.spatial import render
+
+WINDOW_SECONDS = 8.0
+
+
+def run(
+  inputs: Sequence[str | pathlib.Path],
+  out: str | pathlib.Path,
+  *,
+  track: str | None,
+  hrtf: str,
+  format: str,
+) -> int:
+  """Spatialises files and folders; returns the exit code (4 if some files failed).
+
+  Raises:
+    UserError: for a bad track or HRTF, an unwritable `out`, or a fault of the only file.
+  """
+  out = pathlib.Path(out)
+  io.check_writable(out)
+  chosen = features.read_track(track) if track else None
+  extensions = {*io.AUDIO_EXTENSIONS, *io.VIDEO_EXTENSIONS}
+  paths = [path for item in inputs for path in io.list_media(item, extensions)]
+  failed: list[tuple[pathlib.Path, UserError]] = []
+  with logbook.Progress(len(paths), "spatialising", "file") as progress:
+    for path in paths:
+      try:
+        audio_ep, rate = spatialize(path, chosen, hrtf)
+        io.write_audio(out / f"{path.stem}.{format}", audio_ep, rate)
+        if io.probe(path).has_video:
+          io.remux(path, audio_ep, rate, out / f"{path.stem}.mp4")
+      except UserError as error:
+        if len(paths) == 1:
+          raise
+        failed.append((path, error))
+      progress.advance()
+  for path, error in failed:
+    print(f"failed: {path}: {error}", file=sys.stderr)
+  print(f"{len(paths) - len(failed)} of {len(paths)} files are in {out}")
+  return 4 if failed else 0
+
+
+def spatialize(
+  path: pathlib.Path, track: features.Track | None, hrtf: str
+) -> tuple[np.ndarray, int]:
+  """Returns the binaural sound [2, p] of one file at its own rate, and that rate.
+
+  The channels of the file are averaged first: what they say of direction is replaced.
+
+  Raises:
+    UserError: no sound, or neither a track nor a picture in which something moves.
+  """
+  info = io.probe(path)
+  if not info.has_audio:
+    raise UserError(f"{path} has no sound to place; `generate` makes sound for a silent video")
+  rate = info.audio_rate or schema.AUDIO["44k"].sample_rate
+  mono_p = io.read_audio(path, rate, mono=True)[0]
+  if track is None:
+    if not info.has_video:
+      raise UserError(f"{path} has no picture to follow; give --track FILE")
+    track = visible_track(path)
+  head = hrtfs.load(hrtf, rate)
+  azimuth = (track.time_s, track.azimuth_deg)
+  return render.binaural(mono_p, rate, azimuth, head), rate
+
+
+def visible_track(path: pathlib.Path) -> features.Track:
+  """Returns where the picture of a video moves, over time; UserError if nothing does."""
+  config = features.Config()
+  times, azimuths = [], []
+  for window in io.iter_views(path, features.views(), WINDOW_SECONDS):
+    frames = window.frames["frames"]
+    seconds = len(frames) / schema.SYNC_FPS
+    if seconds < schema.MIN_SECONDS:
+      break
+    spatial_vk = features.encode(frames, seconds, config)["spatial_vk"]
+    seen_v = spatial_vk[:, schema.DESCRIPTORS.index("S_area")] > 0
+    time_v = window.start_s + (np.arange(len(spatial_vk)) + 0.5) / schema.CLIP_FPS
+    times.append(time_v[seen_v])
+    azimuths.append(-0.5 * schema.HFOV_DEG * spatial_vk[seen_v, 0])
+  if not sum(map(len, times)):
+    raise UserError(f"nothing moves in the picture of {path}; give --track FILE")
+  return features.Track(np.concatenate(times), np.concatenate(azimuths).astype(np.float64))

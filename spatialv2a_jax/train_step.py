@@ -1,0 +1,201 @@
+"""Builds the one jitted function of training. All it needs comes in as arguments.
+
+Axes: b clip, n part of a batch that is accumulated.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct, traverse_util
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spatialv2a_jax import optim, sharding
+from spatialv2a_jax.errors import UserError
+
+Loss = Callable[..., Any]  # (params, stats, batch, key) -> (value, (metrics, new stats))
+
+
+@struct.dataclass
+class State:
+  """What a checkpoint holds: arrays only, no functions, no keys.
+
+  Attributes:
+    step: updates done so far, int32.
+    params: parameters.
+    ema: their moving average.
+    opt: state of the optimiser.
+    stats: running statistics of the normalisation layers; may be empty.
+  """
+
+  step: Any
+  params: Any
+  ema: Any
+  opt: Any
+  stats: Any
+
+
+def init_state(
+  init: Callable[[jax.Array], Any],
+  stats: Any,
+  optimizer: optim.Optimizer,
+  key: jax.Array,
+  mesh: Mesh,
+  rules: sharding.Rules,
+) -> tuple[Callable[[], State], Any, State]:
+  """Returns a function that creates the state in place on every device, and its layout.
+
+  Args:
+    init: from a key to parameters, boxed with their axis names.
+    stats: running statistics to start from.
+    optimizer: from `optim.adamw`.
+    key: from which the parameters derive.
+    mesh: where the state lives.
+    rules: meaning of the axis names.
+
+  Returns:
+    create() -> State, the tree of shapes with shardings (what a restore needs), the shardings.
+
+  Raises:
+    UserError: if a parameter does not divide by the mesh.
+  """
+
+  def boxed(key, stats):
+    params = init(key)
+    return State(jnp.zeros((), jnp.int32), params, params, optimizer.tx.init(params), stats)
+
+  shapes = jax.eval_shape(boxed, key, stats)
+  layout = sharding.shardings(shapes, mesh, rules)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(shapes), layout
+  )
+
+  def create():
+    def plain(key, stats):
+      return nn.unbox(boxed(key, stats))
+
+    return jax.jit(plain, out_shardings=layout)(key, stats)
+
+  return create, abstract, layout
+
+
+def overwrite(state: State, values: Mapping[str, Any]) -> State:
+  """Returns the state with some parameters, and their averages, replaced.
+
+  Args:
+    state: any state.
+    values: part of the parameter tree, as arrays on the host.
+
+  Raises:
+    UserError: naming the first parameter that is unknown or has another shape.
+  """
+  flat: dict[str, Any] = traverse_util.flatten_dict(state.params, sep="/")
+  new: dict[str, Any] = traverse_util.flatten_dict(dict(values), sep="/")
+  for name, value in new.items():
+    have = flat[name].shape if name in flat else None
+    if have != np.shape(value):
+      raise UserError(f"cannot start from {name} of shape {np.shape(value)}: the model has {have}")
+    flat[name] = jax.device_put(np.asarray(value, flat[name].dtype), flat[name].sharding)
+  params = traverse_util.unflatten_dict(flat, sep="/")
+  # The step donates its state, so that parameters and average may not share a buffer.
+  return state.replace(params=params, ema=jax.tree.map(jnp.copy, params))  # pyright: ignore
+
+
+def make_train_step(
+  loss: Loss,
+  optimizer: optim.Optimizer,
+  *,
+  key: jax.Array,
+  mesh: Mesh,
+  rules: sharding.Rules,
+  layout: State,
+  ema: optim.Ema | None = None,
+  accumulate: int = 1,
+) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
+  """Returns the jitted `step(state, batch) -> (state, metrics)`, which donates `state`.
+
+  Args:
+    loss: (params, stats, batch, key) -> (value, (metrics, new stats)); folds the clip ids into
+      its key, so that a clip's draws ignore its place in the batch.
+    optimizer: from `optim.adamw`.
+    key: of the run; that of a step is fold_in(key, step), so a resumed run draws the same.
+    mesh: where state and batch live.
+    rules: which mesh axes split the batch.
+    layout: shardings of the state.
+    ema: moving average; None is the default one.
+    accumulate: parts the batch is processed in, one after the other, to save memory.
+
+  The metrics are those of the loss and `loss`, `grad_norm` (before clipping), `param_norm`, `lr`.
+  """
+  average = optim.Ema() if ema is None else ema
+
+  def objective(params, stats, batch, key):
+    return loss(optimizer.trainable(params), stats, batch, key)
+
+  gradient = jax.value_and_grad(objective, has_aux=True)
+
+  def accumulated(params, stats, batch, key):
+    # Strided parts: every device keeps the rows it has, and each part spans all devices.
+    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    weight_n = parts["weight_b"].sum(axis=1) if "weight_b" in parts else jnp.ones(accumulate)
+    share_n = weight_n / jnp.maximum(weight_n.sum(), 1)
+
+    def part(carry, xs):
+      stats, total = carry
+      rows, share = xs
+      (value, (metrics, stats)), grads = gradient(params, stats, rows, key)
+      new = jax.tree.map(lambda x: share * x, ((value, metrics), grads))
+      return (stats, jax.tree.map(jnp.add, total, new)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    (value, (metrics, _)), grads = jax.eval_shape(gradient, params, stats, first, key)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ((value, metrics), grads))
+    (stats, ((value, metrics), grads)), _ = jax.lax.scan(part, (stats, zero), (parts, share_n))
+    return (value, (metrics, stats)), grads
+
+  def step(state, batch):
+    step_key = jax.random.fold_in(key, state.step)
+    run = gradient if accumulate == 1 else accumulated
+    (value, (metrics, stats)), grads = run(state.params, state.stats, batch, step_key)
+    updates, opt = optimizer.tx.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new_average = average.update(state.ema, params, state.step + 1)
+    metrics = metrics | {
+      "loss": value,
+      "grad_norm": optax.tree.norm(grads),
+      "param_norm": optax.tree.norm(params),
+    }
+    if optimizer.lr is not None:
+      metrics["lr"] = optimizer.lr(state.step)
+    return State(state.step + 1, params, new_average, opt, stats), metrics
+
+  return jax.jit(
+    step,
+    in_shardings=(layout, NamedSharding(mesh, rules.spec("act_batch"))),
+    out_shardings=(layout, NamedSharding(mesh, P())),
+    donate_argnums=0,
+  )
+
+
+def make_eval_step(
+  loss: Loss, *, key: jax.Array, mesh: Mesh, rules: sharding.Rules, layout: State
+) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
+  """Returns `evaluate(params, stats, batch) -> metrics`, without update.
+
+  The key is the same at each call: evaluations of one run differ by the parameters alone.
+  """
+
+  def evaluate(params, stats, batch):
+    value, (metrics, _) = loss(params, stats, batch, key)
+    return metrics | {"loss": value}
+
+  return jax.jit(
+    evaluate,
+    in_shardings=(layout.params, layout.stats, NamedSharding(mesh, rules.spec("act_batch"))),
+    out_shardings=NamedSharding(mesh, P()),
+  )

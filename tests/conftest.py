@@ -1,0 +1,28 @@
+"""Eight CPU devices for every test, set before anything touches a JAX backend."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "16")  # XLA:CPU collectives need a thread per forced device.
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+  parser.addoption("--all", action="store_true", help="also run tests marked slow or browser")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+  """Leaves slow and browser tests to `--all`, unless a marker expression asks for them."""
+  if config.getoption("--all") or config.getoption("-m"):
+    return
+  keep, drop = [], []
+  for item in items:
+    wanted = not ({"slow", "browser"} & {mark.name for mark in item.iter_markers()})
+    (keep if wanted else drop).append(item)
+  config.hook.pytest_deselected(items=drop)
+  items[:] = keep

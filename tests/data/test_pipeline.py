@@ -1,0 +1,400 @@
+import collections
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data import pipeline, shards, tfrecord
+from spatialv2a_jax import schema
+from spatialv2a_jax.errors import UserError
+
+CLIPS = 22
+SHAPES = {
+  "mean": (2, 4, 3),
+  "std": (2, 4, 3),
+  "clip": (5, 2),
+  "sync": (6, 2),
+  "text": (3, 2),
+  "spatial": (5, 5),
+}
+NUMBER = {schema.clip_id(f"clip{i}"): i for i in range(CLIPS)}
+ROOT = pathlib.Path(pipeline.__file__).parents[1]
+
+
+def record(item: shards.Item) -> dict[str, np.ndarray | str]:
+  """Ears, mirrored features and clips all differ, and are exact in 16 bits."""
+  n = item.payload
+  fields: dict[str, np.ndarray | str] = {
+    field: np.full(shape, n, np.float32) for field, shape in SHAPES.items()
+  }
+  ears_e11 = np.array([0, 0.5], np.float32)[:, None, None]
+  fields["mean"] = fields["mean"] + ears_e11
+  fields["std"] = fields["std"] + ears_e11
+  for field in ("clip", "sync"):
+    fields[f"{field}_mirror"] = np.full(SHAPES[field], 100 + n, np.float16)
+    fields[field] = np.asarray(fields[field]).astype("float16")
+  fields["text"] = np.asarray(fields["text"]).astype("bfloat16")
+  fields["audio"] = np.full((2, 8), n * 256, np.int16) * np.array([[1], [-1]], np.int16)
+  return fields
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> list[pathlib.Path]:
+  folder = tmp_path_factory.mktemp("shards")
+  items = [shards.Item(f"clip{i}", i) for i in range(CLIPS)]
+  shards.build(items, record, folder, shards=3, config={})
+  return shards.paths(folder)
+
+
+@pytest.fixture
+def paths(built, tmp_path) -> list[pathlib.Path]:
+  """A copy that a test may damage."""
+  for path in built[0].parent.iterdir():
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+  return shards.paths(tmp_path)
+
+
+def damage(path: pathlib.Path, place: int) -> None:
+  """Flips one bit in the payload of a record."""
+  offset, length = tfrecord.read_index(path)[place].tolist()
+  blob = bytearray(path.read_bytes())
+  blob[offset + 12 + length // 2] ^= 1
+  path.write_bytes(blob)
+
+
+def numbers(batch: dict[str, np.ndarray]) -> list[int]:
+  return [NUMBER[i] for i in batch["id_b"].tolist()]
+
+
+def stream(paths, steps: int, **options) -> list[int]:
+  """Which clips the first steps deliver, in order."""
+  batches = pipeline.loader(paths, **{"batch_size": 4, "seed": 7, **options})
+  return [n for batch in itertools.islice(batches, steps) for n in numbers(batch)]
+
+
+def assert_equal(one: list[dict[str, np.ndarray]], other: list[dict[str, np.ndarray]]) -> None:
+  assert len(one) == len(other)
+  for a, b in zip(one, other, strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      assert a[name].dtype == b[name].dtype
+      np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_batches_keep_the_contract(built):
+  batch = next(pipeline.loader(built, batch_size=4, seed=0, shapes=SHAPES))
+  schema.check_batch(batch, SHAPES)
+  assert batch.keys() == {"id_b", "weight_b", *schema.AXES.values()}
+  assert all(batch[name].dtype == np.float32 for name in batch if name != "id_b")
+  np.testing.assert_array_equal(batch["weight_b"], 1)
+  for name in schema.AXES.values():
+    for row, n in zip(batch[name], numbers(batch), strict=True):
+      np.testing.assert_array_equal(np.floor(row), np.full_like(row, n))
+  np.testing.assert_array_equal(batch["mean_betc"][:, 1] - batch["mean_betc"][:, 0], 0.5)
+
+
+def test_audio_records(built):
+  batch = next(pipeline.loader(built, batch_size=4, seed=0, kind="audio"))
+  assert batch.keys() == {"id_b", "weight_b", "audio_bep"}
+  expected_b = np.float32(numbers(batch)) / 128
+  np.testing.assert_array_equal(batch["audio_bep"][:, 0, 3], expected_b)
+  np.testing.assert_array_equal(batch["audio_bep"][:, 1, 3], -expected_b)
+
+
+def test_each_epoch_holds_each_clip_once_in_a_new_order(built):
+  seen = stream(built, 33)  # 132 = 6 epochs of 22.
+  epochs = [seen[i : i + CLIPS] for i in range(0, len(seen), CLIPS)]
+  assert all(sorted(epoch) == list(range(CLIPS)) for epoch in epochs)
+  assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+def test_order_depends_on_the_seed_and_nothing_else(built):
+  assert stream(built, 6) == stream(built, 6)
+  assert stream(built, 6) != stream(built, 6, seed=8)
+  assert stream(built, 12) == stream(built, 6, batch_size=8)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_share_the_rows_of_each_global_batch(built, hosts):
+  whole = list(itertools.islice(pipeline.loader(built, batch_size=8, seed=1, mirror=True), 7))
+  parts = [
+    itertools.islice(
+      pipeline.loader(built, batch_size=8, seed=1, mirror=True, host=h, hosts=hosts), 7
+    )
+    for h in range(hosts)
+  ]
+  joined = [
+    {name: np.concatenate([part[name] for part in row]) for name in row[0]}
+    for row in zip(*parts, strict=True)
+  ]
+  assert_equal(whole, joined)
+
+
+def test_an_epoch_survives_a_change_of_hosts(built):
+  seen, step = collections.Counter(), 0
+  for hosts, until in ((1, 2), (4, 5), (2, 11)):
+    for host in range(hosts):
+      batches = pipeline.loader(
+        built, batch_size=4, seed=3, start_step=step, host=host, hosts=hosts
+      )
+      for batch in itertools.islice(batches, until - step):
+        seen.update(numbers(batch))
+    step = until
+  assert seen == {n: 2 for n in range(CLIPS)}  # 11 steps of 4 are two epochs.
+
+
+def test_resume_from_the_state_alone(built):
+  batches = pipeline.loader(built, batch_size=4, seed=5, mirror=True)
+  assert batches.state() == {"step": 0}
+  list(itertools.islice(batches, 4))
+  state = json.loads(json.dumps(batches.state()))
+  rest = list(itertools.islice(batches, 4))
+  again = pipeline.loader(built, batch_size=4, seed=5, mirror=True, start_step=state["step"])
+  assert again.state() == state == {"step": 4}
+  assert_equal(rest, list(itertools.islice(again, 4)))
+
+
+@pytest.mark.parametrize(("hosts", "epochs"), [(1, 1), (2, 1), (8, 1), (2, 2)])
+def test_evaluation_pads_the_last_batch_with_weight_zero(built, hosts, epochs):
+  rows = []
+  for host in range(hosts):
+    batches = list(
+      pipeline.loader(built, batch_size=16, seed=None, host=host, hosts=hosts, epochs=epochs)
+    )
+    assert len(batches) == -(-epochs * CLIPS // 16)
+    assert all(len(batch["id_b"]) == 16 // hosts for batch in batches)
+    rows += [
+      (step * 16 + host * 16 // hosts + row, n, weight)
+      for step, batch in enumerate(batches)
+      for row, (n, weight) in enumerate(zip(numbers(batch), batch["weight_b"], strict=True))
+    ]
+  counted = [n for _, n, weight in sorted(rows) if weight == 1]
+  assert collections.Counter(counted) == {n: epochs for n in range(CLIPS)}
+  assert all(weight == (position < epochs * CLIPS) for position, _, weight in rows)
+  source = tfrecord.TFRecordSource(built)  # Without a seed: the order of the shards.
+  stored = [bytes(tfrecord.decode_example(source[i])["id"]).decode() for i in range(CLIPS)]
+  assert [f"clip{n}" for n in counted] == stored * epochs
+
+
+def test_any_step_may_be_the_first(built):
+  assert len(stream(built, 1, start_step=10**9)) == 4  # At once.
+  assert list(pipeline.loader(built, batch_size=4, seed=0, epochs=1, start_step=6)) == []
+  assert len(list(pipeline.loader(built, batch_size=4, seed=0, epochs=1, start_step=5))) == 1
+
+
+def test_batches_of_one(built):
+  assert sorted(stream(built, CLIPS, batch_size=1)) == list(range(CLIPS))
+  assert len(list(pipeline.loader(built, batch_size=1, seed=0, epochs=1))) == CLIPS
+
+
+def test_one_clip_is_enough(tmp_path):
+  shards.build([shards.Item("clip0", 0)], record, tmp_path, shards=2, config={})
+  batch = next(pipeline.loader(shards.paths(tmp_path), batch_size=3, seed=0))
+  assert numbers(batch) == [0, 0, 0]
+
+
+def test_mirroring_mirrors_everything_of_half_of_the_clips(built):
+  options = {"batch_size": 11, "seed": 2, "epochs": 8}
+  plain = list(pipeline.loader(built, **options))
+  mirrored = list(pipeline.loader(built, **options, mirror=True))
+  sound = list(pipeline.loader(built, **options, mirror=True, kind="audio"))
+  coins = collections.defaultdict(list)
+  for a, b, heard in zip(plain, mirrored, sound, strict=True):
+    assert numbers(a) == numbers(b) == numbers(heard)
+    for row, n in enumerate(numbers(a)):
+      flip = bool(b["clip_bvf"][row, 0, 0] >= 100)
+      coins[n].append(flip)
+      assert np.all(b["clip_bvf"][row] == n + 100 * flip)
+      assert np.all(b["sync_bsf"][row] == n + 100 * flip)
+      for name in ("mean_betc", "std_betc"):
+        np.testing.assert_array_equal(b[name][row], a[name][row][:: -1 if flip else 1])
+      signs_1k = np.array([[-1, 1, 1, -1, 1]] if flip else [[1, 1, 1, 1, 1]])
+      np.testing.assert_array_equal(b["spatial_bvk"][row], a["spatial_bvk"][row] * signs_1k)
+      np.testing.assert_array_equal(b["text_bwf"][row], a["text_bwf"][row])
+      left, right = heard["audio_bep"][row, :, 0]
+      assert left == -right == (-1 if flip else 1) * n / 128
+  assert 0.35 < np.mean(list(coins.values())) < 0.65
+  # The coin is thrown anew each epoch, and by clip.
+  assert sum(len(set(flips)) == 2 for flips in coins.values()) > CLIPS / 2
+  assert len({tuple(flips) for flips in coins.values()}) > CLIPS / 2
+
+
+def test_mirror_signs_are_those_of_the_model():
+  spatial = pytest.importorskip("spatialv2a_jax.models.spatial")
+  np.testing.assert_array_equal(pipeline.MIRROR_SIGNS_K, np.asarray(spatial.MIRROR_SIGNS))
+
+
+def test_damaged_records_are_replaced_by_their_successor_and_named(paths):
+  place = len(tfrecord.read_index(paths[1])) - 1
+  before = tfrecord.TFRecordSource(paths)
+  record_number = len(tfrecord.read_index(paths[0])) + place
+  ids = [bytes(tfrecord.decode_example(before[i])["id"]).decode() for i in range(CLIPS)]
+  lost, successor = ids[record_number], ids[record_number + 1]
+  clean = stream(paths, 11)
+  damage(paths[1], place)
+  batches = pipeline.loader(paths, batch_size=4, seed=7)
+  seen = [n for batch in itertools.islice(batches, 11) for n in numbers(batch)]
+  assert seen == [
+    int((successor if f"clip{n}" == lost else f"clip{n}").removeprefix("clip")) for n in clean
+  ]
+  assert batches.bad == {record_number: f"{paths[1]}: record {place}"}
+
+
+def test_the_last_record_is_succeeded_by_the_first(paths):
+  damage(paths[2], len(tfrecord.read_index(paths[2])) - 1)
+  seen = stream(paths, 1, batch_size=CLIPS, seed=None)
+  assert seen[-1] == seen[0]
+
+
+def test_too_many_damaged_records_end_the_run(paths):
+  for path in paths:
+    damage(path, 0)
+    damage(path, 2)
+  list(pipeline.loader(paths, batch_size=CLIPS, seed=0, epochs=1, max_bad=6))
+  with pytest.raises(UserError, match="damaged.*tfrecord") as error:
+    list(pipeline.loader(paths, batch_size=CLIPS, seed=0, epochs=1))
+  assert "\n" not in str(error.value)
+
+
+def test_a_wholly_damaged_dataset_does_not_loop(paths):
+  for path in paths:
+    for place in range(len(tfrecord.read_index(path))):
+      damage(path, place)
+  with pytest.raises(UserError, match="damaged"):
+    next(pipeline.loader(paths, batch_size=4, seed=0, max_bad=1000))
+
+
+def edit_features(folder: pathlib.Path, edit) -> None:
+  fields = shards.read_features(folder)
+  edit(fields)
+  shards.write_features(folder, fields)
+
+
+@pytest.mark.parametrize(
+  ("edit", "message"),
+  [
+    (lambda fields: fields.pop("sync"), "field sync is missing"),
+    (lambda fields: fields.pop("id"), "field id is missing"),
+    (lambda fields: fields.pop("clip_mirror"), "field clip_mirror is missing, which mirror needs"),
+    (
+      lambda fields: fields.update(mean=tfrecord.Tensor("float32", (2, 5, 3))),
+      r"field mean is \[2, 5, 3\], this run needs \[2, 4, 3\]",
+    ),
+  ],
+)
+def test_wrong_layouts_are_named_before_the_first_step(paths, edit, message):
+  edit_features(paths[0].parent, edit)
+  with pytest.raises(UserError, match=f"{paths[0].name}: {message}"):
+    pipeline.loader(paths, batch_size=4, seed=0, shapes=SHAPES, mirror=True)
+
+
+def test_folders_of_different_layout_do_not_mix(built, paths):
+  edit_features(paths[0].parent, lambda f: f.update(sync=tfrecord.Tensor("float16", (7, 2))))
+  with pytest.raises(UserError, match=rf"{paths[0].parent}.*field sync is \[7, 2\]"):
+    pipeline.loader([*built, *paths], batch_size=4, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_records_that_contradict_their_layout_are_named(paths, workers):
+  raw = tfrecord.TFRecordSource(paths[:1])
+  fields = {
+    name: np.frombuffer(value, np.uint8) for name, value in tfrecord.decode_example(raw[0]).items()
+  }
+  for change, message in (
+    ({"sync": fields["sync"][:-2]}, "record 1, field sync: 22 bytes"),
+    ({"sync": None}, "record 1 has no field sync"),
+    ({"id": None}, "record 1 cannot be read"),
+  ):
+    wrong = {name: v for name, v in {**fields, **change}.items() if v is not None}
+    tfrecord.write(paths[0], [raw[0], tfrecord.encode_example(wrong)])
+    with pytest.raises(UserError, match=f"{paths[0].name}: {message}"):
+      next(pipeline.loader(paths[:1], batch_size=2, seed=None, workers=workers))
+    tfrecord.write(paths[0], [raw[0]])
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"batch_size": 5, "hosts": 2}, "batch_size 5"),
+    ({"host": 2, "hosts": 2}, "host 2"),
+    ({"seed": None, "mirror": True}, "mirror needs a seed"),
+  ],
+)
+def test_bad_arguments(built, options, message):
+  with pytest.raises(UserError, match=message):
+    pipeline.loader(built, **{"batch_size": 4, "seed": 0, **options})
+
+
+def test_no_records(tmp_path):
+  with pytest.raises(UserError, match="no records"):
+    pipeline.loader([], batch_size=4, seed=0)
+  tfrecord.write(tmp_path / "empty", [])
+  with pytest.raises(UserError, match="no records in .*empty"):
+    pipeline.loader([tmp_path / "empty"], batch_size=4, seed=0)
+
+
+WORKERS = """
+import hashlib, itertools, json, sys
+from data import pipeline
+
+if __name__ == "__main__":
+  workers, start, *paths = sys.argv[1:]
+  batches = pipeline.loader(
+    paths, batch_size=4, seed=7, mirror=True, workers=int(workers), start_step=int(start)
+  )
+  for batch in itertools.islice(batches, 8):
+    arrays = [name.encode() + batch[name].tobytes() for name in sorted(batch)]
+    print(hashlib.sha256(b"".join(arrays)).hexdigest())
+  print(json.dumps([batches.state(), sorted(batches.bad.values())]))
+  batches.close()
+"""
+
+
+def run_script(script: pathlib.Path, code: str, *arguments) -> list[str]:
+  script.write_text(code)
+  path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+  return subprocess.run(
+    [sys.executable, script, *map(str, arguments)],
+    env={**os.environ, "PYTHONPATH": path},
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+    timeout=120,
+  ).stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+  "workers", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_worker_processes_change_no_batch(paths, tmp_path, workers):
+  """A script as a user writes it, absl flags unparsed; with a damaged record on the way."""
+  damage(paths[0], 1)
+  batches = pipeline.loader(paths, batch_size=4, seed=7, mirror=True, start_step=3)
+  expected = []
+  for batch in itertools.islice(batches, 8):
+    arrays = [name.encode() + batch[name].tobytes() for name in sorted(batch)]
+    expected.append(hashlib.sha256(b"".join(arrays)).hexdigest())
+  expected.append(json.dumps([batches.state(), sorted(batches.bad.values())]))
+  assert batches.bad
+  assert run_script(tmp_path / "script.py", WORKERS, workers, 3, *paths) == expected
+
+
+IMPORTS = """
+import sys
+from data import shards, stages, tfrecord
+assert "jax" not in sys.modules
+from data import pipeline  # Grain itself imports jax.tree_util.
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+print("fine")
+"""
+
+
+def test_workers_touch_no_device(tmp_path):
+  assert run_script(tmp_path / "script.py", IMPORTS) == ["fine"]

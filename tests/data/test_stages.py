@@ -1,0 +1,220 @@
+import json
+import pathlib
+
+import av
+import numpy as np
+import pytest
+import soundfile
+
+from data import pipeline, shards, stages, tfrecord
+from spatialv2a_jax.errors import MissingAssetError, UserError
+
+RATE, SAMPLES = 16_000, 8_000
+SHAPES = {
+  "mean": (2, 4, 3),
+  "std": (2, 4, 3),
+  "clip": (5, 2),
+  "sync": (6, 2),
+  "text": (3, 2),
+  "spatial": (5, 5),
+}
+CONFIG = {"encoder": "fake"}
+
+
+def sound(n: int, samples: int = SAMPLES) -> np.ndarray:
+  """Left and right differ, and both are exact in 16 bits."""
+  return np.stack([np.full(samples, n / 64), np.full(samples, -n / 128)]).astype(np.float32)
+
+
+def write_clip(folder: pathlib.Path, n: int, audio_ep: np.ndarray) -> None:
+  """A clip as the scene maker leaves it; the fake encoder does not look into the video."""
+  (folder / f"clip{n}.mp4").write_bytes(bytes([n]))
+  soundfile.write(folder / f"clip{n}.wav", audio_ep.T, RATE, subtype="FLOAT")
+  (folder / f"clip{n}.json").write_text(json.dumps({"id": f"clip{n}", "caption": f"number {n}"}))
+
+
+@pytest.fixture
+def media(tmp_path: pathlib.Path) -> pathlib.Path:
+  folder = tmp_path / "media"
+  folder.mkdir()
+  for n in range(6):
+    write_clip(folder, n, sound(n, SAMPLES + 100))
+  return folder
+
+
+def encode(path: pathlib.Path, caption: str) -> dict[str, np.ndarray]:
+  assert caption.removeprefix("number ") == path.stem.removeprefix("clip")
+  n = float(path.stem.removeprefix("clip"))
+  return {
+    "clip_vf": np.full((5, 2), n),
+    "sync_sf": np.full((6, 2), n),
+    "text_wf": np.full((3, 2), n),
+    "spatial_vk": np.full((5, 5), n + 1 / 3),
+    "heat_vyx": np.zeros((5, 9, 9)),
+  }
+
+
+def codec(audio_ep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  assert audio_ep.shape == (2, SAMPLES) and audio_ep.dtype == np.float32
+  mean_etc = np.zeros((2, 4, 3)) + audio_ep[:, 0, None, None]
+  return mean_etc, np.full((2, 4, 3), 0.1)
+
+
+def features(media: pathlib.Path, out: pathlib.Path, encode=encode, **options):
+  options = {"samples": SAMPLES, "sample_rate": RATE, "shard_count": 2, "config": CONFIG, **options}
+  return stages.encode_features(media, out, encode, **options)
+
+
+@pytest.mark.parametrize("audio", ["int16", "float32"])
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
+def test_from_media_to_batches(media, tmp_path, storage, audio):
+  clips, latents = tmp_path / "clips", tmp_path / "latents"
+  assert features(media, clips, storage=storage, audio=audio)["clips_out"] == 6
+  assert stages.encode_latents(clips, latents, codec, config={"vae": 1})["clips_out"] == 6
+  fields = shards.read_features(latents)
+  assert {fields[name].dtype for name in ("clip", "sync", "text")} == {storage}
+  assert {fields[name].dtype for name in ("mean", "std", "spatial")} == {"float32"}
+  assert "audio" not in fields and "heat" not in fields
+  (batch,) = pipeline.loader(shards.paths(latents), batch_size=6, seed=0, epochs=1, shapes=SHAPES)
+  (heard,) = pipeline.loader(
+    shards.paths(clips),
+    batch_size=6,
+    seed=0,
+    epochs=1,
+    kind="audio",
+    shapes={"audio": (2, SAMPLES)},
+  )
+  np.testing.assert_array_equal(batch["id_b"], heard["id_b"])
+  assert sorted(batch["clip_bvf"][:, 0, 0]) == [0, 1, 2, 3, 4, 5]
+  for row, n in enumerate(batch["clip_bvf"][:, 0, 0].tolist()):
+    np.testing.assert_array_equal(heard["audio_bep"][row], sound(n))
+    np.testing.assert_array_equal(batch["mean_betc"][row, :, 0, 0], [n / 64, -n / 128])
+    np.testing.assert_array_equal(batch["spatial_bvk"][row], np.float32(n + 1 / 3))
+    assert np.all(batch["sync_bsf"][row] == n) and np.all(batch["text_bwf"][row] == n)
+
+
+def test_mirrored_features_are_stored(media, tmp_path):
+  def both(path: pathlib.Path, caption: str) -> dict[str, np.ndarray]:
+    plain = encode(path, caption)
+    return {**plain, "clip_mirror_vf": -plain["clip_vf"], "sync_mirror_sf": -plain["sync_sf"]}
+
+  features(media, tmp_path / "clips", both)
+  fields = shards.read_features(tmp_path / "clips")
+  assert fields["clip_mirror"] == fields["clip"] == tfrecord.Tensor("float16", (5, 2))
+
+
+def test_sound_beyond_full_scale_clips_in_16_bits(media, tmp_path):
+  write_clip(media, 6, np.stack([np.full(SAMPLES, 1.11), np.full(SAMPLES, -1.11)]))
+  features(media, tmp_path / "clips")
+  batches = pipeline.loader(
+    shards.paths(tmp_path / "clips"), batch_size=7, seed=0, epochs=1, kind="audio"
+  )
+  audio_bep = next(batches)["audio_bep"]
+  assert audio_bep.max() == np.float32(32767 / 32768) and audio_bep.min() == -1
+
+
+def test_what_is_wrong_with_a_clip_is_said(media, tmp_path):
+  write_clip(media, 6, sound(6, SAMPLES - 1))
+  write_clip(media, 7, sound(7)[:1])
+  write_clip(media, 8, sound(8))
+  (media / "clip8.json").write_text("{")
+  write_clip(media, 9, sound(9))
+  (media / "clip9.wav").write_bytes(b"RIFF no sound")
+  bad = features(media, tmp_path / "clips")["bad"]
+  assert set(bad) == {"clip6", "clip7", "clip8", "clip9"}
+  assert bad["clip6"] == "sound has 7999 samples, fewer than 8000"
+  assert bad["clip7"] == "sound has 1 channels, not 2"
+
+
+def test_sound_a_little_short_ends_in_zeros(media, tmp_path):
+  write_clip(media, 6, sound(6, SAMPLES - 9))
+  write_clip(media, 7, sound(7, SAMPLES - 11))
+  stats = features(media, tmp_path / "clips", least_samples=SAMPLES - 10)
+  assert stats["bad"] == {"clip7": "sound has 7989 samples, fewer than 7990"}
+  batches = pipeline.loader(
+    shards.paths(tmp_path / "clips"), batch_size=7, seed=0, epochs=1, kind="audio"
+  )
+  (row,) = [audio_ep for audio_ep in next(batches)["audio_bep"] if audio_ep[0, 0] == 6 / 64]
+  assert np.all(row[:, :-9] == sound(6, SAMPLES - 9)) and np.all(row[:, -9:] == 0)
+
+
+def test_sound_within_the_video(tmp_path):
+  media = tmp_path / "media"
+  media.mkdir()
+  with av.open(str(media / "clip3.mp4"), "w") as container:
+    stream = container.add_stream("alac", rate=RATE)
+    assert isinstance(stream, av.AudioStream)
+    stream.layout = "stereo"
+    frame = av.AudioFrame.from_ndarray(
+      np.int16(sound(3, 3 * 4096) * 32768), format="s16p", layout="stereo"
+    )
+    frame.sample_rate = RATE
+    container.mux([*stream.encode(frame), *stream.encode(None)])
+
+  def no_caption(path: pathlib.Path, caption: str) -> dict[str, np.ndarray]:
+    assert caption == ""
+    return encode(path, "number 3")
+
+  features(media, tmp_path / "clips", no_caption)
+  batches = pipeline.loader(
+    shards.paths(tmp_path / "clips"), batch_size=1, seed=0, epochs=1, kind="audio"
+  )
+  np.testing.assert_allclose(next(batches)["audio_bep"][0], sound(3), atol=2e-5)
+
+
+def test_an_edited_caption_remakes_its_shard_and_latents(media, tmp_path):
+  clips, latents = tmp_path / "clips", tmp_path / "latents"
+  calls: list[str] = []
+
+  def counted(path: pathlib.Path, caption: str) -> dict[str, np.ndarray]:
+    calls.append(path.stem)
+    return encode(path, "number " + path.stem.removeprefix("clip"))
+
+  def count_codec(audio_ep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    calls.append("codec")
+    return codec(audio_ep)
+
+  def run() -> list[str]:
+    calls.clear()
+    features(media, clips, counted)
+    stages.encode_latents(clips, latents, count_codec, config={})
+    return sorted(calls)
+
+  everything = run()
+  assert len(everything) == 12
+  assert run() == []
+  (media / "clip2.json").write_text(json.dumps({"caption": "edited"}))
+  some = run()
+  assert "clip2" in some and 0 < len(some) < 12
+  assert some.count("codec") == len(some) / 2  # The same clips again, and no others.
+
+
+def test_a_damaged_record_is_a_bad_clip_of_the_next_stage(media, tmp_path):
+  features(media, tmp_path / "clips")
+  path = shards.paths(tmp_path / "clips")[0]
+  blob = bytearray(path.read_bytes())
+  blob[200] ^= 1
+  path.write_bytes(blob)
+  stats = stages.encode_latents(tmp_path / "clips", tmp_path / "latents", codec, config={})
+  assert stats["clips_out"] == 5
+  (why,) = stats["bad"].values()
+  assert f"{path.name}: record 0 is damaged" in why
+
+
+def test_stage_two_wants_stage_one_finished(media, tmp_path):
+  features(media, tmp_path / "clips", part=(0, 2))
+  with pytest.raises(UserError, match="manifest.json.*finish"):
+    stages.encode_latents(tmp_path / "clips", tmp_path / "latents", codec, config={})
+
+
+def test_missing_weights_end_the_stage(media, tmp_path):
+  def encode_without_weights(path: pathlib.Path, caption: str) -> dict[str, np.ndarray]:
+    raise MissingAssetError("no weights")
+
+  with pytest.raises(MissingAssetError):
+    features(media, tmp_path / "clips", encode_without_weights)
+
+
+def test_a_folder_without_videos(tmp_path):
+  with pytest.raises(UserError, match="holds no media files"):
+    features(tmp_path, tmp_path / "clips")

@@ -1,0 +1,107 @@
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from data import pipeline, shards
+from launch import data as launch_data
+from spatialv2a_jax import checkpoint, codec, features, io, schema
+from spatialv2a_jax.models import spatial
+
+AUDIO = schema.AUDIO["16k"]
+SECONDS = 0.64  # Of the smoke variant.
+CONFIG = f"{pathlib.Path(__file__).parents[2] / 'configs' / 'tiny.py'}:smoke"
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> pathlib.Path:
+  """Three videos of a moving block with stereo sound, and one that is too short."""
+  folder = tmp_path_factory.mktemp("media")
+  rng = np.random.default_rng(0)
+  for n, count in enumerate((20, 20, 20, 8)):
+    frames = np.full((count, 96, 160, 3), 90, np.uint8)
+    for i in range(count):
+      frames[i, 30:50, 10 + 5 * i + 8 * n : 30 + 5 * i + 8 * n] = 230
+    sound_ep = rng.uniform(-0.5, 0.5, (2, count * 640)).astype(np.float32)
+    io.write_video(folder / f"clip{n}.mp4", iter(frames), 25, sound_ep, AUDIO.sample_rate)
+    (folder / f"clip{n}.json").write_text(json.dumps({"caption": f"block {n}"}))
+  return folder
+
+
+def encode(media: pathlib.Path, out: pathlib.Path, *options: object) -> int:
+  arguments = ["--media", media, "--out", out, "--config", CONFIG, "--shards", 2, "--jobs", 1]
+  return launch_data.main(["encode", *map(str, [*arguments, *options])])
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+  sizes = {"clip_dim": 64, "sync_dim": 64, "text_dim": 32, "text_len": 8}
+  return schema.feature_shapes(SECONDS, AUDIO, **sizes)
+
+
+def only_batch(folder: pathlib.Path, **options) -> dict[str, np.ndarray]:
+  (batch,) = pipeline.loader(
+    shards.paths(folder), batch_size=3, seed=0, epochs=1, mirror=True, **options
+  )
+  return batch
+
+
+def test_clips_fit_the_config_they_were_made_for(media, tmp_path, capsys):
+  assert encode(media, tmp_path, "--mirror") == 0
+  assert "3 of 4 clips" in capsys.readouterr().out
+  stats = json.loads((tmp_path / "clips" / "stats.json").read_text())
+  assert list(stats["bad"]) == ["clip3"]
+  fields = shards.read_features(tmp_path / "clips")
+  wanted = {name: shape for name, shape in shapes().items() if name not in ("mean", "std")}
+  assert {name: fields[name].shape for name in wanted} == wanted
+  samples = schema.lengths(SECONDS, AUDIO).samples
+  heard = only_batch(tmp_path / "clips", kind="audio", shapes={"audio": (2, samples)})
+  assert heard["audio_bep"].shape == (3, 2, samples)
+
+
+@pytest.mark.slow
+def test_latents_are_those_of_the_sound(media, tmp_path):
+  net = codec.build({"width": 8}, AUDIO)
+  vae = {"vae": nn.unbox(jax.jit(net.init)(jax.random.key(0)))}
+  checkpoint.save_model(tmp_path / "vae", vae, {}, {"audio": "16k", "vae": {"width": 8}})
+  assert encode(media, tmp_path, "--vae", tmp_path / "vae", "--mirror") == 0
+  batch = only_batch(tmp_path / "latents", shapes=shapes())
+  schema.check_batch(batch, shapes())
+  heard = only_batch(tmp_path / "clips", kind="audio")
+  mean_betc, std_betc = jax.jit(net.encode)(vae["vae"], heard["audio_bep"])
+  np.testing.assert_allclose(batch["mean_betc"], mean_betc, atol=1e-4)
+  np.testing.assert_allclose(batch["std_betc"], std_betc, atol=1e-4)
+
+
+def test_mirrored_features_are_those_of_the_mirrored_picture(media, tmp_path):
+  from launch.encode import Features
+
+  encoder = Features(SECONDS, features.Config(), mirror=True)
+  got = encoder(media / "clip0.mp4", "block 0")
+  frames = io.read_views(media / "clip0.mp4", features.views(), duration=SECONDS)["frames"]
+  mirrored = features.encode(frames[:, :, ::-1], SECONDS, features.Config())
+  np.testing.assert_array_equal(got["clip_mirror_vf"], mirrored["clip_vf"])
+  np.testing.assert_array_equal(got["sync_mirror_sf"], mirrored["sync_sf"])
+  # The descriptors need no second pass: signs do it.
+  signs_1k = np.asarray(spatial.MIRROR_SIGNS)[None]
+  np.testing.assert_allclose(got["spatial_vk"] * signs_1k, mirrored["spatial_vk"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("options", "code", "line"),
+  [
+    (["--config", "nowhere.py"], 2, "nowhere.py: no such file"),
+    (["--config", CONFIG.replace("tiny.py:smoke", "vae_tiny.py")], 2, "it has no features"),
+    (["--config", CONFIG.replace(":smoke", ":huge")], 2, "unknown variant 'huge'"),
+    (["--vae", "nowhere"], 3, "nowhere"),
+    (["--jobs", 0], 2, "--jobs 0"),
+    (["--max-bad", 0, "--media", "nowhere"], 2, "no such file or folder"),
+  ],
+)
+def test_mistakes_are_one_line(media, tmp_path, capsys, options, code, line):
+  assert encode(media, tmp_path / "out", *options) == code
+  error = capsys.readouterr().err
+  assert line in error and error.count("\n") == 1
+  assert not (tmp_path / "out" / "clips" / "manifest.json").exists()

@@ -1,0 +1,146 @@
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from launch import tasks, train
+from spatialv2a_jax import checkpoint, optim, schema, sharding
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.models import flow_net
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIGS = [
+  ("tiny", "demo", "smoke"),
+  ("vae_tiny", "demo", "smoke"),
+  ("small_16k", "paper", "smoke"),
+]
+VARIANTS = [(name, variant) for name, *variants in CONFIGS for variant in variants]
+
+
+def parse(*arguments, workdir="runs/none"):
+  return train.parse(["launch.train", *arguments, f"--workdir={workdir}"])[0]
+
+
+def config_of(name, variant, **options):
+  return parse(
+    f"--config={ROOT}/configs/{name}.py:{variant}",
+    *(f"--config.{key}={value}" for key, value in options.items()),
+  )
+
+
+def one_device():
+  return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_every_config_builds_its_model_and_optimizer(name, variant):
+  config = config_of(name, variant, **{"data.path": "synthetic"})
+  task = tasks.build(config, one_device(), sharding.Rules(**config["rules"]))
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  optimizer = optim.adamw(optim.from_mapping(config["optim"]), shapes)
+  names = optim.names(shapes)
+  assert any(name.startswith("frozen/") for name in names)
+  moments = optim.names(jax.eval_shape(optimizer.tx.init, shapes))
+  assert not any("frozen/" in name.removeprefix("inner_states/frozen") for name in moments)
+  optim.Ema(**config["ema"])
+  batch = next(task.batches(0))
+  assert len(batch["weight_b"]) == config["data"]["batch_size"]
+
+
+def test_the_paper_config_has_its_numbers():
+  config = config_of("small_16k", "paper")
+  sizes = tasks.flow_config(config)
+  assert (sizes.width, sizes.heads, sizes.joint_depth, sizes.ear_depth) == (448, 7, 6, 12)
+  assert (sizes.latent_channels, config["data"]["batch_size"], config["steps"]) == (
+    20,
+    512,
+    300_000,
+  )
+  rate = optim.schedule(optim.from_mapping(config["optim"]))
+  rates = [float(rate(step)) for step in (1_000, 240_999, 241_000, 271_000)]
+  np.testing.assert_allclose(rates, [1e-4, 1e-4, 1e-5, 1e-6], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--config={0}/configs/tiny.py:huge"], "unknown variant 'huge', have: demo, smoke"),
+    (["--config={0}/configs/none.py"], "No such file"),
+    (["--config={0}/configs/tiny.py", "--config.model.widht=4"], '"width" instead of "widht"'),
+    (["--config={0}/configs/tiny.py", "--config.steps=many"], "config.steps=many"),
+    (["--confi={0}/configs/tiny.py"], "Did you mean: config"),
+    (["--config={0}/configs/tiny.py", "twice"], "unexpected argument 'twice'"),
+    ([], "give --config"),
+  ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(capsys, tmp_path, arguments, message):
+  argv = ["launch.train", *(a.format(ROOT) for a in arguments), f"--workdir={tmp_path / 'run'}"]
+  assert train.main(argv) == 2
+  captured = capsys.readouterr()
+  assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+  assert not (tmp_path / "run").exists()
+
+
+def test_values_of_the_command_line_replace_those_of_the_file():
+  config = config_of("tiny", "demo", **{"optim.lr": "3e-4", "steps": 7, "rules.width": ""})
+  assert config["optim"]["lr"] == 3e-4 and config["steps"] == 7
+  assert config["rules"]["width"] == ""
+  assert config["optim"]["steps"] == 7  # The schedule ends with the run.
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"model.width": 65}, "config.model: width 65"),
+    ({"kind": "flaw"}, "config.kind='flaw' is unknown, have: flow, vae"),
+    ({"audio": "48k"}, "config.audio='48k' is unknown"),
+    ({"data.path": "/nowhere"}, "finish building the shards"),
+    ({"data.path": ""}, "config.data.path is empty"),
+    ({"vae": "/nowhere"}, "no model folder /nowhere"),
+  ],
+)
+def test_a_mistake_in_a_config_is_one_line(options, message):
+  config = config_of("tiny", "smoke", **options)
+  with pytest.raises(UserError, match=message):
+    tasks.build(config, one_device(), sharding.Rules()).batches(0)
+
+
+def test_latent_statistics_are_those_of_samples_of_the_posterior():
+  rng = np.random.default_rng(0)
+  mean = 2 + 3 * rng.standard_normal((400, 2, 25, 3))
+  batch = {"mean_betc": mean.astype("f4"), "std_betc": np.full(mean.shape, 4.0, "f4")}
+  mean_c, std_c = tasks.latent_statistics(iter([batch, batch]))
+  np.testing.assert_allclose(mean_c, 2, atol=0.1)
+  np.testing.assert_allclose(std_c, 5, atol=0.1)  # 3 between clips, 4 within: a 3-4-5 triangle.
+
+
+def test_flops_are_about_six_per_weight_and_token():
+  config = config_of("tiny", "demo", **{"data.path": "synthetic"})
+  sizes = tasks.flow_config(config)
+  flops = tasks.build(config, one_device(), sharding.Rules()).flops()
+  deeper = config_of("tiny", "demo", **{"data.path": "synthetic", "model.ear_depth": 4})
+  extra = tasks.build(deeper, one_device(), sharding.Rules()).flops() - flops
+  # Two more blocks for each ear: their dense weights, met by every latent frame of that ear.
+  frames = schema.lengths(config["seconds"], schema.AUDIO["16k"]).latent
+  shapes = jax.eval_shape(flow_net.build(sizes).init, jax.random.key(0))["ears"]
+  per_ear = sum(x.size for x in jax.tree.leaves(shapes)) / sizes.ears
+  attention = 2 * sizes.ear_depth * 2 * 6 * frames * frames * sizes.width
+  assert 0.8 < extra / (sizes.ears * 6 * per_ear * frames + attention) < 1.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "vae_tiny", "small_16k"])
+def test_the_smoke_variant_trains_and_leaves_a_model_folder(tmp_path, capsys, name):
+  argv = ["launch.train", f"--config={ROOT}/configs/{name}.py:smoke", f"--workdir={tmp_path}"]
+  assert train.main(argv) == 0
+  model = checkpoint.load_model(tmp_path)
+  kind = json.loads((tmp_path / "config.json").read_text())["kind"]
+  assert set(model.params) == {kind} and model.config["audio"] in schema.AUDIO
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+  assert any("eval/loss" in row for row in rows)
+  capsys.readouterr()
+  assert train.main(argv) == 0
+  assert "this run is finished" in capsys.readouterr().out

@@ -1,0 +1,130 @@
+"""Agreement of rendered sound with the truth it was rendered from. Axes: e ear, p sample."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.metrics import alignment, analysis, stats
+from spatialv2a_jax.metrics.alignment import Truth
+from spatialv2a_jax.spatial import hrtf
+
+RATE, FPS, SECONDS = 16000, 8, 4
+NOISE = 0.1 * np.random.default_rng(0).standard_normal(RATE // 2)
+
+
+def stepping(angles):
+  """Half a second of noise from each angle, with its truth; None is silence."""
+  parts, head = [], hrtf.sphere(RATE)
+  for angle in angles:
+    ears = np.zeros((2, len(NOISE))) if angle is None else None
+    if ears is None:
+      ears = np.stack([np.convolve(NOISE, taps)[: len(NOISE)] for taps in head.ir(angle)])
+    parts.append(ears)
+  azimuth_v = np.repeat([np.nan if a is None else a for a in angles], FPS // 2)
+  return np.concatenate(parts, 1), Truth(len(angles) / 2, FPS, azimuth_v, np.zeros(0))
+
+
+def values(audio_ep, truth):
+  parts = alignment.agreement(alignment.listen(analysis.analyse(audio_ep)), truth)
+  return {n: stats.per_clip(m, [parts[n]])[0] for n, m in alignment.METRICS.items()}
+
+
+SWEEP = [-60.0, -30.0, -15.0, 0.0, 20.0, 40.0, 60.0, 15.0]
+
+
+def test_faithful_sound_scores_high():
+  got = values(*stepping(SWEEP))
+  assert got["sign_agreement"] > 0.9 and got["sign_agreement_itd"] > 0.9
+  assert got["azimuth_pearson_r"] > 0.95 and got["azimuth_pearson_r_itd"] > 0.95
+  assert got["azimuth_mae_deg"] < 6 and got["azimuth_mae_itd_deg"] < 6
+  assert got["window_coverage"] == 1
+
+
+@pytest.mark.parametrize("angle", [-80, -45, -10, 0, 30, 60, 90, 150])
+def test_still_source_is_located(angle):
+  got = values(*stepping([angle] * 4))
+  assert got["azimuth_mae_deg"] < 1  # 150 degrees is behind: the lateral angle is 30.
+  # The full-band delay of a sphere exceeds the law far to the side: 30 reads 31.6, 80 reads 89.
+  assert got["azimuth_mae_itd_deg"] < (4 if abs(angle) <= 60 else 10)
+  if abs(angle) > alignment.SIDE_DEG:
+    assert got["sign_agreement"] == 1
+
+
+def test_swapped_ears_are_as_wrong_as_can_be():
+  audio_ep, truth = stepping(SWEEP)
+  plain, swapped = values(audio_ep, truth), values(audio_ep[::-1], truth)
+  for name in ("sign_agreement", "sign_agreement_itd"):
+    assert swapped[name] == pytest.approx(1 - plain[name])
+  for name in ("azimuth_pearson_r", "azimuth_pearson_r_itd"):
+    assert swapped[name] == pytest.approx(-plain[name])
+  assert swapped["azimuth_mae_deg"] > 40
+
+
+def test_dual_mono_is_at_chance():
+  audio_ep, truth = stepping(SWEEP)
+  got = values(np.repeat(audio_ep.mean(0, keepdims=True), 2, 0), truth)
+  assert got["sign_agreement"] == got["sign_agreement_itd"] == 0.5
+  assert math.isnan(got["azimuth_pearson_r"])
+  true_w = alignment.window_truth(truth, 30)[0]
+  assert got["azimuth_mae_deg"] == pytest.approx(np.nanmean(np.abs(true_w)), rel=1e-6)
+
+
+def test_only_sounding_windows_count():
+  audio_ep, truth = stepping([30, None, None, 30])
+  got = values(audio_ep, truth)
+  assert got["azimuth_mae_deg"] < 1
+  silent = values(0 * audio_ep, truth)
+  assert silent["window_coverage"] == 0 and math.isnan(silent["sign_agreement"])
+  short = values(audio_ep[:, : RATE // 2], truth)
+  assert 0.3 < short["window_coverage"] < 0.7
+
+
+def test_angles_near_the_middle_are_not_asked_for_their_side():
+  assert math.isnan(values(*stepping([8, -8]))["sign_agreement"])
+
+
+def test_onsets_score():
+  audio_ep = np.zeros((2, SECONDS * RATE))
+  times = np.array([0.5, 1.5, 2.5, 3.5])
+  for time in times[:3]:
+    start = int(time * RATE)
+    audio_ep[:, start : start + 1600] = NOISE[:1600]
+  truth = Truth(SECONDS, FPS, np.zeros(SECONDS * FPS), times)
+  got = values(audio_ep, truth)
+  assert got["onset_recall"] == 0.75 and got["onset_precision"] == 1
+  assert got["onset_f1"] == pytest.approx(6 / 7) and got["onset_false_alarms"] == 0
+  assert got["onset_error_ms"] < 10
+  late = values(np.roll(audio_ep, RATE // 20, 1), truth)
+  assert late["onset_error_ms"] == pytest.approx(50, abs=10)
+
+
+def test_unknown_has_the_shape_of_known():
+  known = alignment.agreement(
+    alignment.listen(analysis.analyse(stepping([0])[0])), stepping([0])[1]
+  )
+  unknown = alignment.unknown()
+  assert list(known) == list(unknown) == list(alignment.METRICS)
+  for name, metric in alignment.METRICS.items():
+    assert math.isnan(stats.per_clip(metric, [unknown[name]])[0])
+    assert np.isfinite(known[name]).all()
+
+
+def test_read_truth(tmp_path):
+  path = tmp_path / "a.json"
+  data = {"seconds": 1, "fps": 4, "azimuth_deg": [10, None, -5.5, 0]}
+  data["sources"] = [{"onsets_s": [0.5]}, {"onsets_s": [0.1, 0.9]}]
+  path.write_text(json.dumps(data))
+  truth = alignment.read_truth(path)
+  np.testing.assert_array_equal(truth.azimuth_v, [10, np.nan, -5.5, 0])
+  assert sorted(truth.onsets_s) == [0.1, 0.5, 0.9]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"seconds": 1, "fps": 0}', "\x00"])
+def test_wrong_truth_is_named(tmp_path, text):
+  path = tmp_path / "a.json"
+  path.write_text(text)
+  with pytest.raises(UserError, match="a.json"):
+    alignment.read_truth(path)

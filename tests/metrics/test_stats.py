@@ -1,0 +1,65 @@
+"""Pooling, intervals and the fixed pairing of clips with strangers."""
+
+import math
+
+import numpy as np
+import pytest
+
+from spatialv2a_jax.metrics import stats
+from spatialv2a_jax.metrics.stats import Metric
+
+
+def summary(pool, parts):
+  return stats.summary(Metric("1", "none", pool), parts, stats.draws(len(parts)))
+
+
+def test_mean_leaves_undefined_clips_out_and_counts_them():
+  row = summary("mean", [np.array([x]) for x in (1.0, 2.0, np.nan, 6.0)])
+  assert (row["value"], row["median"], row["n"], row["undefined"]) == (3.0, 2.0, 3, 1)
+  assert 1 <= row["ci95"][0] < 3 < row["ci95"][1] <= 6
+
+
+def test_ratio_pools_windows_not_clips():
+  row = summary("ratio", [np.array([1.0, 1.0]), np.array([0.0, 3.0]), np.array([0.0, 0.0])])
+  assert (row["value"], row["median"], row["n"], row["undefined"]) == (0.25, 0.5, 2, 1)
+
+
+def test_pearson_is_that_of_the_pooled_points():
+  rng = np.random.default_rng(0)
+  x, y = rng.standard_normal((2, 5, 40)) + np.arange(5)[:, None]
+  parts = [stats.moments(a, b) for a, b in zip(x, y, strict=True)]
+  row = summary("pearson", [*parts, stats.moments(np.zeros(9), np.arange(9.0))])
+  pooled = np.corrcoef(np.append(x, np.zeros(9)), np.append(y, np.arange(9.0)))[0, 1]
+  assert row["value"] == pytest.approx(pooled)
+  assert row["median"] == pytest.approx(
+    np.median([np.corrcoef(a, b)[0, 1] for a, b in zip(x, y, strict=True)])
+  )
+  assert (row["n"], row["undefined"]) == (5, 1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_median_pools_values(count):
+  values = np.random.default_rng(count).permutation(count).astype(float)
+  row = summary("median", np.array_split(values, 3))
+  assert row["value"] == pytest.approx(np.median(values))
+  assert row["undefined"] == max(0, 3 - count)
+
+
+def test_one_or_no_clip_has_no_interval():
+  assert summary("mean", [np.array([2.0])])["ci95"] == [None, None]
+  empty = summary("mean", [np.array([np.nan])])
+  assert empty["value"] is None and empty["median"] is None and empty["undefined"] == 1
+
+
+def test_bootstrap_interval_has_the_known_width():
+  x = np.random.default_rng(1).standard_normal(400)
+  low, high = summary("mean", list(x[:, None]))["ci95"]
+  assert high - low == pytest.approx(2 * 1.96 / math.sqrt(400), rel=0.1)
+
+
+def test_derangement_uses_every_clip_once_and_never_itself():
+  for clips in range(2, 40):
+    partner = stats.derangement(clips)
+    assert sorted(partner) == list(range(clips))
+    assert (partner != np.arange(clips)).all()
+    np.testing.assert_array_equal(partner, stats.derangement(clips))

@@ -1,0 +1,192 @@
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from spatialv2a_jax import checkpoint, optim, sharding, train_step
+from spatialv2a_jax.errors import MissingAssetError, UserError
+from tests import test_train_step as toy
+
+RUN = {"kind": "toy", "examples": 8, "config": {"model": {"width": 8}}}
+FROZEN = optim.Config(freeze=(("null/.*", True), (".*", False)))
+
+
+def state_on(*shape, devices=None):
+  mesh = sharding.make_mesh(*shape, devices=devices)
+  optimizer = optim.adamw(FROZEN, jax.eval_shape(toy.toy_init, jax.random.key(0)))
+  create, abstract, _ = train_step.init_state(
+    toy.toy_init, {"mean": jnp.arange(8.0)}, optimizer, jax.random.key(0), mesh, toy.RULES
+  )
+  return create, abstract
+
+
+def saved(folder, steps=(1,)):
+  create, abstract = state_on(2, 2, 2)
+  state = create()
+  manager = checkpoint.Checkpoints(folder)
+  for step in steps:
+    manager.save(step, state.replace(step=state.step + step), RUN)
+  manager.close()
+  return state, abstract
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2), (1, 1, 1)])
+def test_a_checkpoint_restores_on_any_mesh_with_the_same_bits(tmp_path, shape):
+  state, _ = saved(tmp_path)
+  _, abstract = state_on(*shape, devices=jax.devices()[: int(np.prod(shape))])
+  restored, run = checkpoint.Checkpoints(tmp_path).restore(abstract)
+  assert run["examples"] == 8 and run["config"] == RUN["config"] and run["time"] > 0
+  expected = state.replace(step=state.step + 1)
+  assert jax.tree.structure(restored) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, restored, expected)
+  same = jax.tree.map(lambda x, a: x.sharding == a.sharding, restored, abstract)
+  assert all(jax.tree.leaves(same))
+
+
+def test_parameters_load_alone_as_numpy(tmp_path):
+  state, _ = saved(tmp_path)
+  for folder in (tmp_path, tmp_path / "checkpoints"):
+    params, stats, config = checkpoint.load_params(folder, which="params")
+    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+    np.testing.assert_array_equal(stats["mean"], np.arange(8))
+    assert config == RUN["config"]
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(params))
+
+
+def test_only_the_newest_and_the_milestones_stay(tmp_path):
+  create, _ = state_on(8, 1, 1)
+  manager = checkpoint.Checkpoints(tmp_path, keep=2, keep_every=3)
+  for step in range(1, 6):
+    manager.save(step, create(), RUN)
+  manager.close()
+  steps = {int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()}
+  assert steps == {3, 4, 5}
+
+
+def test_a_save_cut_short_is_invisible(tmp_path):
+  _, abstract = saved(tmp_path, steps=(1,))
+  torn = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+  (torn / "state").mkdir(parents=True)
+  state, _ = checkpoint.Checkpoints(tmp_path).restore(abstract)
+  assert int(state.step) == 1
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path):
+  _, abstract = saved(tmp_path, steps=(1, 2))
+  files = [p for p in (tmp_path / "checkpoints" / "2" / "state").rglob("*") if p.is_file()]
+  for file in files:
+    file.write_bytes(b"")
+  with pytest.raises(UserError, match="cannot read checkpoint .*/2"):
+    checkpoint.load_params(tmp_path)
+  told = []
+  manager = checkpoint.Checkpoints(tmp_path)
+  state, _ = manager.restore(abstract, warn=told.append)
+  assert int(state.step) == 1 and manager.latest() == 1
+  assert len(told) == 1 and "checkpoint 2 is damaged" in told[0] and "\n" not in told[0]
+  assert len(list(tmp_path.glob("damaged-2-*"))) == 1
+
+
+def test_another_model_is_refused_by_name(tmp_path):
+  saved(tmp_path)
+  _, abstract = state_on(8, 1, 1)
+  params = {**abstract.params, "up": {"kernel": jax.ShapeDtypeStruct((9, 16), jnp.float32)}}
+  with pytest.raises(UserError, match="up/(bias|kernel) has shape .* use another --workdir"):
+    checkpoint.Checkpoints(tmp_path).restore(abstract.replace(params=params))
+  assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_missing_checkpoints_are_one_line(tmp_path):
+  with pytest.raises(MissingAssetError, match="no such folder"):
+    checkpoint.load_params(tmp_path / "nowhere")
+  with pytest.raises(MissingAssetError, match="no complete checkpoint"):
+    checkpoint.load_params(tmp_path)
+  assert list(tmp_path.iterdir()) == []
+  saved(tmp_path)
+  with pytest.raises(MissingAssetError, match="no checkpoint of step 7"):
+    checkpoint.load_params(tmp_path, step=7)
+  with pytest.raises(UserError, match="have: ema, params"):
+    checkpoint.load_params(tmp_path, which="emma")
+
+
+def model(seed):
+  rng = np.random.default_rng(seed)
+  return {
+    "block": {"kernel": rng.standard_normal((3, 4)).astype(np.float32)},
+    "t": np.array(2, np.float32),
+  }
+
+
+def test_a_model_folder_holds_several_networks(tmp_path):
+  stats = {"flow": {"mean": np.arange(4.0, dtype=np.float32)}}
+  checkpoint.save_model(tmp_path / "m", {"flow": model(0)}, stats, {"flow": {"width": 8}})
+  checkpoint.save_model(
+    tmp_path / "m", {"vae": model(1)}, {}, {"vae": {"width": 4}, "audio": "16k"}
+  )
+  loaded = checkpoint.load_model(tmp_path / "m")
+  expected = {"flow": model(0), "vae": model(1)}
+  jax.tree.map(
+    functools.partial(np.testing.assert_array_equal, strict=True), loaded.params, expected
+  )
+  jax.tree.map(np.testing.assert_array_equal, loaded.stats, {**stats, "vae": {}})
+  assert loaded.config == {"flow": {"width": 8}, "vae": {"width": 4}, "audio": "16k"}
+  files = sorted(p.name for p in (tmp_path / "m").iterdir())
+  assert files == ["config.json", "flow.safetensors", "vae.safetensors"]
+  assert all(len(digest) == 64 for digest in loaded.sha256.values())
+
+
+def test_a_transposed_or_device_array_is_saved_as_it_reads(tmp_path):
+  """Guards against writing the memory order of a view instead of its values."""
+  view = np.arange(6, dtype=np.float32).reshape(2, 3).T
+  device = jnp.arange(3, dtype=jnp.bfloat16)
+  checkpoint.save_model(tmp_path, {"n": {"view": view, "device": device}}, {}, {})
+  loaded = checkpoint.load_model(tmp_path).params["n"]
+  np.testing.assert_array_equal(loaded["view"], view)
+  np.testing.assert_array_equal(loaded["device"].astype(np.float32), [0, 1, 2])
+
+
+def test_damaged_and_missing_model_files_are_one_line(tmp_path):
+  with pytest.raises(MissingAssetError, match="no model folder"):
+    checkpoint.load_model(tmp_path / "nowhere")
+  with pytest.raises(MissingAssetError, match="no config.json"):
+    checkpoint.load_model(tmp_path)
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(MissingAssetError, match="a run that has not finished"):
+    checkpoint.load_model(tmp_path)
+  folder = tmp_path / "model"
+  checkpoint.save_model(folder, {"flow": model(0)}, {}, {})
+  assert checkpoint.load_model(tmp_path).params.keys() == {"flow"}  # The folder of a run.
+  weights = folder / "flow.safetensors"
+  raw = bytearray(weights.read_bytes())
+  raw[-1] ^= 1
+  weights.write_bytes(bytes(raw))
+  with pytest.raises(UserError, match="SHA-256"):
+    checkpoint.load_model(folder)
+  weights.unlink()
+  with pytest.raises(MissingAssetError, match="lacks flow.safetensors"):
+    checkpoint.load_model(folder)
+  (folder / "config.json").write_text("[")
+  with pytest.raises(UserError, match="no JSON object"):
+    checkpoint.load_model(folder)
+
+
+def test_config_json_is_readable_by_people(tmp_path):
+  checkpoint.save_model(tmp_path, {"flow": model(0)}, {}, {"audio": "16k"})
+  text = pathlib.Path(tmp_path / "config.json").read_text()
+  assert json.loads(text)["audio"] == "16k" and "\n  " in text
+  flat = traverse_util.flatten_dict(checkpoint.load_model(tmp_path).params, sep="/")
+  assert set(flat) == {"flow/block/kernel", "flow/t"}
+
+
+def test_when_nothing_is_readable_nothing_is_moved(tmp_path):
+  _, abstract = saved(tmp_path)
+  for file in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
+    if file.is_file():
+      file.write_bytes(b"")
+  with pytest.raises(UserError, match="cannot read checkpoint .*/1"):
+    checkpoint.Checkpoints(tmp_path).restore(abstract)
+  assert (tmp_path / "checkpoints" / "1").is_dir()

@@ -1,0 +1,90 @@
+"""The codec as a whole: ears stay apart, training lowers the loss, waveforms come back."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spatialv2a_jax import codec, mel
+from spatialv2a_jax.schema import AUDIO
+
+SPEC = AUDIO["16k"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  net = codec.build({"width": 4}, SPEC)
+  rng = np.random.default_rng(0)
+  audio = 0.1 * rng.standard_normal((2, 2, 32 * SPEC.hop)).astype(np.float32)
+  audio[:, 1] *= 0.3
+  shapes = nn.unbox(jax.eval_shape(net.init, jax.random.key(0)))
+  params = jax.tree.map(
+    lambda x: (rng.standard_normal(x.shape) * (x.ndim == 3)).astype(np.float32), shapes
+  )
+  return net, codec.with_statistics(params, *codec.statistics([audio], SPEC)), audio
+
+
+def test_shapes_and_exchange_of_ears(tiny):
+  net, params, audio = tiny
+  encode = jax.jit(net.encode)
+  mean, std = encode(params, audio)
+  assert mean.shape == std.shape == (2, 2, 16, SPEC.latent_channels)
+  assert (np.asarray(std) > 0).all()
+  np.testing.assert_allclose(encode(params, audio[:, ::-1])[0], mean[:, ::-1], atol=1e-5)
+  assert jax.eval_shape(net.decode, params, mean).shape == (2, 2, SPEC.n_mels, 32)
+
+
+def test_statistics_are_those_of_all_clips(tiny):
+  _, params, audio = tiny
+  mels = np.asarray(mel.log_mel(jnp.asarray(audio), SPEC))
+  mean, std = codec.statistics([audio[:1], audio[1:]], SPEC)
+  np.testing.assert_allclose(mean, mels.mean((0, 1, 3)), atol=1e-5)
+  np.testing.assert_allclose(std, mels.std((0, 1, 3)), rtol=1e-3)
+  np.testing.assert_array_equal(params["frozen"]["data_mean"], mean)
+
+
+def test_frame_ild_is_the_level_difference(tiny):
+  _, _, audio = tiny
+  one = jnp.asarray(np.stack([audio[:, 0], audio[:, 0] / 2], 1))
+  ild = codec.frame_ild_db(mel.log_mel(one, SPEC), SPEC)
+  np.testing.assert_allclose(ild, 20 * np.log10(2), atol=0.05)
+
+
+def test_training_lowers_the_loss_and_leaves_the_statistics(tiny):
+  net, params, audio = tiny
+  batch = {"audio_bep": jnp.asarray(audio)}
+
+  @jax.jit
+  def step(params, key):
+    (value, metrics), grads = jax.value_and_grad(net.loss, has_aux=True)(params, batch, key)
+    norm = jnp.sqrt(sum(jnp.square(g).sum() for g in jax.tree.leaves(grads)))
+    return jax.tree.map(lambda p, g: p - 3.0 * g / norm, params, grads), value, metrics
+
+  first, values = params, []
+  for i in range(12):
+    params, value, metrics = step(params, jax.random.key(i))
+    values.append(float(value))
+  assert np.mean(values[-3:]) < 0.9 * values[0]
+  assert {"l1", "mel_db", "ild_db", "kl", "std", "mean_rms"} == set(metrics)
+  jax.tree.map(np.testing.assert_array_equal, params["frozen"], first["frozen"])
+
+
+def test_waveform_follows_the_track(tiny):
+  net, params, audio = tiny
+  z_etc = np.asarray(jax.jit(net.encode)(params, audio)[0][0])
+  track = (np.array([0.0, 1.0]), np.array([40.0, 40.0]))
+  left = net.waveform(params, z_etc, track)
+  assert left.shape == (2, 32 * SPEC.hop) and left.dtype == np.float32
+  mels = np.asarray(jax.jit(net.decode)(params, z_etc[None]))
+  np.testing.assert_allclose(
+    codec.binaural_waveform(mels, SPEC, np.full((1, 5), 40.0))[0], left, atol=1e-4
+  )
+
+
+def test_rest_of_a_batch_does_not_matter():
+  rng = np.random.default_rng(1)
+  audio = 0.1 * rng.standard_normal((2, 2, 32 * SPEC.hop)).astype(np.float32)
+  mels = np.asarray(mel.log_mel(jnp.asarray(audio), SPEC))
+  together = codec.binaural_waveform(mels, SPEC)
+  np.testing.assert_array_equal(codec.binaural_waveform(mels[1:], SPEC)[0], together[1])

@@ -1,0 +1,94 @@
+"""Logs: rows survive a resume exactly once, bars and lines, spectrograms show the louder ear."""
+
+import io as text
+import json
+
+import numpy as np
+import pytest
+
+from spatialv2a_jax import logbook
+
+
+def rows(folder):
+  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resume_rewrites_from_its_step_and_reads_like_one_run(tmp_path):
+  with logbook.Logbook(tmp_path) as book:
+    for step in range(0, 50, 10):
+      book.scalars(step, {"loss": step, "loss/left": np.float32(0.5)})
+  with open(tmp_path / "metrics.jsonl", "a") as file:
+    file.write('{"step": 50, "lo')  # Killed in the middle of a line.
+  with logbook.Logbook(tmp_path, step=30) as book:
+    for step in range(30, 70, 10):
+      book.scalars(step, {"loss": step})
+  assert [row["step"] for row in rows(tmp_path)] == list(range(0, 70, 10))
+  assert rows(tmp_path)[0] == {"step": 0, "loss": 0.0, "loss/left": 0.5}
+  assert logbook.read_metrics(tmp_path) == rows(tmp_path)
+
+
+def test_a_fresh_start_drops_the_old_run(tmp_path):
+  for _ in range(2):
+    with logbook.Logbook(tmp_path) as book:
+      book.scalars(0, {"loss": 1})
+  assert len(rows(tmp_path)) == 1
+
+
+def test_not_a_number_stays_json(tmp_path):
+  with logbook.Logbook(tmp_path) as book:
+    book.scalars(1, {"loss": float("nan")})
+  assert rows(tmp_path) == [{"step": 1, "loss": None}]
+
+
+def test_only_the_writer_touches_the_disk(tmp_path):
+  with logbook.Logbook(tmp_path, writer=False) as book:
+    book.scalars(0, {"loss": 1})
+    book.audio(0, "clip", np.zeros((2, 100)), 16000)
+  assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_holds_scalars_players_and_pictures(tmp_path):
+  sound = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 4000)).astype("f")
+  with logbook.Logbook(tmp_path) as book:
+    book.scalars(3, {"loss/left": 1.5})
+    book.audio(3, "clip", sound, 16000)
+  (events,) = tmp_path.glob("events.*")
+  raw = events.read_bytes()
+  for part in (b"loss/left", b"audio/wav", b"clip/spectrogram", b"\x89PNG"):
+    assert part in raw
+  head = raw.index(b"RIFF")
+  assert int.from_bytes(raw[head + 22 : head + 24], "little") == 2  # Channels of the player.
+
+
+def test_plain_lines_tell_rate_and_time_left(monkeypatch):
+  clock = iter(np.arange(0, 1e4, 1.0))
+  monkeypatch.setattr(logbook.time, "monotonic", lambda: next(clock))
+  out = text.StringIO()
+  with logbook.Progress(20, "training", file=out, start=5) as progress:
+    for _ in range(15):
+      progress.advance(loss=0.25)
+  lines = out.getvalue().splitlines()
+  assert 2 <= len(lines) < 15 and lines[0].startswith("training: ")
+  assert "loss 0.25" in lines[0] and "step/s" in lines[0] and "s left" in lines[0]
+  assert lines[-1].startswith("training: 20/20") and "done in" in lines[-1]
+
+
+@pytest.mark.parametrize("louder", [0, 1])
+def test_spectrogram_shows_pitch_height_and_the_louder_ear(louder):
+  rate = 16000
+  tone = np.sin(2 * np.pi * 6000 * np.arange(rate) / rate)
+  sound = np.stack([tone, tone])
+  sound[1 - louder] *= 0.1
+  picture = logbook.spectrogram_image(sound, rate, height=80, width=100).astype(int)
+  assert picture.shape == (248, 100, 3) and picture.min() >= 0
+  panels = [picture[0:80], picture[84:164]]
+  row = [int(panel.sum((1, 2)).argmax()) for panel in panels]
+  assert all(abs(r - 20) <= 2 for r in row)  # 6 kHz of 8 kHz: a quarter from the top.
+  assert panels[louder][row[0]].sum() > panels[1 - louder][row[0]].sum()
+  red, _, blue = picture[168 + row[louder], 50]
+  assert (blue > red) == (louder == 0)  # Blue is left.
+
+
+def test_spectrogram_of_silence_is_calm():
+  picture = logbook.spectrogram_image(np.zeros((2, 1600)), 16000)
+  assert np.ptp(picture[-40:], axis=(0, 1)).max() == 0

@@ -1,0 +1,145 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from spatialv2a_jax import optim
+from spatialv2a_jax.errors import UserError
+
+PARAMS = {
+  "joint": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)},
+  "ear": {"kernel": jnp.full((2, 2), 3.0)},
+  "null": {"text": jnp.full(2, 3.0)},
+}
+ONES = jax.tree.map(jnp.ones_like, PARAMS)
+
+
+def one_update(config, grads=ONES):
+  tx = optim.adamw(config, PARAMS).tx
+  updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+  return updates
+
+
+def test_step_decay_drops_where_mmaudio_drops():
+  config = optim.Config(lr=1e-4, warmup=1000, decay="step", milestones=(240_000, 270_000))
+  rate = optim.schedule(config)
+  expected = {
+    0: 1e-4 / 1001,
+    999: 1e-4 * 1000 / 1001,
+    1000: 1e-4,
+    240_999: 1e-4,
+    241_000: 1e-5,
+    270_999: 1e-5,
+    271_000: 1e-6,
+    299_999: 1e-6,
+  }
+  for step, value in expected.items():
+    assert float(rate(step)) == pytest.approx(value, rel=1e-5), step
+
+
+def test_cosine_ends_at_its_final_share():
+  rate = optim.schedule(optim.Config(lr=2.0, warmup=10, decay="cosine", steps=110, final=0.1))
+  assert float(rate(10)) == pytest.approx(2.0)
+  assert float(rate(60)) == pytest.approx(2.0 * 0.55)
+  assert float(rate(110)) == float(rate(500)) == pytest.approx(0.2)
+  with pytest.raises(UserError, match="have: constant, step, cosine"):
+    optim.schedule(optim.Config(decay="linear"))
+
+
+def test_one_update_is_adamw():
+  config = optim.Config(lr=0.1, warmup=0, clip=0.0, weight_decay=0.01, betas=(0.9, 0.95))
+  ours = one_update(config)
+  reference = optax.adamw(0.1, 0.9, 0.95, weight_decay=0.01)
+  theirs, _ = reference.update(ONES, reference.init(PARAMS), PARAMS)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+
+
+def test_tables_scale_rate_and_decay_by_name():
+  config = optim.Config(
+    lr=0.1,
+    warmup=0,
+    clip=0.0,
+    weight_decay=0.5,
+    lr_scale=(("ear/.*", 0.1), (".*", 1.0)),
+    decay_scale=((".*/(bias|text)", 0.0), (".*", 1.0)),
+  )
+  updates = one_update(config)
+  np.testing.assert_allclose(updates["joint"]["kernel"], -0.1 * (1 + 0.5 * 3), rtol=1e-5)
+  np.testing.assert_allclose(updates["joint"]["bias"], -0.1, rtol=1e-5)
+  np.testing.assert_allclose(updates["ear"]["kernel"], -0.01 * (1 + 0.5 * 3), rtol=1e-5)
+
+
+def test_the_clipped_norm_is_that_of_what_is_trained():
+  config = optim.Config(freeze=(("null/text", True), (".*", False)), clip=1.0)
+  optimizer = optim.adamw(config, PARAMS)
+  state = optimizer.tx.init(PARAMS)
+  huge = {**ONES, "null": {"text": jnp.full(2, 1e6)}}
+  _, small_state = optimizer.tx.update(ONES, state, PARAMS)
+  updates, huge_state = optimizer.tx.update(huge, state, PARAMS)
+  jax.tree.map(np.testing.assert_array_equal, small_state, huge_state)
+  np.testing.assert_array_equal(updates["null"]["text"], 0)
+  # Ten trained entries of gradient 1 come down to norm 1; the first moment is a tenth of that.
+  moments = [x for x in jax.tree.leaves(huge_state) if x.shape == (2, 2)]
+  np.testing.assert_allclose(moments[0], 0.1 / math.sqrt(10), rtol=1e-5)
+
+
+def test_frozen_parameters_get_no_gradient():
+  optimizer = optim.adamw(optim.Config(freeze=(("null/.*", True), (".*", False))), PARAMS)
+  total = jax.grad(lambda p: sum(jnp.sum(x) for x in jax.tree.leaves(optimizer.trainable(p))))(
+    PARAMS
+  )
+  np.testing.assert_array_equal(total["null"]["text"], 0)
+  np.testing.assert_array_equal(total["ear"]["kernel"], 1)
+
+
+def test_tables_cover_every_parameter_and_have_no_dead_rows():
+  names = optim.names(PARAMS)
+  assert sorted(names) == ["ear/kernel", "joint/bias", "joint/kernel", "null/text"]
+  table = ((".*/bias", 1), ("joint/.*", 2), (".*", 3))
+  assert optim.lookup(table, names, "t") == {
+    "ear/kernel": 3, "joint/bias": 1, "joint/kernel": 2, "null/text": 3,
+  }  # fmt: skip
+  with pytest.raises(UserError, match="covers no parameter 'ear/kernel'"):
+    optim.lookup((("joint/.*", 1), ("null/.*", 1)), names, "t")
+  with pytest.raises(UserError, match="'nul/.*' matches no parameter"):
+    optim.lookup((("nul/.*", 1), (".*", 2)), names, "t")
+  with pytest.raises(UserError, match="no .'learning_rate'"):
+    optim.from_mapping({"learning_rate": 1.0})
+
+
+def test_the_plain_average_warms_up_to_its_decay():
+  ema = optim.Ema(decay=0.99)
+  assert float(ema.keep(1)) == pytest.approx(2 / 11)
+  assert float(ema.keep(10_000)) == pytest.approx(0.99)
+
+
+@pytest.mark.parametrize("sigma, gamma", [(0.05, 16.9722), (0.1, 6.9372)])
+def test_the_power_average_has_the_width_it_promises(sigma, gamma):
+  assert optim.power_gamma(sigma) == pytest.approx(gamma, abs=1e-4)
+  # Weight of each step in the average after `total` of them, by running it on unit vectors.
+  total, ema = 2000, optim.Ema(sigma_rel=sigma)
+  keep = np.asarray(ema.keep(np.arange(1, total + 1)), np.float64)
+  assert keep[0] == 0
+  weight = (1 - keep) * np.append(np.cumprod(keep[::-1])[::-1][1:], 1.0)
+  np.testing.assert_allclose(weight.sum(), 1, rtol=1e-4)
+  time = np.arange(1, total + 1) / total
+  mean = (weight * time).sum()
+  width = math.sqrt((weight * (time - mean) ** 2).sum())
+  assert width == pytest.approx(sigma, rel=0.02)
+
+
+def test_the_average_of_a_constant_is_that_constant():
+  value = {"x": jnp.asarray(np.random.default_rng(0).standard_normal(100), jnp.float32)}
+  average = value
+  for n in range(1, 5):
+    average = optim.Ema(decay=0.7).update(average, value, n)
+  np.testing.assert_array_equal(average["x"], value["x"])
+
+
+@pytest.mark.parametrize("bad", [{"decay": 1.0}, {"decay": -0.1}, {"sigma_rel": 0.3}])
+def test_impossible_averages_are_refused(bad):
+  with pytest.raises(UserError):
+    optim.Ema(**bad)

@@ -1,0 +1,133 @@
+"""Waveforms of two ears from mels: level, delay, symmetry, repeatability, length."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spatialv2a_jax import mel, phase
+from spatialv2a_jax.schema import AUDIO
+from spatialv2a_jax.spatial import hrtf
+
+SPEC = AUDIO["16k"]
+FRAMES = 62
+
+
+@pytest.fixture(scope="module")
+def noise_mn():
+  audio = 0.1 * np.random.default_rng(0).standard_normal(FRAMES * SPEC.hop)
+  return np.asarray(mel.log_mel(jnp.asarray(audio, jnp.float32), SPEC))
+
+
+def _both(mel_mn, left_db=0.0):
+  return np.stack([mel_mn + left_db / 20, mel_mn]).astype(np.float32)
+
+
+def _delay_us(audio_ep):
+  """Lag of the left ear's lead at the peak of the interaural cross-correlation, 16x interpolated."""
+  size = 2 * audio_ep.shape[1]
+  cross = np.fft.rfft(audio_ep[1], size) * np.conj(np.fft.rfft(audio_ep[0], size))
+  lags = np.fft.irfft(cross, 16 * size)
+  lag = int(np.argmax(np.concatenate([lags[-400:], lags[:400]]))) - 400
+  return lag / (16 * SPEC.sample_rate) * 1e6
+
+
+def test_equal_mels_in_front_give_equal_ears(noise_mn):
+  ears = phase.binaural(_both(noise_mn), SPEC, np.zeros(FRAMES))
+  np.testing.assert_array_equal(ears[0], ears[1])
+  derived = phase.binaural(_both(noise_mn), SPEC)
+  np.testing.assert_array_equal(derived, ears)
+
+
+def test_exchanged_ears_and_negated_azimuth_exchange_the_output(noise_mn):
+  mels = _both(noise_mn, 6.0)
+  azimuth = np.linspace(-20, 60, FRAMES)
+  ears = phase.binaural(mels, SPEC, azimuth)
+  swapped = phase.binaural(mels[::-1], SPEC, -azimuth)
+  np.testing.assert_allclose(swapped[::-1], ears, atol=1e-6)
+
+
+@pytest.mark.parametrize("level_db", [-20.0, -3.0, 12.0])
+def test_a_louder_left_mel_is_a_louder_left_ear(noise_mn, level_db):
+  left, right = phase.binaural(_both(noise_mn, level_db), SPEC, np.zeros(FRAMES))
+  ild = 20 * np.log10(np.linalg.norm(left) / np.linalg.norm(right))
+  assert abs(ild - level_db) < 0.1
+
+
+@pytest.mark.parametrize("azimuth", [0, 20, -45, 80, 150])
+def test_delay_is_that_of_a_rendered_source(noise_mn, azimuth):
+  ears = phase.binaural(_both(noise_mn), SPEC, np.full(FRAMES, float(azimuth)))
+  noise = np.random.default_rng(2).standard_normal(FRAMES * SPEC.hop)
+  response = hrtf.sphere(SPEC.sample_rate).ir(azimuth)
+  truth = _delay_us(np.stack([np.convolve(noise, taps) for taps in response]))
+  assert abs(_delay_us(ears) - truth) < 30
+  assert np.sign(truth) == np.sign(np.sin(np.radians(azimuth)).round(9))
+
+
+def test_delay_follows_the_low_frequency_law_at_low_frequencies():
+  delay_f = phase.interaural_delay(np.array([40.0]), SPEC)[0] * 1e6
+  at = lambda hz: delay_f[round(hz * SPEC.n_fft / SPEC.sample_rate)]  # noqa: E731
+  assert abs(at(200) - hrtf.low_frequency_itd_us(np.array(40.0))) < 15
+  assert abs(at(7000) - hrtf.woodworth_itd_us(np.array(40.0))) < 30
+
+
+@pytest.mark.parametrize("azimuth", [-45.0, 10.0, 30.0, 60.0])
+def test_azimuth_is_found_from_levels(azimuth):
+  noise = 0.1 * np.random.default_rng(3).standard_normal(FRAMES * SPEC.hop)
+  response = hrtf.sphere(SPEC.sample_rate).ir(azimuth)
+  audio = np.stack([np.convolve(noise, taps)[: len(noise)] for taps in response])
+  mels = np.asarray(mel.log_mel(jnp.asarray(audio, jnp.float32), SPEC))
+  found = phase.azimuth_from_levels(mels, SPEC)
+  assert np.abs(found[4:-4] - azimuth).max() < 3
+  np.testing.assert_allclose(phase.azimuth_from_levels(mels[::-1], SPEC), -found, atol=1e-9)
+
+
+def test_level_and_spectrum_are_those_of_the_mel(noise_mn):
+  for gain in (0.0, -2.0):  # 0 and -40 dB: nothing is normalised.
+    audio = phase.mono(noise_mn + gain, SPEC)
+    again = np.asarray(mel.log_mel(jnp.asarray(audio), SPEC))
+    error_db = 20 * (again - noise_mn - gain)
+    assert np.abs(error_db).mean() < 1.5
+    assert abs(error_db.mean()) < 0.7
+
+
+def test_small_errors_of_the_mel_stay_small(noise_mn):
+  """A clip decoded alone or in a batch differs by rounding, which must not become audible."""
+  nudge = np.random.default_rng(1).standard_normal(noise_mn.shape).astype(np.float32) * 4e-7
+  audio, other = phase.mono(noise_mn, SPEC), phase.mono(noise_mn + nudge, SPEC)
+  assert np.abs(audio - other).max() < 1e-4 * np.abs(audio).max()
+
+
+def test_pieces_join_without_a_gap(noise_mn, monkeypatch):
+  tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(256 * SPEC.hop) / SPEC.sample_rate)
+  mel_mn = np.asarray(mel.log_mel(jnp.asarray(tone, jnp.float32), SPEC))
+  monkeypatch.setattr(phase, "_CHUNK", 128)
+  audio = phase.binaural(_both(mel_mn), SPEC)
+  assert audio.shape == (2, 256 * SPEC.hop)
+  level = np.sqrt(np.square(audio[0]).reshape(-1, 1024).mean(1))[2:-2]
+  assert level.min() > 0.7 * np.median(level)
+
+
+def test_any_synthesizer_gives_the_mid_waveform(noise_mn):
+  seen = []
+
+  def synthesize(log_mel_mn, past_p):
+    seen.append((log_mel_mn, len(past_p)))
+    return np.ones(log_mel_mn.shape[1] * SPEC.hop, np.float32)
+
+  ears = phase.binaural(_both(noise_mn), SPEC, np.zeros(FRAMES), synthesize=synthesize)
+  np.testing.assert_allclose(seen[0][0][:, :FRAMES], noise_mn, atol=1e-5)
+  assert seen[0][1] == 0
+  np.testing.assert_allclose(ears[:, 600:-1200], 1, atol=1e-4)
+
+
+def test_independent_ears_are_two_mono_reconstructions(noise_mn):
+  mels = _both(noise_mn, 6.0)
+  ears = phase.binaural(mels, SPEC, phase="independent")
+  np.testing.assert_array_equal(ears[1], phase.mono(noise_mn, SPEC))
+
+
+def test_bad_input_is_refused(noise_mn):
+  with pytest.raises(ValueError, match="shared"):
+    phase.binaural(_both(noise_mn), SPEC, phase="both")  # type: ignore[arg-type]
+  with pytest.raises(ValueError, match="3 azimuths"):
+    phase.binaural(_both(noise_mn), SPEC, np.zeros(3))

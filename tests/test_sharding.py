@@ -1,0 +1,102 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from spatialv2a_jax import sharding
+from spatialv2a_jax.errors import UserError
+
+RULES = sharding.Rules()
+
+
+def box(shape, *names):
+  return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+
+
+@pytest.mark.parametrize(
+  "sizes, expected",
+  [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 1, -1), (1, 1, 8))],
+)
+def test_minus_one_takes_what_is_left(sizes, expected):
+  mesh = sharding.make_mesh(*sizes)
+  assert tuple(mesh.shape.values()) == expected
+  assert set(mesh.axis_types) == {AxisType.Auto}
+  assert len(set(mesh.devices.flat)) == 8
+
+
+@pytest.mark.parametrize(
+  "sizes", [(3, 1, 1), (2, 2, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 8), (16, 1, 1)]
+)
+def test_a_mesh_that_does_not_use_every_device_is_refused(sizes):
+  with pytest.raises(UserError, match=f"data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}"):
+    sharding.make_mesh(*sizes)
+
+
+def test_names_have_one_meaning():
+  assert RULES.spec("width", None, "heads") == P("fsdp", None, "tensor")
+  with pytest.raises(ValueError, match="unknown logical axes .'widht'"):
+    RULES.spec("widht")
+  with pytest.raises(ValueError, match="one mesh axis twice"):
+    RULES.spec("act_batch", "width")
+  with pytest.raises(UserError, match="names no mesh axis"):
+    sharding.Rules(width="fsdpp")
+  with pytest.raises(TypeError):
+    sharding.Rules(widht="fsdp")
+
+
+def test_leaves_go_where_their_names_say():
+  mesh = sharding.make_mesh(2, 2, 2)
+  tree = {
+    "kernel": box((4, 6), "width", "ffn"),
+    "one": box((1, 6), "width", "ffn"),
+    "bias": jax.ShapeDtypeStruct((7,), jnp.float32),
+  }
+  found = sharding.shardings(tree, mesh, RULES)
+  assert found["kernel"] == NamedSharding(mesh, P("fsdp", "tensor"))
+  assert found["one"] == NamedSharding(mesh, P(None, "tensor"))
+  assert found["bias"] == NamedSharding(mesh, P())
+
+
+def test_a_dimension_that_does_not_divide_names_its_parameter():
+  mesh = sharding.make_mesh(2, 2, 2)
+  with pytest.raises(UserError, match="block/qkv/kernel: axis heads of size 7 .* 2 devices"):
+    sharding.shardings({"block": {"qkv": {"kernel": box((4, 7), "width", "heads")}}}, mesh, RULES)
+  with pytest.raises(ValueError, match="other axes than its names"):
+    sharding.shardings({"kernel": box((4, 6, 2), "width", "ffn")}, mesh, RULES)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)])
+def test_a_global_batch_is_the_local_one_in_order(sizes):
+  mesh = sharding.make_mesh(*sizes)
+  batch = {"id_b": np.arange(16, dtype=np.uint32), "x_bw": np.random.rand(16, 3).astype("f4")}
+  assert sharding.local_rows(mesh, RULES, 16) == (0, 16)
+  out = sharding.global_batch(batch, mesh, RULES, 16)
+  for name, value in batch.items():
+    np.testing.assert_array_equal(out[name], value)
+    assert out[name].sharding.shard_shape(value.shape)[0] == 16 // (sizes[0] * sizes[1])
+
+
+def test_a_batch_of_another_size_is_refused():
+  mesh = sharding.make_mesh(2, 2, 2)
+  with pytest.raises(UserError, match="x_bw has 4 rows, expected 8"):
+    sharding.global_batch({"x_bw": np.zeros((4, 2))}, mesh, RULES, 8)
+  with pytest.raises(UserError, match="use a multiple of 4"):
+    sharding.local_rows(mesh, RULES, 10)
+
+
+def test_activations_are_pinned():
+  mesh = sharding.make_mesh(4, 2, 1)
+  constrain = sharding.constrainer(mesh, RULES)
+  pinned = jax.jit(lambda x: constrain(2 * x, "act_batch", "act_time", "act_width"))
+  out = pinned(np.ones((8, 3, 2), np.float32))
+  assert out.sharding.shard_shape(out.shape) == (1, 3, 2)
+
+
+def test_bytes_are_those_of_the_fullest_device():
+  mesh = sharding.make_mesh(2, 4, 1)
+  split = jax.device_put(np.zeros((8, 2), np.float32), NamedSharding(mesh, P("fsdp")))
+  whole = jax.device_put(np.zeros(5, np.float32), NamedSharding(mesh, P()))
+  assert sharding.bytes_per_device([split, whole]) == 8 * 2 * 4 // 4 + 5 * 4

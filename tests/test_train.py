@@ -1,0 +1,293 @@
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from spatialv2a_jax import checkpoint, optim, sharding, train
+from spatialv2a_jax.errors import UserError
+from tests import test_train_step as toy
+
+
+def fit(workdir, *, steps=6, batches=None, shape=(1, 1, 1), kind="toy", **kwargs):
+  devices = jax.devices()[: int(np.prod(shape))]
+
+  def endless(start):
+    index = start
+    while True:
+      yield toy.toy_batch(index)
+      index += 1
+
+  arguments = {
+    "config": {"model": {"width": 8}},
+    "batch_size": 8,
+    "loss": toy.toy_loss,
+    "stats": {"mean": np.zeros(8, np.float32)},
+    "optimizer": optim.adamw(
+      optim.Config(lr=1e-2, warmup=2), jax.eval_shape(toy.toy_init, jax.random.key(0))
+    ),
+    "every": train.Every(log=1, checkpoint=2),
+  }
+  return train.fit(
+    workdir,
+    kind=kind,
+    batches=batches or endless,
+    init=toy.toy_init,
+    mesh=sharding.make_mesh(*shape, devices=devices),
+    steps=steps,
+    **(arguments | kwargs),
+  )  # fmt: skip
+
+
+def lines(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def with_signal(step, number):
+  """Batches of the toy problem; one of them sends a signal to this process."""
+
+  def batches(start):
+    index = start
+    while True:
+      if index == step:
+        os.kill(os.getpid(), number)
+      yield toy.toy_batch(index)
+      index += 1
+
+  return batches
+
+
+def main(reference, killed):
+  """Run in a process of its own: an uninterrupted run, then one that dies in step 5."""
+  fit(pathlib.Path(reference), steps=8)
+  fit(pathlib.Path(killed), steps=8, batches=with_signal(5, signal.SIGKILL))
+
+
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
+  a, b = tmp_path / "a", tmp_path / "b"
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "2"}  # Bits depend on NPROC.
+
+  def python(call):
+    code = f"from tests import test_train as t; t.{call}"
+    return subprocess.run(
+      [sys.executable, "-c", code],
+      env=environment,
+      cwd=pathlib.Path(__file__).parents[1],
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+
+  first = python(f"main({str(a)!r}, {str(b)!r})")
+  assert first.returncode == -signal.SIGKILL, first.stderr
+  assert sum("step 8/8" in line for line in first.stdout.splitlines()) == 1
+  second = python(f"fit(t.pathlib.Path({str(b)!r}), steps=8)")
+  assert second.returncode == 0, second.stderr
+  assert "resumed at step" in second.stdout
+  for which in ("params", "ema"):
+    whole, resumed = checkpoint.load_params(a, which), checkpoint.load_params(b, which)
+    jax.tree.map(np.testing.assert_array_equal, whole[:2], resumed[:2])
+  losses = [{x["step"]: x["loss"] for x in lines(run)} for run in (a, b)]
+  assert losses[0] == losses[1] and sorted(losses[0]) == list(range(1, 9))
+
+
+def member(port, rank, workdir, steps):
+  """One of two processes of a run, slow enough for a signal to reach it."""
+  jax.distributed.initialize(f"localhost:{port}", 2, rank)
+
+  def batches(start):
+    for index in range(start, steps):
+      time.sleep(0.2)
+      yield {name: x[4 * rank : 4 * rank + 4] for name, x in toy.toy_batch(index).items()}
+
+  fit(pathlib.Path(workdir), steps=steps, batches=batches, shape=(2, 1, 1))
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step_and_go_on_together(tmp_path):
+  def launch(steps):
+    with socket.socket() as probe:
+      probe.bind(("localhost", 0))
+      port = probe.getsockname()[1]
+    return [
+      subprocess.Popen(
+        [
+          sys.executable,
+          "-c",
+          f"from tests import test_train as t; t.member({port}, {rank}, {str(tmp_path)!r}, {steps})",
+        ],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        cwd=pathlib.Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+      )
+      for rank in range(2)
+    ]
+
+  first = launch(10_000)
+  output = first[0].stdout
+  while "step 3/" not in output.readline():
+    assert first[0].poll() is None
+  first[1].send_signal(signal.SIGTERM)
+  stopped = output.read()
+  assert [process.wait(timeout=120) for process in first] == [42, 42]
+  step = int(re.search(r"stopped at step (\d+)", stopped)[1])
+  second = launch(step + 2)
+  assert f"resumed at step {step}" in second[0].stdout.read()
+  assert [process.wait(timeout=120) for process in second] == [0, 0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_code_42(tmp_path, number):
+  told = []
+  handler = signal.getsignal(number)
+  with pytest.raises(SystemExit) as stop:
+    fit(tmp_path, batches=with_signal(3, number), say=told.append, every=train.Every(1, 0, 100))
+  assert stop.value.code == 42
+  assert signal.getsignal(number) is handler
+  assert "stopped at step 3 and saved" in told[-1]
+  told.clear()
+  state = fit(tmp_path, say=told.append)
+  assert "resumed at step 3 from a checkpoint saved 0 s ago" in told[0]
+  reference = fit(tmp_path / "reference", say=told.append)
+  jax.tree.map(np.testing.assert_array_equal, state, reference)
+
+
+def test_a_finished_run_returns_at_once(tmp_path):
+  first = fit(tmp_path, steps=3)
+  told = []
+
+  def no_batches(start):
+    raise AssertionError("asked for data")
+
+  again = fit(tmp_path, steps=3, batches=no_batches, say=told.append)
+  assert told[-1].startswith("this run is finished") and "step 3 of 3" in told[-1]
+  jax.tree.map(np.testing.assert_array_equal, again, first)
+
+
+def test_a_run_says_what_it_does_and_logs_every_field(tmp_path):
+  told = []
+  fit(tmp_path, steps=4, say=told.append, every=train.Every(log=2, checkpoint=100), shape=(2, 2, 2))
+  text = "\n".join(told)
+  for part in ("M parameters", "mesh data=2 fsdp=2 tensor=2", "compiled in", "clips/s", "left"):
+    assert part in text
+  logged = lines(tmp_path)
+  assert [x["step"] for x in logged] == [2, 4]
+  assert {"loss", "error", "grad_norm", "param_norm", "lr", "clips_per_s", "data_wait", "mfu"} <= (
+    logged[0].keys()
+  )
+  assert 0 <= logged[0]["data_wait"] <= 1
+  assert json.loads((tmp_path / "config.json").read_text()) == {"model": {"width": 8}}
+
+
+def test_logged_values_are_means_since_the_line_before(tmp_path):
+  fit(tmp_path / "each", steps=4)
+  fit(tmp_path / "pairs", steps=4, every=train.Every(log=2, checkpoint=100))
+  each = [x["loss"] for x in lines(tmp_path / "each")]
+  pairs = [x["loss"] for x in lines(tmp_path / "pairs")]
+  np.testing.assert_allclose(pairs, np.reshape(each, (2, 2)).mean(1), rtol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clips(tmp_path):
+  def batches(start):
+    for index in range(start, 100):
+      batch = toy.toy_batch(index)
+      if index == 4:
+        batch["x_bw"][3] = np.nan
+      yield batch
+
+  with pytest.raises(
+    UserError, match="at step 5; clips 32, 33, 34, .*newest checkpoint: 4"
+  ) as stop:
+    fit(tmp_path, batches=batches)
+  assert stop.value.exit_code == 1
+  report = json.loads((tmp_path / "stopped.json").read_text())
+  assert report["step"] == 5 and report["clips"] == list(range(32, 40))
+  params, _, _ = checkpoint.load_params(tmp_path, "params")  # What is saved is still sound.
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_the_data_position_follows_the_examples_when_the_batch_grows(tmp_path):
+  asked = []
+
+  def batches(rows):
+    def begin(start):
+      asked.append(start)
+      while True:
+        yield toy.toy_batch(0, rows)
+
+    return begin
+
+  fit(tmp_path, steps=4, batches=batches(8))
+  fit(tmp_path, steps=6, batches=batches(16), batch_size=16)
+  fit(tmp_path, steps=7, batches=batches(8), batch_size=8)
+  assert asked == [0, 2, (4 * 8 + 2 * 16) // 8]
+
+
+def test_data_that_ends_early_is_one_line(tmp_path):
+  with pytest.raises(UserError, match="the data ended before step 2 of 6"):
+    fit(tmp_path, batches=lambda start: iter([toy.toy_batch(i) for i in range(start, 2)]))
+
+
+def test_another_kind_of_run_is_refused_and_changes_are_told(tmp_path):
+  fit(tmp_path, steps=2)
+  with pytest.raises(UserError, match="kind 'toy', not 'vae'"):
+    fit(tmp_path, kind="vae")
+  told = []
+  fit(tmp_path, steps=3, config={"model": {"width": 9}}, say=told.append)
+  assert any("config.model.width 8 -> 9" in line for line in told)
+
+
+def test_the_evaluation_hook_sees_the_state_of_its_step(tmp_path):
+  seen = []
+
+  def evaluate(state, step, book):
+    seen.append((step, int(state.step)))
+    return {"eval/answer": 42.0}
+
+  fit(tmp_path, steps=5, evaluate=evaluate, every=train.Every(log=100, eval=2, checkpoint=100))
+  assert seen == [(2, 2), (4, 4), (5, 5)]
+  assert [x["step"] for x in lines(tmp_path) if "eval/answer" in x] == [2, 4, 5]
+
+
+def test_given_values_replace_parameters_of_a_new_run_only(tmp_path):
+  calls = []
+
+  def values():
+    calls.append(1)
+    return {"null": {"text": np.full(8, 5.0, np.float32)}}
+
+  kwargs = {"values": values, "optimizer": optim.Optimizer(optax.set_to_zero())}
+  state = fit(tmp_path, steps=2, **kwargs)
+  fit(tmp_path, steps=3, **kwargs)
+  np.testing.assert_array_equal(state.params["null"]["text"], 5)
+  np.testing.assert_array_equal(state.ema["null"]["text"], 5)
+  assert len(calls) == 1
+  with pytest.raises(UserError, match="null/test of shape .*has None"):
+    fit(tmp_path / "typo", values=lambda: {"null": {"test": np.zeros(8)}})
+
+
+def test_impossible_batches_are_refused_before_anything_is_built(tmp_path):
+  with pytest.raises(UserError, match="use a multiple of 4"):
+    fit(tmp_path, shape=(2, 2, 2), batch_size=6)
+  with pytest.raises(UserError, match="does not divide by accumulate 3"):
+    fit(tmp_path, accumulate=3)
+  assert not list(tmp_path.iterdir())
+
+
+def test_utilisation_is_unknown_where_the_peak_is():
+  assert np.isnan(train.mfu(1e9, 10.0))
+
+
+def test_utilisation_is_a_share_of_the_published_peak(monkeypatch):
+  monkeypatch.setitem(train.PEAK_FLOPS, jax.devices()[0].device_kind, 1e10)
+  assert train.mfu(2e9, 10.0) == pytest.approx(2e10 / (1e10 * jax.device_count()))

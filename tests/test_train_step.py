@@ -1,0 +1,235 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from spatialv2a_jax import flow, optim, schema, sharding, train_step
+from spatialv2a_jax.models import flow_net
+
+RULES = sharding.Rules()
+SGD = optim.Optimizer(optax.sgd(0.1))  # Adam divides the rounding noise of a zero gradient by it.
+
+
+def toy_init(key):
+  """Two layers whose four axes have names; a frozen constant beside them."""
+  k1, k2 = jax.random.split(key)
+  boxed = nn.LogicallyPartitioned
+  return {
+    "up": {
+      "kernel": boxed(jax.random.normal(k1, (8, 16)) / 8**0.5, ("width", "ffn")),
+      "bias": jnp.zeros(16),
+    },
+    "down": {"kernel": boxed(jax.random.normal(k2, (16, 8)) / 4, ("ffn", "width"))},
+    "null": {"text": boxed(jnp.ones(8), ("width",))},
+  }
+
+
+def toy_loss(params, stats, batch, key, constrain=lambda x, *names: x):
+  """Denoising of x_bw, noise drawn by clip id; the statistics follow the batch mean."""
+  keys_b = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch["id_b"])
+  noise_bw = jax.vmap(lambda k: jax.random.normal(k, (8,)))(keys_b)
+  x_bw = batch["x_bw"] + 0.1 * noise_bw + params["null"]["text"][None]
+  h_bf = jnp.tanh(x_bw @ params["up"]["kernel"] + params["up"]["bias"][None])
+  h_bf = constrain(h_bf, "act_batch", "act_width")
+  error_b = jnp.square(h_bf @ params["down"]["kernel"] - batch["x_bw"]).mean(axis=1)
+  weight_b = batch["weight_b"]
+  value = (weight_b * error_b).sum() / jnp.maximum(weight_b.sum(), 1)
+  stats = {"mean": 0.9 * stats["mean"] + 0.1 * batch["x_bw"].mean(axis=0)}
+  return value, ({"error": value}, stats)
+
+
+def toy_batch(index, rows=8):
+  rng = np.random.default_rng(index)
+  return {
+    "x_bw": rng.standard_normal((rows, 8), np.float32),
+    "id_b": np.arange(rows, dtype=np.uint32) + rows * index,
+    "weight_b": np.float32([1] * (rows - 1) + [0]),
+  }
+
+
+def prepare(mesh, optimizer=SGD, ema=None, accumulate=1):
+  stats = {"mean": jnp.zeros(8)}
+  create, abstract, layout = train_step.init_state(
+    toy_init, stats, optimizer, jax.random.key(0), mesh, RULES
+  )
+  loss = functools.partial(toy_loss, constrain=sharding.constrainer(mesh, RULES))
+  step = train_step.make_train_step(
+    loss,
+    optimizer,
+    key=jax.random.key(1),
+    mesh=mesh,
+    rules=RULES,
+    layout=layout,
+    ema=ema,
+    accumulate=accumulate,
+  )
+  return create(), abstract, step
+
+
+def run(mesh, steps=3, batch=toy_batch, **kwargs):
+  state, _, step = prepare(mesh, **kwargs)
+  losses = []
+  for i in range(steps):
+    state, metrics = step(state, sharding.global_batch(batch(i), mesh, RULES, 8))
+    losses.append(float(metrics["loss"]))
+  return losses, state, metrics
+
+
+def one_device():
+  return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_the_mesh_does_not_change_the_mathematics(shape):
+  expected, reference, _ = run(one_device())
+  losses, state, _ = run(sharding.make_mesh(*shape))
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    jax.device_get(state),
+    jax.device_get(reference),
+  )
+  # The comparison proves nothing unless something was really split.
+  split = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))
+  assert (split > 0) == (shape[1] * shape[2] > 1)
+
+
+def test_a_clip_ignores_its_place_in_the_batch():
+  order = np.random.default_rng(1).permutation(8)
+  plain, _, _ = run(one_device(), steps=1)
+  moved, _, _ = run(
+    one_device(), steps=1, batch=lambda i: {k: v[order] for k, v in toy_batch(i).items()}
+  )
+  np.testing.assert_allclose(plain, moved, rtol=1e-6)
+
+
+def test_each_step_draws_its_own_noise():
+  _, state, step = prepare(one_device())
+  state, _, step = prepare(one_device(), optim.Optimizer(optax.set_to_zero()))
+  batch = sharding.global_batch(toy_batch(0), one_device(), RULES, 8)
+  state, first = step(state, batch)
+  _, second = step(state, batch)
+  assert float(first["loss"]) != float(second["loss"])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(shape):
+  devices = jax.devices()[: int(np.prod(shape))]
+  mesh = sharding.make_mesh(*shape, devices=devices)
+  whole, a, metrics_a = run(mesh)
+  parts, b, metrics_b = run(mesh, accumulate=2)
+  np.testing.assert_allclose(parts, whole, rtol=1e-5)
+  np.testing.assert_allclose(metrics_b["grad_norm"], metrics_a["grad_norm"], rtol=1e-5)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a.params, b.params
+  )
+
+
+def test_the_average_and_the_statistics_follow_the_steps():
+  batch = sharding.global_batch(toy_batch(0), one_device(), RULES, 8)
+  state, _, step = prepare(one_device(), ema=optim.Ema(decay=0.5))
+  before = jax.device_get(state)
+  state, metrics = step(state, batch)
+  keep = 2 / 11  # Warm-up of the average at its first update.
+  for name in ("up", "down"):
+    old, new = before.params[name]["kernel"], state.params[name]["kernel"]
+    expected = keep * old + (1 - keep) * new
+    np.testing.assert_allclose(state.ema[name]["kernel"], expected, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(state.stats["mean"], 0.1 * toy_batch(0)["x_bw"].mean(0), rtol=1e-5)
+  assert int(state.step) == 1
+  assert {"loss", "error", "grad_norm", "param_norm"} <= metrics.keys()
+
+
+def test_frozen_parameters_keep_their_bits_and_have_no_optimizer_state():
+  config = optim.Config(warmup=0, lr=0.1, freeze=(("null/.*", True), (".*", False)))
+  optimizer = optim.adamw(config, jax.eval_shape(toy_init, jax.random.key(0)))
+  _, state, metrics = run(one_device(), optimizer=optimizer)
+  np.testing.assert_array_equal(state.params["null"]["text"], np.ones(8, np.float32))
+  np.testing.assert_array_equal(state.ema["null"]["text"], np.ones(8, np.float32))
+  shapes = [x.shape for x in jax.tree.leaves(state.opt)]
+  assert (8,) not in shapes and shapes.count((8, 16)) == 2
+  assert float(metrics["lr"]) == pytest.approx(0.1)
+
+
+def test_the_moments_are_split_like_the_parameters():
+  mesh = sharding.make_mesh(2, 2, 2)
+  optimizer = optim.adamw(optim.Config(), jax.eval_shape(toy_init, jax.random.key(0)))
+  state, _, _ = prepare(mesh, optimizer)
+  kernel = state.params["up"]["kernel"].sharding
+  same = [x for x in jax.tree.leaves(state.opt) if x.shape == (8, 16)]
+  assert same and all(x.sharding == kernel for x in same)
+  assert state.ema["up"]["kernel"].sharding == kernel
+
+
+def test_evaluation_does_not_depend_on_the_step():
+  mesh = one_device()
+  state, _, step = prepare(mesh)
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  evaluate = train_step.make_eval_step(
+    toy_loss, key=jax.random.key(2), mesh=mesh, rules=RULES, layout=layout
+  )
+  batch = sharding.global_batch(toy_batch(0), mesh, RULES, 8)
+  first = evaluate(state.params, state.stats, batch)
+  assert float(first["loss"]) == float(evaluate(state.params, state.stats, batch)["loss"])
+
+
+def flow_losses(mesh):
+  """Three steps of the real model, loss and data contract."""
+  sizes = flow_net.Config(
+    width=32,
+    heads=2,
+    joint_depth=1,
+    ear_depth=2,
+    latent_channels=4,
+    clip_dim=6,
+    sync_dim=6,
+    text_dim=6,
+    text_len=3,
+    unroll=False,  # The code path of accelerators, over stacked weights.
+  )
+  shapes = {
+    "mean": (2, 10, 4), "std": (2, 10, 4), "clip": (5, 6), "sync": (8, 6), "text": (3, 6),
+    "spatial": (5, 5),
+  }  # fmt: skip
+  net = flow_net.build(sizes, sharding.constrainer(mesh, RULES))
+  create, _, layout = train_step.init_state(
+    net.init, net.init_stats(), SGD, jax.random.key(0), mesh, RULES
+  )
+  step = train_step.make_train_step(
+    functools.partial(flow.loss, net=net, config=flow.LossConfig()),
+    SGD,
+    key=jax.random.key(1),
+    mesh=mesh,
+    rules=RULES,
+    layout=layout,
+  )
+  state, losses = create(), []
+  for i in range(3):
+    batch = schema.synthetic_batch(shapes, 8, seed=i)
+    state, metrics = step(state, sharding.global_batch(batch, mesh, RULES, 8))
+    losses.append([float(metrics[name]) for name in ("loss/left", "loss/right", "grad_norm")])
+  return losses, state
+
+
+@pytest.fixture(scope="module")
+def flow_on_one_device():
+  return flow_losses(one_device())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_the_mesh_does_not_change_the_flow_model(flow_on_one_device, shape):
+  expected, reference = flow_on_one_device
+  losses, state = flow_losses(sharding.make_mesh(*shape))
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    jax.device_get(state.params),
+    jax.device_get(reference.params),
+  )
+  split = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))
+  assert (split > 20) == (shape[1] * shape[2] > 1)
