@@ -16,12 +16,14 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.kind = "flow"
   c.seed = 0
-  c.steps = 1_500
+  c.steps = 1_000
   c.audio = "16k"
   c.seconds = 4.0
 
   # Passed as they are to `flow_net.Config`, `features.Config` and `flow.LossConfig`.
-  c.model = dict(width=64, heads=2, joint_depth=2, ear_depth=2, remat=False, dtype="float32")
+  c.model = dict(
+    width=64, heads=2, joint_depth=2, ear_depth=2, ffn=128, remat=False, dtype="float32"
+  )
   c.features = dict(
     encoder="random",
     seed=0,
@@ -33,10 +35,10 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
   )
   c.loss = dict(
     drop_video=0.1,
-    drop_text=0.1,
+    drop_text=0.5,  # Clips are generated from the picture alone more often than not.
     drop_spatial=0.1,
-    ear_correlation=0.0,
-    difference_weight=0.0,
+    ear_correlation=1.0,
+    difference_weight=10.0,
   )
 
   # Global numbers; hosts and devices never appear in a config.
@@ -45,7 +47,7 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
     eval="",
     eval_batches=4,
     batch_size=16,
-    mirror=False,
+    mirror=True,
     workers=0,
     statistics=16,
   )
@@ -70,7 +72,7 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
   # `-1` takes what is left; `rules` are fields of `sharding.Rules` ("": not split).
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.rules = dict(width="fsdp", heads="tensor", ffn="tensor")
-  c.every = dict(log=25, eval=0, checkpoint=250, keep=0)
+  c.every = dict(log=25, eval=0, checkpoint=500, keep=0)
 
   if variant == "smoke":
     c.steps = 4

@@ -15,13 +15,13 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.kind = "vae"
   c.seed = 0
-  c.steps = 600
+  c.steps = 2_000
   c.audio = "16k"
   c.seconds = 4.0
 
   # Passed as they are to `vae.Config` and `codec.LossConfig`.
   c.model = dict(width=32)
-  c.loss = dict(beta=1e-3, slope=0.5, interaural=0.5)
+  c.loss = dict(square=1.0, beta=1e-4, slope=0.5, interaural=0.5, level=0.5, excerpt=32)
 
   c.data = dict(
     path="",
@@ -35,7 +35,7 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
   c.init_from = ""
 
   c.optim = dict(
-    lr=1e-3,
+    lr=1e-2,
     warmup=50,
     decay="cosine",
     steps=c.get_ref("steps"),
@@ -51,7 +51,7 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
   # `-1` takes what is left; `rules` are fields of `sharding.Rules` ("": not split).
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.rules = dict(width="fsdp", heads="tensor", ffn="tensor")
-  c.every = dict(log=25, eval=0, checkpoint=200, keep=0)
+  c.every = dict(log=100, eval=0, checkpoint=1_000, keep=0)
 
   if variant == "smoke":
     c.steps = 4

@@ -58,17 +58,17 @@ def _band_noise(rng: np.random.Generator, size: int, rate: int, low: float, high
 
 
 def drum(rng: np.random.Generator, rate: int) -> Strike:
-  """Membrane modes around 100 Hz with a falling pitch, and a burst of noise."""
+  """Membrane modes around 100 Hz with a falling pitch under the rattle of a snare."""
   base = rng.uniform(80, 150)
 
   def strike(event: Event) -> np.ndarray:
     t_p = _clock(event, rate)
     bent_p = t_p + 0.012 * (1 - np.exp(-t_p / 0.03))
     modes = base * np.array([1.0, 1.59, 2.14, 2.65])
-    noise_p = _band_noise(rng, t_p.size, rate, 200, 5000) * np.exp(-t_p / 0.03)
+    noise_p = _band_noise(rng, t_p.size, rate, 1200, 6500) * np.exp(-t_p / 0.07)
     body_p = np.sin(2 * np.pi * modes[:, None] * bent_p[None, :])
     decay_p = np.exp(-t_p[None, :] / np.array([0.16, 0.09, 0.07, 0.05])[:, None])
-    return (body_p * decay_p).sum(0) + 1.5 * noise_p
+    return 0.5 * (body_p * decay_p).sum(0) + 2.5 * noise_p
 
   return strike
 
@@ -81,8 +81,8 @@ def ball(rng: np.random.Generator, rate: int) -> Strike:
     t_p = _clock(event, rate)
     phase_p = base * (t_p + 1.8 * t_p**2)
     thump_p = np.sin(2 * np.pi * phase_p) + 0.5 * np.sin(4 * np.pi * phase_p)
-    slap_p = _band_noise(rng, t_p.size, rate, 500, 3000) * np.exp(-t_p / 0.008)
-    return thump_p * np.exp(-t_p / 0.06) + slap_p
+    slap_p = _band_noise(rng, t_p.size, rate, 1500, 6000) * np.exp(-t_p / 0.04)
+    return 0.4 * thump_p * np.exp(-t_p / 0.06) + 2.0 * slap_p
 
   return strike
 
@@ -185,11 +185,13 @@ def guitar(rng: np.random.Generator, rate: int) -> Strike:
     t_p = _clock(event, rate)
     period = int(round(rate / (base * SCALE[event.tone])))
     burst_p = np.zeros(t_p.size)
-    burst_p[1:period] = np.convolve(rng.uniform(-1, 1, period), [0.5, 0.5], "valid")  # a soft pick
+    burst_p[1 : period + 1] = rng.uniform(-1, 1, period)
     feedback = np.zeros(period + 2)
     feedback[0], feedback[period], feedback[period + 1] = 1.0, -0.498, -0.498
     string_p = np.asarray(signal.lfilter([1.0], feedback, burst_p))
-    return string_p * np.exp(-t_p / 0.5)
+    # Steel rather than nylon: the upper partials are lifted, the lowest held back.
+    bright_p = string_p - 0.85 * np.concatenate([[0.0], string_p[:-1]])
+    return bright_p * np.exp(-t_p / 0.5)
 
   return strike
 

@@ -7,7 +7,7 @@ complete clip.
 
 Sound level: a source one metre away peaks at 0.13 to 0.35 of full scale, by class, and falls as
 1/distance; the diffuse tail of the room does not depend on distance. Nothing is normalised. Behind
-everything is white noise at -70 dBFS, independent in the two ears. A source's `level_db` is that
+everything is white noise at -114 dBFS, independent in the two ears. A source's `level_db` is that
 of its direct sound, as the mean power of both ears.
 
 Axes: f 25 fps video frame, y image row, x image column, o red, green, blue, e ear (0 left,
@@ -34,7 +34,8 @@ from spatialv2a_jax.spatial import hrtf as heads
 from spatialv2a_jax.spatial import render
 
 SILENT_DB = -120.0
-_FLOOR_DB = -70.0  # of the ambient noise; a quieter source counts as silent
+_FLOOR_DB = -114.0  # of the ambient noise: inaudible, but not digital zero
+_AUDIBLE_DB = -60.0  # a quieter source counts as silent
 _SUFFIXES = (".mp4", ".wav", ".json")
 
 Truth = dict[str, Any]
@@ -130,7 +131,7 @@ def _sound(
   rate, samples = settings.sample_rate, settings.frames * settings.sample_rate // FPS
   head = heads.load(settings.hrtf, rate)
   room = render.Room(
-    rt60_s=rng.uniform(0.15, 0.45), drr_db=rng.uniform(11.0, 20.0), seed=int(rng.integers(2**32))
+    rt60_s=rng.uniform(0.15, 0.45), drr_db=rng.uniform(14.0, 24.0), seed=int(rng.integers(2**32))
   )
   times_f = np.arange(settings.frames) / FPS
   audio_ep = rng.standard_normal((2, samples), np.float32) * np.float32(10 ** (_FLOOR_DB / 20))
@@ -151,7 +152,7 @@ def _sound(
     energy_f = np.square(heard_ep).reshape(2, settings.frames, -1).mean((0, 2), dtype=np.float64)
     sounding_f = np.abs(mono_p).reshape(settings.frames, -1).max(1) > 0
     level_f = 10 * np.log10(np.maximum(energy_f, 1e-12))
-    level_if.append(np.where(sounding_f & (level_f > _FLOOR_DB), level_f, SILENT_DB))
+    level_if.append(np.where(sounding_f & (level_f > _AUDIBLE_DB), level_f, SILENT_DB))
     audio_ep += heard_ep
     dry_p += mono_p
   # One tail for all: a diffuse field does not tell where its sources are.

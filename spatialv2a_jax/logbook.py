@@ -119,8 +119,9 @@ class Logbook:
     clean = {name: value if np.isfinite(value) else None for name, value in row.items()}
     self.file.write(json.dumps({"step": int(step), **clean}) + "\n")
     self.file.flush()
-    for name, value in row.items():
-      self.events.add_scalar(name, value, int(step))
+    for name, value in clean.items():
+      if value is not None:
+        self.events.add_scalar(name, value, int(step))
 
   def audio(self, step: int, name: str, audio_ep: np.ndarray, sample_rate: int) -> None:
     """Adds a stereo player and the paired spectrograms of float [2, p] sound."""

@@ -44,7 +44,7 @@ def mel_edges(spec: AudioSpec) -> np.ndarray:
 
 @functools.cache
 def mel_triangles(spec: AudioSpec) -> np.ndarray:
-  """Returns triangles [m, f] of unit height in float64; neighbours add up to one between centres."""
+  """Returns triangles [m, f] of unit height, float64; neighbours add up to one between centres."""
   hz_f = np.linspace(0, spec.sample_rate / 2, spec.n_fft // 2 + 1)
   edge = mel_edges(spec)[:, None]
   rise = (hz_f[None] - edge[:-2]) / (edge[1:-1] - edge[:-2])

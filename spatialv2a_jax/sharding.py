@@ -153,6 +153,11 @@ def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
   return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
 
 
+def unboxed(tree: Any) -> Any:
+  """Returns a tree of parameters without the boxes that name their axes."""
+  return nn.unbox(tree)
+
+
 def parameter_name(path: tuple[Any, ...]) -> str:
   """Returns a tree path as "block/qkv/kernel", the same for boxed and plain trees."""
   keys = [key for key in path if getattr(key, "name", None) != "value"]

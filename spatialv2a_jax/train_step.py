@@ -6,7 +6,6 @@ Axes: b clip, n part of a batch that is accumulated.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,12 +71,14 @@ def init_state(
   shapes = jax.eval_shape(boxed, key, stats)
   layout = sharding.shardings(shapes, mesh, rules)
   abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(shapes), layout
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    sharding.unboxed(shapes),
+    layout,
   )
 
   def create():
     def plain(key, stats):
-      return nn.unbox(boxed(key, stats))
+      return sharding.unboxed(boxed(key, stats))
 
     return jax.jit(plain, out_shardings=layout)(key, stats)
 

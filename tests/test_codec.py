@@ -44,6 +44,14 @@ def test_statistics_are_those_of_all_clips(tiny):
   np.testing.assert_array_equal(params["frozen"]["data_mean"], mean)
 
 
+def test_frozen_statistics_get_no_gradient(tiny):
+  net, params, audio = tiny
+  loss = lambda frozen: net.loss({**params, "frozen": frozen}, {"audio_bep": audio}, key)[0]  # noqa: E731
+  key = jax.random.key(0)
+  grads = jax.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, params["frozen"]))
+  jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), grads)
+
+
 def test_frame_ild_is_the_level_difference(tiny):
   _, _, audio = tiny
   one = jnp.asarray(np.stack([audio[:, 0], audio[:, 0] / 2], 1))
@@ -51,6 +59,7 @@ def test_frame_ild_is_the_level_difference(tiny):
   np.testing.assert_allclose(ild, 20 * np.log10(2), atol=0.05)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_the_statistics(tiny):
   net, params, audio = tiny
   batch = {"audio_bep": jnp.asarray(audio)}
@@ -88,3 +97,12 @@ def test_rest_of_a_batch_does_not_matter():
   mels = np.asarray(mel.log_mel(jnp.asarray(audio), SPEC))
   together = codec.binaural_waveform(mels, SPEC)
   np.testing.assert_array_equal(codec.binaural_waveform(mels[1:], SPEC)[0], together[1])
+
+
+def test_an_excerpt_is_shorter_and_moves(tiny):
+  _, params, audio = tiny
+  short = codec.build({"width": 4}, SPEC, codec.LossConfig(excerpt=8))
+  loss = jax.jit(lambda key: short.loss(params, {"audio_bep": jnp.asarray(audio)}, key)[0])
+  assert float(loss(jax.random.key(0))) != float(loss(jax.random.key(1)))
+  shapes = str(jax.make_jaxpr(short.loss)(params, {"audio_bep": audio}, jax.random.key(0)))
+  assert "f32[4,8,80]" in shapes and "f32[4,32,80]" not in shapes

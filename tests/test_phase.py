@@ -23,7 +23,7 @@ def _both(mel_mn, left_db=0.0):
 
 
 def _delay_us(audio_ep):
-  """Lag of the left ear's lead at the peak of the interaural cross-correlation, 16x interpolated."""
+  """Lead of the left ear at the peak of the cross-correlation, interpolated 16 times."""
   size = 2 * audio_ep.shape[1]
   cross = np.fft.rfft(audio_ep[1], size) * np.conj(np.fft.rfft(audio_ep[0], size))
   lags = np.fft.irfft(cross, 16 * size)

@@ -112,36 +112,43 @@ def member(port, rank, workdir, steps):
   fit(pathlib.Path(workdir), steps=steps, batches=batches, shape=(2, 1, 1))
 
 
-@pytest.mark.slow
-def test_two_processes_stop_at_the_same_step_and_go_on_together(tmp_path):
+@pytest.fixture
+def pair(tmp_path):
+  """Starts both processes of a run; ends what is left of them after the test."""
+  started = []
+
   def launch(steps):
     with socket.socket() as probe:
       probe.bind(("localhost", 0))
       port = probe.getsockname()[1]
-    return [
-      subprocess.Popen(
-        [
-          sys.executable,
-          "-c",
-          f"from tests import test_train as t; t.member({port}, {rank}, {str(tmp_path)!r}, {steps})",
-        ],
+    for rank in range(2):
+      call = f"t.member({port}, {rank}, {str(tmp_path)!r}, {steps})"
+      process = subprocess.Popen(
+        [sys.executable, "-c", f"from tests import test_train as t; {call}"],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         cwd=pathlib.Path(__file__).parents[1],
         stdout=subprocess.PIPE,
         text=True,
       )
-      for rank in range(2)
-    ]
+      started.append(process)
+    return started[-2:]
 
-  first = launch(10_000)
-  output = first[0].stdout
-  while "step 3/" not in output.readline():
+  yield launch
+  for process in started:
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step_and_go_on_together(pair):
+  first = pair(steps=10_000)
+  while "step 3/" not in first[0].stdout.readline():
     assert first[0].poll() is None
   first[1].send_signal(signal.SIGTERM)
-  stopped = output.read()
+  stopped = first[0].stdout.read()
   assert [process.wait(timeout=120) for process in first] == [42, 42]
   step = int(re.search(r"stopped at step (\d+)", stopped)[1])
-  second = launch(step + 2)
+  second = pair(steps=step + 2)
   assert f"resumed at step {step}" in second[0].stdout.read()
   assert [process.wait(timeout=120) for process in second] == [0, 0]
 

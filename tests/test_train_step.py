@@ -108,7 +108,6 @@ def test_a_clip_ignores_its_place_in_the_batch():
 
 
 def test_each_step_draws_its_own_noise():
-  _, state, step = prepare(one_device())
   state, _, step = prepare(one_device(), optim.Optimizer(optax.set_to_zero()))
   batch = sharding.global_batch(toy_batch(0), one_device(), RULES, 8)
   state, first = step(state, batch)

@@ -2,8 +2,10 @@
 
 Windows last 256 ms, 128 ms apart; one counts where both the truth has a source that sounds and the
 prediction is active (rule of `analysis`, on windows). The true azimuth is folded to the lateral
-angle -90..90 degrees, because two ears cannot tell front from back. The audio azimuth of a window
-comes from the rigid-sphere head in two ways:
+angle -90..90 degrees, because two ears cannot tell front from back. The level
+difference of a window is that above 1.5 kHz, where the head casts a shadow (duplex theory); with
+all frequencies it depends on the sound as much as on its place, and is given as `_broadband`. The
+audio azimuth of a window comes from the rigid-sphere head in two ways:
   ILD: level differences in ten bands from 250 Hz to 7.5 kHz against the sphere's, over lateral
        angles in steps of 1 degree; the angle of least squares, bands weighted by their level above
        -40 dB of the strongest (headline: levels survive a vocoder, phases may not)
@@ -19,6 +21,7 @@ Axes: e ear, w window, v video frame, i rectangular frame, j STFT frame, f bin, 
 import dataclasses
 import functools
 import json
+import math
 import os
 
 import numpy as np
@@ -30,13 +33,16 @@ from spatialv2a_jax.metrics.stats import Metric
 from spatialv2a_jax.spatial import hrtf
 
 WINDOW, WINDOW_HOP = 4096, 2048
+SHADOW_HZ = 1500.0  # Above it the head casts a shadow.
 SIDE_DEG = 10.0  # Nearer to the middle, left and right are not asked for.
 BAND_EDGES_HZ = np.geomspace(250, 7500, 11)
 
 METRICS: dict[str, Metric] = {
   "sign_agreement": Metric("share", "higher", "ratio"),
+  "sign_agreement_broadband": Metric("share", "higher", "ratio"),
   "sign_agreement_itd": Metric("share", "higher", "ratio"),
   "azimuth_pearson_r": Metric("1", "higher", "pearson"),
+  "azimuth_pearson_r_broadband": Metric("1", "higher", "pearson"),
   "azimuth_pearson_r_itd": Metric("1", "higher", "pearson"),
   "azimuth_mae_deg": Metric("deg", "lower", "ratio"),
   "azimuth_mae_itd_deg": Metric("deg", "lower", "ratio"),
@@ -72,7 +78,8 @@ class Heard:
 
   Attributes:
     active_w: windows loud enough to count.
-    ild_db_w: level difference.
+    ild_db_w: level difference above 1.5 kHz.
+    ild_broadband_db_w: level difference of all frequencies.
     itd_us_w: delay of the right ear; NaN where an ear is silent.
     azimuth_ild_w, azimuth_itd_w: lateral angles in degrees, + left.
     onsets_s: times at which sounds begin.
@@ -80,6 +87,7 @@ class Heard:
 
   active_w: np.ndarray
   ild_db_w: np.ndarray
+  ild_broadband_db_w: np.ndarray
   itd_us_w: np.ndarray
   azimuth_ild_w: np.ndarray
   azimuth_itd_w: np.ndarray
@@ -120,11 +128,13 @@ def listen(clip: an.Analysis) -> Heard:
   weighted_il = clip.phat_il * clip.energy_ei.sum(0)[:, None]
   found = an.peaks(_sums(weighted_il.T, count, *frames).T)
   itd_us_w = np.where(an.one_silent(energy_ew), np.nan, found.lag_us)
-  bands_ejr = _bands(np.square(np.abs(clip.stft_ejf)))
-  bands_erw = _sums(np.moveaxis(bands_ejr, 2, 1), count, *spectra)
+  power_ejf = np.square(np.abs(clip.stft_ejf))
+  bands_erw = _sums(np.moveaxis(_bands(power_ejf), 2, 1), count, *spectra)
+  shadow_ej = power_ejf[..., math.ceil(SHADOW_HZ * an.N_FFT / an.RATE) :].sum(-1)
   return Heard(
     active_w=active_w,
-    ild_db_w=spatial.level_difference(energy_ew, clip.energy_ei.sum()),
+    ild_db_w=spatial.level_difference(_sums(shadow_ej, count, *spectra), shadow_ej.sum()),
+    ild_broadband_db_w=spatial.level_difference(energy_ew, clip.energy_ei.sum()),
     itd_us_w=itd_us_w,
     azimuth_ild_w=_azimuth_from_bands(bands_erw),
     azimuth_itd_w=hrtf.woodworth_azimuth_deg(itd_us_w),
@@ -150,8 +160,12 @@ def agreement(heard: Heard, truth: Truth) -> dict[str, np.ndarray]:
   found = len(heard.onsets_s)
   return {
     "sign_agreement": share(_same_side(heard.ild_db_w, true_w, 1e-3), used_w & aside_w),
+    "sign_agreement_broadband": share(
+      _same_side(heard.ild_broadband_db_w, true_w, 1e-3), used_w & aside_w
+    ),
     "sign_agreement_itd": share(_same_side(heard.itd_us_w, true_w, 0.1), itd_w & aside_w),
     "azimuth_pearson_r": stats.moments(heard.ild_db_w[used_w], true_w[used_w]),
+    "azimuth_pearson_r_broadband": stats.moments(heard.ild_broadband_db_w[used_w], true_w[used_w]),
     "azimuth_pearson_r_itd": stats.moments(heard.itd_us_w[itd_w], true_w[itd_w]),
     "azimuth_mae_deg": error(heard.azimuth_ild_w, used_w),
     "azimuth_mae_itd_deg": error(heard.azimuth_itd_w, itd_w),

@@ -115,9 +115,9 @@ def run(
   baselines = dict(baselines or {})
   if clash := set(baselines) & {PREDICTION, *BUILT_IN}:
     raise UserError(f"baseline name {sorted(clash)[0]!r} is built in; choose another")
-  todo, dropped, counts = _pair(pred, ref, truth, baselines)
+  paired, dropped, counts = _pair(pred, ref, truth, baselines)
   with io.atomic_path(out) as temporary:
-    done = _map(score, todo, jobs)
+    done = _map(score, paired, jobs)
     scored = [one for one in done if isinstance(one, Scored)]
     dropped += [one for one in done if isinstance(one, Dropped)]
     dropped.sort(key=lambda one: one.stem)
@@ -126,7 +126,7 @@ def run(
       echo(line)
     if not scored:
       worst = dropped[0]
-      raise UserError(f"none of {len(todo)} clips can be scored; {worst.stem}: {worst.reason}")
+      raise UserError(f"none of {len(paired)} clips can be scored; {worst.stem}: {worst.reason}")
     shuffled = _shuffled(scored, jobs)
     metrics = spatial.METRICS | distances.METRICS | (alignment.METRICS if truth else {})
     result = _collect(scored, shuffled, metrics, list(baselines))

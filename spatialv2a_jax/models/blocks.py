@@ -47,24 +47,27 @@ class Stream(nn.Module):
       self.out = Linear((d,), ("heads", "head_dim", "width"), self.taps, dtype=self.dtype)
       self.mlp = GatedMlp(self.ffn, self.taps, dtype=self.dtype)
 
-  def before(self, x_bend: jax.Array, c_bend: jax.Array, table: np.ndarray | None):
-    """Returns queries, keys and values [b, e, n, h, k], and what `after` needs.
+  def modulation(self, c_bend: jax.Array) -> list[jax.Array]:
+    """Returns shifts, scales and gates; ears or tokens that share a condition have size 1."""
+    return list(jnp.unstack(self.mod(nn.silu(c_bend)), axis=-2))
+
+  def before(self, x_bend: jax.Array, mods: list[jax.Array], table: np.ndarray | None) -> Qkv:
+    """Returns queries, keys and values [b, e, n, h, k].
 
     Args:
       x_bend: tokens.
-      c_bend: condition; ears or tokens that share it have size 1.
+      mods: from `modulation`.
       table: rotary table of the tokens, None for those without positions.
     """
-    shift, scale, *rest = jnp.unstack(self.mod(nn.silu(c_bend)), axis=-2)
-    q, k, v = jnp.unstack(self.qkv(layers.modulate(x_bend, shift, scale)), axis=-3)
+    q, k, v = jnp.unstack(self.qkv(layers.modulate(x_bend, *mods[:2])), axis=-3)
     q, k = self.q_norm(q), self.k_norm(k)
     if table is not None:
       q, k = layers.rope(q, table), layers.rope(k, table)
-    return (q.astype(self.dtype), k.astype(self.dtype), v), rest
+    return q.astype(self.dtype), k.astype(self.dtype), v
 
-  def after(self, x_bend: jax.Array, out_benhk: jax.Array, rest: list[jax.Array]) -> jax.Array:
+  def after(self, x_bend: jax.Array, out_benhk: jax.Array, mods: list[jax.Array]) -> jax.Array:
     """Returns the tokens after output projection and MLP, both gated."""
-    gate1, shift2, scale2, gate2 = rest
+    gate1, shift2, scale2, gate2 = mods[2:]
     x_bend += self.out(out_benhk) * gate1
     return x_bend + self.mlp(layers.modulate(x_bend, shift2, scale2)) * gate2
 
@@ -83,9 +86,10 @@ class EarBlock(nn.Module):
     """Maps tokens [b, t, d] under the per-frame condition [b, t, d]."""
     stream = Stream(self.width, self.heads, self.ffn, dtype=self.dtype, name="audio")
     table = layers.rope_table(x_btd.shape[1], self.width // self.heads)
-    qkv, rest = stream.before(x_btd, c_btd, table)
-    out_bthk = jax.nn.dot_product_attention(*qkv)
-    return self.constrain(stream.after(x_btd, out_bthk, rest), "act_batch", "act_time", "act_width")
+    mods = stream.modulation(c_btd)
+    out_bthk = jax.nn.dot_product_attention(*stream.before(x_btd, mods, table))
+    x_btd = stream.after(x_btd, out_bthk, mods)
+    return self.constrain(x_btd, "act_batch", "act_time", "act_width")
 
 
 class JointBlock(nn.Module):
@@ -103,6 +107,8 @@ class JointBlock(nn.Module):
     heads: attention heads; divides the width.
     ffn: hidden width of the MLPs.
     last: visual and text streams end in this block.
+    unroll: computes the ears one after the other. XLA may round a batch of two ears otherwise
+      than one ear; this way each ear's arithmetic is the mono network's.
     dtype: of the matmuls.
     constrain: pins an activation to its logical axes.
   """
@@ -112,6 +118,7 @@ class JointBlock(nn.Module):
   heads: int
   ffn: int
   last: bool = False
+  unroll: bool = False
   dtype: jax.typing.DTypeLike = jnp.float32
   constrain: Constrain = layers.unconstrained
 
@@ -135,10 +142,13 @@ class JointBlock(nn.Module):
     clip = Stream(*size, pre_only=self.last, dtype=self.dtype, name="clip")
     text = Stream(*size, taps=0, pre_only=self.last, dtype=self.dtype, name="text")
 
+    audio_mods = audio.modulation(c_b1td)
+    clip_mods, text_mods = clip.modulation(g_b11d), text.modulation(g_b11d)
+    table = layers.rope_table(frames, k)
     clip_table = layers.rope_table(clip_b1vd.shape[2], k, frames / clip_b1vd.shape[2])
-    audio_qkv, audio_rest = audio.before(x_betd, c_b1td, layers.rope_table(frames, k))
-    clip_qkv, clip_rest = clip.before(clip_b1vd, g_b11d, clip_table)
-    text_qkv, text_rest = text.before(text_b1wd, g_b11d, None)
+    audio_qkv = self._by_ear(lambda x: audio.before(x, audio_mods, table), x_betd)
+    clip_qkv = clip.before(clip_b1vd, clip_mods, clip_table)
+    text_qkv = text.before(text_b1wd, text_mods, None)
 
     def with_context(audio, clip, text):
       shared = (jnp.broadcast_to(x, (*audio.shape[:2], *x.shape[2:])) for x in (clip, text))
@@ -147,22 +157,31 @@ class JointBlock(nn.Module):
     queries, keys, values = map(with_context, audio_qkv, clip_qkv, text_qkv)
     if self.last:
       queries = audio_qkv[0]
-    out_benhk, lse_benh = _attend(queries, keys, values)
+    out_benhk, lse_benh = self._by_ear(_attend, queries, keys, values)
     if self.ears == 2:
       mass = self.param("cross_mass", layers.logical(layers.ones, "heads"), (self.heads,))
-      other = _attend(queries, audio_qkv[1][:, ::-1], audio_qkv[2][:, ::-1])
+      other = self._by_ear(_attend, queries, *(x[:, ::-1] for x in audio_qkv[1:]))
       out_benhk = merge_ears(out_benhk, lse_benh, *other, mass)
 
     def pin(x, ear):
       return self.constrain(x, "act_batch", ear, "act_time", "act_width")
 
-    x_betd = pin(audio.after(x_betd, out_benhk[:, :, :frames], audio_rest), "ear")
+    x_betd = self._by_ear(
+      lambda x, out: audio.after(x, out, audio_mods), x_betd, out_benhk[:, :, :frames]
+    )
     if not self.last:
       mean_b1nhk = out_benhk[:, :, frames:].mean(axis=1, keepdims=True)
       out_clip, out_text = jnp.split(mean_b1nhk, [clip_b1vd.shape[2]], axis=2)
-      clip_b1vd = pin(clip.after(clip_b1vd, out_clip, clip_rest), None)
-      text_b1wd = pin(text.after(text_b1wd, out_text, text_rest), None)
-    return x_betd, clip_b1vd, text_b1wd
+      clip_b1vd = pin(clip.after(clip_b1vd, out_clip, clip_mods), None)
+      text_b1wd = pin(text.after(text_b1wd, out_text, text_mods), None)
+    return pin(x_betd, "ear"), clip_b1vd, text_b1wd
+
+  @nn.nowrap
+  def _by_ear(self, function, *arrays):
+    if not self.unroll or self.ears == 1:
+      return function(*arrays)
+    outputs = [function(*(x[:, e : e + 1] for x in arrays)) for e in range(self.ears)]
+    return jax.tree.map(lambda *ears: jnp.concatenate(ears, axis=1), *outputs)
 
 
 def _attend(q_benhk: jax.Array, k_benhk: jax.Array, v_benhk: jax.Array):

@@ -160,8 +160,9 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
   time_net = TimeEmbedding(width=c.width, v2=c.v2, dtype=c.dtype)
   audio_net = Project(source="latent", first_taps=7, taps=7, v2=c.v2, **size)
   block = {"heads": c.heads, "constrain": constrain, **size}
-  joint_net = JointBlock(ears=c.ears, **block)
-  joint_last_net = JointBlock(ears=c.ears, last=True, **block)
+  unrolled = c.unroll if c.unroll is not None else jax.default_backend() == "cpu"
+  joint_net = JointBlock(ears=c.ears, unroll=unrolled, **block)
+  joint_last_net = JointBlock(ears=c.ears, unroll=unrolled, last=True, **block)
   ear_net = EarBlock(**block)
   final_net = FinalLayer(width=c.width, channels=c.latent_channels, dtype=c.dtype)
 
@@ -293,8 +294,7 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
     return v_betc, mids
 
   def velocity(params, x_betc, t_b, prepared):
-    unroll = c.unroll if c.unroll is not None else jax.default_backend() == "cpu"
-    return run(params, x_betc, t_b, prepared, unroll)[0]
+    return run(params, x_betc, t_b, prepared, unrolled)[0]
 
   def trace(params, x_betc, t_b, prepared):
     return run(params, x_betc, t_b, prepared, True)

@@ -96,16 +96,15 @@ class Linear(nn.Module):
 
 
 def convolve(x: jax.Array, kernel_tio: jax.Array) -> jax.Array:
-  """Convolves [..., t, i] with an odd kernel [taps, i, o]: stride 1, zero padding.
-
-  One matrix product over shifted copies: XLA:CPU takes ten times longer for the gradient of a
-  convolution primitive, and batches over ears become batched products instead of groups.
-  """
-  taps, frames = kernel_tio.shape[0], x.shape[-2]
-  pad = [(0, 0)] * (x.ndim - 2) + [(taps // 2, taps // 2), (0, 0)]
-  padded = jnp.pad(x, pad)
-  shifted = [jax.lax.slice_in_dim(padded, i, i + frames, axis=-2) for i in range(taps)]
-  return jnp.concatenate(shifted, axis=-1) @ kernel_tio.reshape(-1, kernel_tio.shape[-1])
+  """Convolves [..., t, i] with an odd kernel [taps, i, o]: stride 1, zero padding."""
+  y = jax.lax.conv_general_dilated(
+    x.reshape(-1, *x.shape[-2:]),
+    kernel_tio,
+    window_strides=(1,),
+    padding="SAME",
+    dimension_numbers=("NWC", "WIO", "NWC"),
+  )
+  return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def hidden_width(width: int) -> int:

@@ -1,7 +1,7 @@
 """Magnitude-preserving 1-D convolutional VAE between log-mels and latents (one ear at a time).
 
 The architecture is that of the public MMAudio project's audio VAE; the arithmetic that keeps
-activations at unit magnitude is that of EDM2 (Karras et al., arXiv 2312.02696). No layer has a bias.
+activations at unit magnitude is EDM2's (Karras et al., arXiv 2312.02696). No layer has a bias.
 
 Axes: b clip (or clip and ear), m mel bin, n mel frame, t latent frame (n / 2), c latent channel,
 d width, k kernel tap.

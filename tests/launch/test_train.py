@@ -116,6 +116,7 @@ def test_latent_statistics_are_those_of_samples_of_the_posterior():
   np.testing.assert_allclose(std_c, 5, atol=0.1)  # 3 between clips, 4 within: a 3-4-5 triangle.
 
 
+@pytest.mark.slow
 def test_flops_are_about_six_per_weight_and_token():
   config = config_of("tiny", "demo", **{"data.path": "synthetic"})
   sizes = tasks.flow_config(config)

@@ -91,15 +91,13 @@ def test_magnitude_of_a_kernel_does_not_matter(small):
   _close(encode(louder, mel)[0], encode(params, mel)[0], 1e-3)
 
 
-def test_frozen_statistics_normalise_and_get_no_gradient(small):
+def test_frozen_statistics_normalise(small):
   net, params, mel = small
   shifted = {**params, "frozen": {"data_mean": jnp.full(8, 2.0), "data_std": jnp.full(8, 3.0)}}
   encode = jax.jit(net.encode)
   _close(encode(shifted, 3 * mel + 2)[0], encode(params, mel)[0], 1e-5)
   z = encode(params, mel)[0]
   _close(jax.jit(net.decode)(shifted, z), 3 * jax.jit(net.decode)(params, z) + 2, 1e-5)
-  grads = jax.jit(jax.grad(lambda p: net.decode(p, z).sum()))(shifted)
-  assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads["frozen"]))
 
 
 def test_activations_keep_unit_magnitude(small):

@@ -20,7 +20,11 @@ TINY = vocoder.Config(
 
 
 @pytest.mark.parametrize(
-  ("file", "config"), [("bigvgan_16k", vocoder.V1_16K), ("bigvgan_v2_44k", vocoder.V2_44K)]
+  ("file", "config"),
+  [
+    ("bigvgan_16k", vocoder.V1_16K),
+    pytest.param("bigvgan_v2_44k", vocoder.V2_44K, marks=pytest.mark.slow),
+  ],
 )
 def test_waveform_is_upstream_s(file, config):
   """The golden begins after the first stage, so the first convolution here passes it on."""
@@ -89,6 +93,17 @@ def test_synthesizer_makes_one_hop_per_frame():
   synthesize = vocoder.synthesizer(TINY, params)
   audio = synthesize(np.ones((4, 6), np.float32), np.zeros(0, np.float32))
   assert audio.shape == (24,) and np.abs(audio).max() <= 1
+
+
+def test_version_2_is_clipped_not_squashed():
+  params = nn.unbox(jax.jit(vocoder.build(TINY).init)(jax.random.key(0)))
+  params["conv_post"]["bias"] = jnp.full(1, 0.5)
+  quiet = np.zeros((1, 4, 6), np.float32)
+  want = vocoder.build(dataclasses.replace(TINY, bounded="clip")).waveform(params, quiet)
+  np.testing.assert_allclose(vocoder.build(TINY).waveform(params, quiet), np.tanh(want), atol=1e-6)
+  params["conv_post"]["bias"] = jnp.full(1, 2.0)
+  clip = vocoder.build(dataclasses.replace(TINY, bounded="clip"))
+  np.testing.assert_array_equal(clip.waveform(params, quiet), 1)
 
 
 def test_unknown_bound_is_refused():
