@@ -3,16 +3,16 @@ r"""Tiny two-ear flow model on 4 s procedural scenes at 16 kHz: the embedded def
 Run:      python -m launch.train --config configs/tiny.py --workdir runs/tiny \
             --config.data.path=SHARDS --config.vae=runs/vae_tiny/model
 Smoke:    python -m launch.train --config configs/tiny.py:smoke --workdir runs/smoke
-Cost:     minutes on 2 CPU cores; the smoke variant less than one, without any data.
-Expected: the loss of both ears falls by half within 500 steps; a generated clip is louder on the
-          side where its source is seen.
+Cost:     1,000 steps of 16 clips, about 4 minutes on 2 CPU cores; the smoke variant less than one,
+          without any data.
+Expected: on held-out scenes the louder ear is on the side of the source in over 90 % of windows.
 """
 
 import ml_collections
 
 
 def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
-  """Returns the config of a variant: demo or smoke."""
+  """Returns the config of a variant: demo, quick (a check of the path) or smoke (no data)."""
   c = ml_collections.ConfigDict()
   c.kind = "flow"
   c.seed = 0
@@ -81,6 +81,12 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
     c.data.update(path="synthetic", eval="synthetic", eval_batches=1, batch_size=8, statistics=1)
     c.optim.update(warmup=1)
     c.every.update(log=1, checkpoint=2)
+  elif variant == "quick":
+    c.steps = 20
+    c.model.update(width=32, joint_depth=1, ear_depth=1, ffn=64)
+    c.data.update(batch_size=8, statistics=1)
+    c.optim.update(warmup=5)
+    c.every.update(log=5, checkpoint=10)
   elif variant != "demo":
-    raise ValueError(f"unknown variant {variant!r}, have: demo, smoke")
+    raise ValueError(f"unknown variant {variant!r}, have: demo, quick, smoke")
   return c.lock()

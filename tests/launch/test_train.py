@@ -66,7 +66,7 @@ def test_the_paper_config_has_its_numbers():
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    (["--config={0}/configs/tiny.py:huge"], "unknown variant 'huge', have: demo, smoke"),
+    (["--config={0}/configs/tiny.py:huge"], "unknown variant 'huge', have: demo, quick, smoke"),
     (["--config={0}/configs/none.py"], "No such file"),
     (["--config={0}/configs/tiny.py", "--config.model.widht=4"], '"width" instead of "widht"'),
     (["--config={0}/configs/tiny.py", "--config.steps=many"], "config.steps=many"),
