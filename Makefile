@@ -24,10 +24,10 @@ demo: $(VENV)/.train  ## scenes -> training -> held-out clips -> scores -> repor
 	$(BIN)/python -m launch.demo --out $(OUT)
 
 test: $(VENV)/.dev  ## the default tests, under 5 minutes on 2 cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-all: $(VENV)/.dev  ## also the slow tests and those that need a browser
-	$(BIN)/python -m pytest --all
+	$(BIN)/python -m pytest -n 2 --all
 
 lint: $(VENV)/.dev  ## style, types, direction of imports
 	$(BIN)/ruff check .

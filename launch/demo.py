@@ -74,8 +74,11 @@ def make_ceiling(model_dir: pathlib.Path, media: pathlib.Path, out: pathlib.Path
       progress.advance()
 
 
-def mirror_agreement(generated: pathlib.Path, mirrored: pathlib.Path) -> dict[str, float | int]:
-  """Returns Pearson's r between the level differences of clips and of their mirror images."""
+def mirror_agreement(generated: pathlib.Path, mirrored: pathlib.Path) -> dict[str, float | None]:
+  """Returns Pearson's r between the level differences of clips and of their mirror images.
+
+  It is None where it is undefined, as of clips in which nothing is loud enough.
+  """
   plain, flipped = [], []
   for path in sorted(generated.glob("*.wav")):
     other = mirrored / f"{path.stem}_m.wav"
@@ -85,8 +88,10 @@ def mirror_agreement(generated: pathlib.Path, mirrored: pathlib.Path) -> dict[st
     both_w = heard[0].active_w & heard[1].active_w
     plain.append(heard[0].ild_db_w[both_w])
     flipped.append(heard[1].ild_db_w[both_w])
-  pair = np.concatenate(plain), np.concatenate(flipped)
-  return {"ild_pearson_r": float(np.corrcoef(*pair)[0, 1]), "windows": len(pair[0])}
+  pair = np.stack([np.concatenate(plain), np.concatenate(flipped)])
+  defined = pair.shape[1] > 2 and (np.ptp(pair, axis=1) > 0).all()
+  r = float(np.corrcoef(pair)[0, 1]) if defined else None
+  return {"ild_pearson_r": r, "windows": pair.shape[1]}
 
 
 def run(out: pathlib.Path, *, train: int, heldout: int, variant: str) -> None:
@@ -112,18 +117,22 @@ def run(out: pathlib.Path, *, train: int, heldout: int, variant: str) -> None:
     ):
       arguments = ("--clips", count, "--seconds", SECONDS, "--seed", seed, *extra)
       stages.run(f"scenes: {name}", "launch.data", "scenes", "--out", at[name], *arguments)
-    encode = ("launch.data", "encode", "--media", at["train"], "--out", shards)
-    encode += ("--config", config, "--mirror")
-    stages.run("features and sound to shards", *encode)
+    encode = ("launch.data", "encode", "--config", config, "--media")
+    train_shards = (*encode, at["train"], "--out", shards / "train", "--mirror")
+    stages.run("features and sound to shards", *train_shards)
     stages.run(
       "train the VAE", "launch.train", "--config", vae_config, "--workdir", runs / "vae",
-      f"--config.data.path={shards / 'clips'}",
+      f"--config.data.path={shards / 'train' / 'clips'}",
     )  # fmt: skip
     vae = runs / "vae" / "model"
-    stages.run("latents to shards", *encode, "--vae", vae)
+    stages.run("latents to shards", *train_shards, "--vae", vae)
+    stages.run(
+      "held-out clips to shards", *encode, at["heldout"], "--out", shards / "heldout", "--vae", vae
+    )
     stages.run(
       "train the flow network", "launch.train", "--config", config, "--workdir", runs / "flow",
-      f"--config.data.path={shards / 'latents'}", f"--config.vae={vae}",
+      f"--config.data.path={shards / 'train' / 'latents'}",
+      f"--config.data.eval={shards / 'heldout' / 'latents'}", f"--config.vae={vae}",
     )  # fmt: skip
     publish(runs / "flow" / "model", model)
 
@@ -141,7 +150,7 @@ def run(out: pathlib.Path, *, train: int, heldout: int, variant: str) -> None:
     generated, at["heldout"], at["heldout"], scores, baselines={"ceiling": ceiling}, jobs=2
   )
   result["mirror"] = mirror_agreement(generated, mirrored)
-  print(f"level difference against the mirrored video: r = {result['mirror']['ild_pearson_r']:.3f}")
+  print(f"level difference against that of the mirrored video: {result['mirror']}")
   with io.atomic_path(scores) as temporary:
     pathlib.Path(temporary).write_text(json.dumps(result, indent=1, allow_nan=False))
   stages.run(

@@ -5,21 +5,40 @@ Exit codes: 0 ok, 1 a check failed, 2 bad input, 3 missing asset, 4 some files f
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import spatialv2a_jax
 from spatialv2a_jax.errors import UserError
 
 
-def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-  """Returns an argparse type that accepts numbers above 0."""
+class Parser(argparse.ArgumentParser):
+  """A parser whose complaints are one line and an exception."""
+
+  def error(self, message: str) -> NoReturn:
+    """Raises UserError."""
+    raise UserError(f"{message}; see {self.prog} --help")
+
+
+def number(
+  kind: Callable[[str], float], least: float, most: float = math.inf, *, above: bool = False
+) -> Callable[[str], float]:
+  """Returns an argparse type that accepts finite numbers from `least` (or `above` it) to `most`."""
 
   def parse(text):
-    value = kind(text)
-    if not 0 < value < float("inf"):
-      raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    try:
+      value = kind(text)
+    except ValueError:
+      value = math.nan
+    if not (least <= value <= most and value < math.inf and not (above and value == least)):
+      what = "a whole number" if kind is int else "a number"
+      top = "" if most == math.inf else f" and at most {most}"
+      bound = f"above {least}" if above else f"of at least {least}"
+      raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bound}{top}")
     return value
 
   return parse
@@ -41,7 +60,7 @@ def hrtf(text: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
   """Returns the parser of all commands."""
-  main = argparse.ArgumentParser(
+  main = Parser(
     prog="spatialv2a", description="Silent video in, binaural sound out.", allow_abbrev=False
   )
   main.add_argument("--version", action="version", version=spatialv2a_jax.__version__)
@@ -56,7 +75,8 @@ def parser() -> argparse.ArgumentParser:
       formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
-  command("doctor", "Check this machine: versions, devices, codecs, cache, disk.")
+  p = command("doctor", "Check this machine: versions, devices, codecs, cache, disk.")
+  p.set_defaults(run=run_doctor)
 
   p = command("generate", "Generate binaural sound for video files or folders of them.")
   p.add_argument("inputs", nargs="+", metavar="VIDEO|DIR")
@@ -64,17 +84,21 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--out", required=True, metavar="DIR")
   p.add_argument("--prompt", default="", help="what sounds; empty leaves it to the picture")
   p.add_argument("--negative", default="", help="what should not sound")
-  p.add_argument("--seed", type=int, default=0)
-  p.add_argument("--steps", type=positive(int), default=25, help="steps of the solver")
-  p.add_argument("--guidance", type=float, default=3.0, help="strength of all conditions")
+  p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
+  p.add_argument("--steps", type=number(int, 1), default=25, help="steps of the solver")
   p.add_argument(
-    "--spatial-guidance", type=float, help="strength of the spatial one; unset: as --guidance"
+    "--guidance", type=number(float, 0), default=3.0, help="of all conditions; 1 adds none"
+  )
+  p.add_argument(
+    "--spatial-guidance", type=number(float, 0), help="of the spatial one; unset: as --guidance"
   )
   p.add_argument(
     "--localizer", type=localizer, help="motion or track:FILE; unset: the checkpoint's"
   )
   p.add_argument("--phase", choices=("shared", "independent"), default="shared")
-  p.add_argument("--duration", type=positive(float), help="seconds at most; unset: all")
+  p.add_argument(
+    "--duration", type=number(float, 0, above=True), help="seconds at most; unset: all"
+  )
   p.add_argument("--format", choices=("wav", "flac"), default="wav")
   p.add_argument("--no-video", dest="video", action="store_false", help="write sound only")
   p.add_argument("--low-memory", action="store_true", help="one window at a time")
@@ -100,8 +124,21 @@ def parser() -> argparse.ArgumentParser:
     help="score another folder beside it; may be repeated",
   )
   p.add_argument("--out", required=True, metavar="FILE.json")
-  p.add_argument("--jobs", type=positive(int), default=os.cpu_count() or 1)
+  p.add_argument("--jobs", type=number(int, 1), default=os.cpu_count() or 1)
   p.set_defaults(run=run_evaluate)
+
+  p = command("convert", "Convert a checkpoint of another project into a model folder.")
+  p.add_argument(
+    "source", metavar="SOURCE", help="mmaudio, clip, synchformer, clipseg, bigvgan, ..."
+  )
+  p.add_argument("file", nargs="?", metavar="FILE", help="safetensors, .pth, .pt or .bin")
+  p.add_argument("--out", metavar="DIR", help="model folder, which may hold other networks")
+  p.add_argument("--ears", type=number(int, 1, 2), default=1, help="2: both start as this mono one")
+  p.add_argument(
+    "--check", metavar="FILE", help="compare with the outputs in a golden file instead"
+  )
+  p.add_argument("--tolerance", type=number(float, 0), default=1e-4, help="of --check")
+  p.set_defaults(run=run_convert)
 
   p = command("report", "Write one self-contained HTML page of generated clips or of a run.")
   p.add_argument("dir", metavar="DIR")
@@ -123,8 +160,9 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def run_generate(args: argparse.Namespace) -> int:
   """`spatialv2a generate`."""
-  from spatialv2a_jax import generate
+  from spatialv2a_jax import compile_cache, generate
 
+  compile_cache.keep()
   chosen = vars(args)
   fields = (field.name for field in dataclasses.fields(generate.Settings))
   settings = generate.Settings(**{name: chosen[name] for name in fields if name in chosen})
@@ -151,6 +189,17 @@ def run_evaluate(args: argparse.Namespace) -> int:
   return 0
 
 
+def run_convert(args: argparse.Namespace) -> int:
+  """`spatialv2a convert`."""
+  from spatialv2a_jax import convert
+
+  if args.check is not None:
+    return convert.check(args.source, args.check, args.tolerance)
+  if args.file is None or args.out is None:
+    raise UserError("give FILE and --out DIR, or --check FILE")
+  return convert.run(args.source, args.file, args.out, ears=args.ears)
+
+
 def run_report(args: argparse.Namespace) -> int:
   """`spatialv2a report`."""
   from spatialv2a_jax import report
@@ -161,10 +210,14 @@ def run_report(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command and returns its exit code."""
-  args = parser().parse_args(argv)
-  run = getattr(args, "run", run_doctor)
   try:
-    return run(args)
+    args = parser().parse_args(argv)
+  except UserError as error:
+    print(error, file=sys.stderr)
+    return error.exit_code
+  warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+  try:
+    return args.run(args)
   except UserError as error:
     print(f"spatialv2a {args.command}: {error}", file=sys.stderr)
     return error.exit_code

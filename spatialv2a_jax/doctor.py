@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 
 import spatialv2a_jax
+from spatialv2a_jax import compile_cache
 
 Check = tuple[bool, str, str]  # ok, what was found, how to mend it
 
@@ -55,7 +56,7 @@ def codecs() -> Check:
   for name, mode in wanted.items():
     try:
       av.Codec(name, mode)  # type: ignore[arg-type]
-    except av.codec.codec.UnknownCodecError:
+    except ValueError:
       missing.append(name)
   text = "h264 and AAC in, h264 and FLAC out"
   return (
@@ -67,9 +68,7 @@ def codecs() -> Check:
 
 def cache() -> Check:
   """Compiled programs can be kept from one run to the next."""
-  folder = pathlib.Path(
-    os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/spatialv2a_jax/xla")
-  ).expanduser()
+  folder = compile_cache.folder()
   try:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):

@@ -2,34 +2,27 @@
 
 `RandomFeatures` stands beside CLIP and Synchformer behind the same interface: it has no trained
 weights, only seeded random projections of patches and of their motion, so a model trained on it
-needs no download. Localizers give one heat map per 8 fps frame; the five descriptors of the
-paper's spatialization module are computed from it.
+needs no download. `localizers` gives one heat map per 8 fps frame; the five descriptors of
+the paper's spatialization module are computed from it.
 
 Axes: n frame at 25 fps, v frame at 8 fps, s synchronisation token, w text token, y row, x column,
 q patch, r raw feature, f feature, k descriptor.
 """
 
-import csv
 import dataclasses
-import functools
 import hashlib
-import json
-import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
 
+import jax
 import numpy as np
 
-from spatialv2a_jax import io, schema
+from spatialv2a_jax import io, localizers, schema
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import spatial
 
 PATCH = 8
-FRAME_SIZE = (48, 80)  # Rows, columns of the frames that `RandomFeatures` and `motion` see.
-MOTION_FLOOR = 0.02  # Grey levels (0..1) of residual motion below which nothing moves.
-HISTORY = 0.75  # What is left of a motion after 1/8 s: a struck object rings while it rests.
-TRACK_WIDTH_DEG = 8.0  # Standard deviation of the blob that a `track` draws.
+
+_descriptors = jax.jit(spatial.descriptors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +50,7 @@ class Config:
 
 def views() -> dict[str, io.View]:
   """Returns the frames that `encode` needs, for `io.read_views`."""
-  return {"frames": io.View(fps=schema.SYNC_FPS, size=FRAME_SIZE)}
+  return {"frames": io.View(fps=schema.SYNC_FPS, size=localizers.FRAME_SIZE)}
 
 
 def encode(
@@ -78,16 +71,12 @@ def encode(
   if config.encoder != "random":
     raise UserError(f"unknown encoder {config.encoder!r}, have: random")
   n = schema.lengths(seconds, schema.AUDIO["16k"])
-  frames = frames_nyxc.astype(np.float32) / 255
-  motion_nyx = residual_motion(frames)
+  frames = frames_nyxc.astype(np.float32)
+  frames /= 255
+  motion_nyx = localizers.residual_motion(frames)
   clip_vf, sync_sf = RandomFeatures.of(config)(frames, motion_nyx, n.clip, n.sync)
-  if config.localizer == "motion":
-    heat_vyx = motion_heat(motion_nyx, n.clip)
-  elif config.localizer.startswith("track:"):
-    heat_vyx = read_track(config.localizer.removeprefix("track:")).heat(n.clip, start)
-  else:
-    raise UserError(f"unknown localizer {config.localizer!r}, have: motion, track:FILE")
-  spatial_bvk, _ = spatial.descriptors(heat_vyx[None])
+  heat_vyx = localizers.heat(config.localizer, motion_nyx, n.clip, start)
+  spatial_bvk, _ = _descriptors(heat_vyx[None])
   return {
     "clip_vf": clip_vf,
     "sync_sf": sync_sf,
@@ -99,72 +88,12 @@ def encode(
 def encode_text(text: str, config: Config) -> np.ndarray:
   """Returns float32 [w, text_dim]: one seeded random vector per word; no words are zeros."""
   tokens_wf = np.zeros((config.text_len, config.text_dim), np.float32)
-  words = re.findall(r"[a-z0-9']+", text.lower())[: config.text_len]
+  words = re.findall(r"(?:[^\W_]|')+", text.lower())[: config.text_len]
   for row, word in enumerate(words):
     digest = hashlib.sha256(f"{config.seed}/{word}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     tokens_wf[row] = rng.standard_normal(config.text_dim)
   return tokens_wf
-
-
-def residual_motion(frames_nyxc: np.ndarray) -> np.ndarray:
-  """Returns what moves against the camera: |difference| of neighbours, panning removed.
-
-  One translation per frame pair is fitted by least squares on the image gradient (the optical
-  flow equation for a single motion) and its effect subtracted.
-
-  Args:
-    frames_nyxc: RGB frames in 0..1.
-
-  Returns:
-    float32 [n, y, x], mean over colours; the first frame repeats the second.
-  """
-  mean_nyxc = 0.5 * (frames_nyxc[1:] + frames_nyxc[:-1])
-  change_nyxc = frames_nyxc[1:] - frames_nyxc[:-1]
-  gy, gx = np.gradient(mean_nyxc, axis=(1, 2))
-  sums = functools.partial(np.sum, axis=(1, 2, 3), dtype=np.float64)
-  xx, yy, xy = sums(gx * gx), sums(gy * gy), sums(gx * gy)
-  tx, ty = sums(gx * change_nyxc), sums(gy * change_nyxc)
-  det = np.maximum(xx * yy - xy * xy, 1e-9)
-  u = ((yy * tx - xy * ty) / det).astype(np.float32)[:, None, None, None]
-  v = ((xx * ty - xy * tx) / det).astype(np.float32)[:, None, None, None]
-  still = np.abs(change_nyxc)
-  panned = np.abs(change_nyxc - u * gx - v * gy)
-  # A pan must explain most of the picture before it is believed; else the object is the motion.
-  pan = panned.mean(axis=(1, 2, 3), keepdims=True) < 0.5 * still.mean(axis=(1, 2, 3), keepdims=True)
-  motion_nyx = np.where(pan, panned, still).mean(axis=-1)
-  if not len(motion_nyx):
-    return np.zeros(frames_nyxc.shape[:3], np.float32)
-  return np.concatenate([motion_nyx[:1], motion_nyx])
-
-
-def motion_heat(motion_nyx: np.ndarray, count: int) -> np.ndarray:
-  """Returns heat maps [v, y, x] in 0..1 at 8 fps from residual motion at 25 fps.
-
-  Motion is smoothed over 5 pixels, fades by `HISTORY` per 1/8 s, and each map is divided by its
-  maximum, so the strongest motion is 1; a frame in which nothing moves is all zero.
-  """
-  smooth = motion_nyx
-  for axis in (1, 2):
-    pad = [(0, 0)] * 3
-    pad[axis] = (2, 2)
-    padded = np.pad(smooth, pad, mode="edge")
-    length = smooth.shape[axis]
-    smooth = sum(np.take(padded, range(i, i + length), axis) for i in range(5)) / 5
-  decay = HISTORY ** (schema.CLIP_FPS / schema.SYNC_FPS)
-  held = np.zeros_like(smooth[0])
-  history = np.empty_like(smooth)
-  for i, now in enumerate(smooth):
-    held = np.maximum(now, decay * held)
-    history[i] = held
-  index = np.minimum(
-    np.ceil((np.arange(count) + 0.5) * schema.SYNC_FPS / schema.CLIP_FPS).astype(int),
-    len(history) - 1,
-  )
-  heat_vyx = history[index]
-  peak_v11 = heat_vyx.max(axis=(1, 2), keepdims=True)
-  # Half the floor is added so that the faintest motion does not flicker between 0 and 1.
-  return np.where(peak_v11 > MOTION_FLOOR, heat_vyx / (peak_v11 + 1e-6), 0).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,10 +130,16 @@ class RandomFeatures:
     self, frames_nyxc: np.ndarray, motion_nyx: np.ndarray, clips: int, tokens: int
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns `clip_vf` and `sync_sf`; tokens of the latter are evenly spaced in time."""
-    look_nqr = _relu(_patches(frames_nyxc - 0.5) @ self.look_rf) * 4
-    change = np.diff(frames_nyxc, axis=0, prepend=frames_nyxc[:1])
-    change_nqr = _relu(_patches(change) @ self.change_rf)
-    moved_nq = _patches(motion_nyx[..., None]).mean(axis=-1)
+    raw = self.look_rf.shape[1]
+    both_rf = np.concatenate([self.look_rf, self.change_rf], axis=1)
+    # One product per row of patches: larger ones wake threads that hinder other workers' more than
+    # they help.
+    seen_nqr = (_patches(frames_nyxc) @ both_rf).reshape(len(frames_nyxc), -1, 2 * raw)
+    grey_r = 0.5 * self.look_rf.sum(axis=0)  # What mid-grey gives: look is relative to it.
+    look_nqr = _relu(seen_nqr[..., :raw] - grey_r[None, None]) * 4
+    change_nqr = seen_nqr[..., raw:]
+    change_nqr = _relu(np.diff(change_nqr, axis=0, prepend=change_nqr[:1]))
+    moved_nq = _patches(motion_nyx[..., None]).mean(axis=-1).reshape(len(motion_nyx), -1)
     share_nq1 = (moved_nq / (moved_nq.sum(axis=1, keepdims=True) + 1e-3))[..., None]
     level_n2 = np.stack(
       [np.log1p(moved_nq.mean(axis=1) * 500), np.log1p(moved_nq.max(axis=1) * 50)], axis=-1
@@ -221,9 +156,10 @@ class RandomFeatures:
 
 
 def _patches(image_nyxc: np.ndarray) -> np.ndarray:
+  """Returns [n, rows of patches, patches of a row, values of a patch]."""
   n, y, x, c = image_nyxc.shape
   cut = image_nyxc.reshape(n, y // PATCH, PATCH, x // PATCH, PATCH, c)
-  return cut.transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, PATCH * PATCH * c)
+  return cut.transpose(0, 1, 3, 2, 4, 5).reshape(n, y // PATCH, x // PATCH, -1)
 
 
 def _relu(x: np.ndarray) -> np.ndarray:
@@ -235,56 +171,3 @@ def _interpolate(rows: np.ndarray, at: np.ndarray) -> np.ndarray:
   high = np.minimum(low + 1, len(rows) - 1)
   part = np.clip(at - low, 0, 1)[:, None].astype(rows.dtype)
   return (1 - part) * rows[low] + part * rows[high]
-
-
-@dataclasses.dataclass(frozen=True)
-class Track:
-  """A source's direction over time, given by the user.
-
-  Attributes:
-    time_s: increasing times.
-    azimuth_deg: azimuth at these times, left positive, interpolated between them.
-  """
-
-  time_s: np.ndarray
-  azimuth_deg: np.ndarray
-
-  def at(self, time_s: np.ndarray) -> np.ndarray:
-    """Returns the azimuth in degrees at any times; the ends are held."""
-    return np.interp(time_s, self.time_s, self.azimuth_deg)
-
-  def heat(self, count: int, start: float = 0.0) -> np.ndarray:
-    """Returns heat maps [v, y, x]: a blob at the track's azimuth, clipped to the picture."""
-    y, x = FRAME_SIZE
-    azimuth_v = self.at(start + (np.arange(count) + 0.5) / schema.CLIP_FPS)
-    column_v = np.clip(0.5 - azimuth_v / schema.HFOV_DEG, 0, 1)
-    u_x = (np.arange(x) + 0.5) / x
-    v_y = (np.arange(y) + 0.5) / y - 0.5
-    sigma = TRACK_WIDTH_DEG / schema.HFOV_DEG
-    across_vx = np.exp(-0.5 * ((u_x[None] - column_v[:, None]) / sigma) ** 2)
-    down_y = np.exp(-0.5 * (v_y / sigma * y / x) ** 2)
-    heat = across_vx[:, None, :] * down_y[None, :, None]
-    return (heat / heat.max(axis=(1, 2), keepdims=True)).astype(np.float32)
-
-
-def read_track(path: str | pathlib.Path) -> Track:
-  """Reads a track: JSON {"time_s": [...], "azimuth_deg": [...]} or CSV with those two columns.
-
-  Raises:
-    UserError: if the file is missing, has other columns or times that do not increase.
-  """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise UserError(f"{path}: no such track file; give --track or --localizer track:FILE one")
-  try:
-    if path.suffix == ".json":
-      table: Mapping[str, Any] = json.loads(path.read_text())
-      rows = zip(table["time_s"], table["azimuth_deg"], strict=True)
-    else:
-      rows = [(row["time_s"], row["azimuth_deg"]) for row in csv.DictReader(path.open())]
-    pairs = np.array([(float(t), float(a)) for t, a in rows], np.float64).reshape(-1, 2)
-  except (KeyError, TypeError, ValueError) as error:
-    raise UserError(f"{path}: a track needs numbers in time_s and azimuth_deg ({error})") from None
-  if not len(pairs) or not np.isfinite(pairs).all() or (np.diff(pairs[:, 0]) <= 0).any():
-    raise UserError(f"{path}: time_s must be finite and increase from row to row")
-  return Track(pairs[:, 0], pairs[:, 1])

@@ -159,7 +159,7 @@ def loss(
   per_ear = [clip_mean(square_be[:, i]) for i in range(ears)]
   total = sum(per_ear, jnp.zeros(()))
   names = ("loss/left", "loss/right") if ears == 2 else ("loss/mono",)
-  metrics = dict(zip(names, per_ear, strict=True))
+  metrics: dict[str, Array] = dict(zip(names, per_ear, strict=True))
   if ears == 2:
     difference_b = jnp.square(error_betc[:, 0] - error_betc[:, 1]).mean(axis=(1, 2))
     metrics["loss/difference"] = clip_mean(difference_b)
@@ -190,7 +190,7 @@ def guided(
     stats: its running statistics.
     cond: condition of the batch.
     latent_len: latent frames.
-    guidance: strength; below 1 only the conditional branch runs.
+    guidance: strength; 0 is the unconditional branch, 1 the conditional one, which then runs alone.
     spatial_guidance: strength of the spatial condition; None is the same as `guidance`.
     negative_text_bwf: text features that replace the null text of the unconditional branch.
     missing: conditions (of "video", "text", "spatial") that each clip does not have.
@@ -198,10 +198,11 @@ def guided(
   rows = cond["clip_bvf"].shape[0]
   none, every = jnp.zeros(rows, bool), jnp.ones(rows, bool)
   absent = {"video": none, "text": none, "spatial": none} | dict(missing or {})
-  separate = spatial_guidance is not None and spatial_guidance != guidance
+  scale = guidance if spatial_guidance is None else spatial_guidance
+  separate = scale != guidance
 
   branches = [(cond, absent)]
-  if guidance >= 1.0 or separate:
+  if guidance != 1.0 or separate:
     negative = dict(cond)
     drop = {"video": every, "text": every, "spatial": every}
     if negative_text_bwf is not None:
@@ -220,9 +221,9 @@ def guided(
     full, *rest = jnp.split(v, n)
     if not rest:
       return full
-    plain = rest[1] if separate else full
-    scale = spatial_guidance if separate else 0.0
-    return guidance * plain + (1 - guidance) * rest[0] + scale * (full - plain)
+    null, plain = rest if separate else (rest[0], full)
+    v = guidance * plain + (1 - guidance) * null
+    return v + scale * (full - plain) if separate else v
 
   return velocity
 

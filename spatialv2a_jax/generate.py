@@ -9,7 +9,6 @@ import json
 import math
 import pathlib
 import resource
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,13 +18,15 @@ import numpy as np
 import soxr
 
 import spatialv2a_jax
-from spatialv2a_jax import features, io, logbook, report, schema
+from spatialv2a_jax import features, io, localizers, logbook, report, schema, worklist
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.generator import Clip, Generator, Settings, Window
 from spatialv2a_jax.metrics import analysis
 from spatialv2a_jax.metrics import spatial as spatial_metrics
 
 BATCH = 8  # Windows sampled at once.
+COUNT_SECONDS = 8.0  # Stretch of video that is held while frames are counted.
+CUES_SECONDS = 30.0
 CUES = ("ild_clip_db", "itd_xc_clip_us", "iacc_clip")
 
 
@@ -43,6 +44,8 @@ class Job:
 
 def sidecar(model: Generator, job: Job, settings: Settings) -> dict[str, Any]:
   """Returns what determines the sound of a file; the rest of the sidecar is measured."""
+  localizer = settings.localizer or model.features.localizer
+  track = localizer.removeprefix("track:")
   return {
     "version": spatialv2a_jax.__version__,
     "checkpoint": model.folder.name,
@@ -52,20 +55,33 @@ def sidecar(model: Generator, job: Job, settings: Settings) -> dict[str, Any]:
     "seed": settings.seed,
     "settings": dataclasses.asdict(settings) | {"low_memory": None},
     "prompt": settings.prompt,
-    "localizer": settings.localizer or model.features.localizer,
+    "localizer": localizer,
+    "track_sha256": None if track == localizer else io.file_hash(track),
     "duration_s": job.seconds,
     "sample_rate": model.audio.sample_rate,
   }
 
 
 def write(model: Generator, job: Job, clip: Clip, out: pathlib.Path, settings: Settings) -> None:
-  """Writes sound, video and, last of all, the sidecar of one file."""
-  rate, stem = model.audio.sample_rate, out / job.path.stem
-  io.write_audio(stem.with_name(f"{stem.name}.{settings.format}"), clip.audio_ep, rate)
+  """Writes sound, video and, last of all, the sidecar of one file.
+
+  Raises:
+    UserError: the sound is not finite, or a file cannot be written.
+  """
+  if not np.isfinite(clip.audio_ep).all():
+    raise UserError(f"{job.path}: the sound is not finite; lower --guidance and --spatial-guidance")
+  rate = model.audio.sample_rate
+  target = {suffix: out / f"{job.path.stem}.{suffix}" for suffix in ("json", "wav", "flac", "mp4")}
+  if read_sidecar(target["json"]) is not None:  # What it describes is replaced, so it goes first.
+    for path in target.values():
+      path.unlink(missing_ok=True)
+  io.write_audio(target[settings.format], clip.audio_ep, rate)
   if settings.video:
-    io.remux(job.path, clip.audio_ep, rate, stem.with_name(f"{stem.name}.mp4"))
+    io.remux(job.path, clip.audio_ep, rate, target["mp4"], duration=settings.duration)
   wall = time.monotonic() - job.began
   about = sidecar(model, job, settings) | {
+    "jax": jax.__version__,
+    "device": jax.devices()[0].device_kind,
     "descriptors": np.round(clip.descriptors_vk.astype(float), 4).tolist(),
     "heat": report.heat_strip(clip.heat_vyx / 255),
     "spatial": spatial_cues(clip.audio_ep, rate),
@@ -73,45 +89,47 @@ def write(model: Generator, job: Job, clip: Clip, out: pathlib.Path, settings: S
     "rtf": round(wall / job.seconds, 3),
     "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
   }
-  with io.atomic_path(stem.with_name(f"{stem.name}.json")) as temporary:
-    pathlib.Path(temporary).write_text(json.dumps(about, indent=1) + "\n")
+  with io.atomic_path(target["json"]) as temporary:
+    temporary.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def spatial_cues(audio_ep: np.ndarray, rate: int) -> dict[str, float | None]:
-  """Returns level and time difference and coherence of a clip; None where undefined."""
-  at_rate = soxr.resample(audio_ep.T, rate, analysis.RATE, quality="VHQ").T
-  values = spatial_metrics.metrics(analysis.analyse(at_rate))
-  return {name: None if math.isnan(values[name]) else round(values[name], 3) for name in CUES}
+  """Returns level and time difference and coherence of a clip; None where undefined.
 
-
-def collect(inputs: Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
-  """Returns the video files of files and folders, in order.
-
-  Raises:
-    UserError: for a missing path, a folder without video, or two files of one stem.
+  Clips longer than `CUES_SECONDS` are cut into stretches of about that length, whose cues are
+  averaged by energy: a long one would need gigabytes.
   """
-  paths: list[pathlib.Path] = []
-  for item in map(pathlib.Path, inputs):
-    paths += io.list_media(item) if item.is_dir() else [item]
-  seen: dict[str, pathlib.Path] = {}
-  for path in paths:
-    if path.stem in seen:
-      raise UserError(f"{path} and {seen[path.stem]} would both write {path.stem}.wav; rename one")
-    seen[path.stem] = path
-  return paths
+  at_rate = soxr.resample(audio_ep.T, rate, analysis.RATE, quality="VHQ").T
+  short = max(0, analysis.N_FFT - at_rate.shape[1])
+  at_rate = np.pad(at_rate, ((0, 0), (0, short)))
+  count = max(1, round(at_rate.shape[1] / (CUES_SECONDS * analysis.RATE)))
+  total, weight = np.zeros(len(CUES)), np.zeros(len(CUES))
+  for part_ep in np.array_split(at_rate, count, axis=1):
+    values = spatial_metrics.metrics(analysis.analyse(part_ep))
+    cues = np.array([values[name] for name in CUES])
+    energy = np.where(np.isfinite(cues), np.square(part_ep, dtype=np.float64).sum(), 0.0)
+    total += energy * np.nan_to_num(cues)
+    weight += energy
+  means = [round(float(t / w), 3) if w else None for t, w in zip(total, weight, strict=True)]
+  return dict(zip(CUES, means, strict=True))
 
 
 def finished(model: Generator, job: Job, out: pathlib.Path, settings: Settings) -> bool:
   """Whether `out` holds this file's sound already, made by the same model and settings."""
-  stem = out / job.path.stem
-  names = [f"{stem}.json", f"{stem}.{settings.format}"] + [f"{stem}.mp4"] * settings.video
-  if not all(pathlib.Path(name).is_file() for name in names):
-    return False
-  try:
-    about = json.loads(pathlib.Path(names[0]).read_text())
-  except ValueError:
+  names = [f"{job.path.stem}.{settings.format}"] + [f"{job.path.stem}.mp4"] * settings.video
+  about = read_sidecar(out / f"{job.path.stem}.json")
+  if about is None or not all((out / name).is_file() for name in names):
     return False
   return all(about.get(key) == value for key, value in sidecar(model, job, settings).items())
+
+
+def read_sidecar(path: pathlib.Path) -> dict[str, Any] | None:
+  """Returns what `write` wrote, None if there is no such file."""
+  try:
+    about = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return None
+  return about if isinstance(about, dict) and "weights_sha256" in about else None
 
 
 def run(
@@ -123,53 +141,64 @@ def run(
   """Generates every file that `out` does not hold yet; returns the exit code.
 
   Raises:
-    UserError: if there is nothing to do, `out` cannot be written, or the only file is faulty.
+    UserError: for a fault of the inputs as a whole (see `worklist.collect`), of the model, of
+      `out` or of the only file.
   """
   out = pathlib.Path(out)
   io.check_writable(out)
-  paths = collect(inputs)
+  paths = worklist.collect(inputs, out)
+  if settings.localizer is not None:
+    localizers.track_of(settings.localizer)
   model = Generator(checkpoint_dir)
-  if settings.localizer is not None and settings.localizer.startswith("track:"):
-    features.read_track(settings.localizer.removeprefix("track:"))
-  failed: list[tuple[pathlib.Path, UserError]] = []
-  rows = 1
-  if not settings.low_memory:
-    rows = min(BATCH, 1 << (len(paths) - 1).bit_length()) if len(paths) > 1 else 1
-
+  batched = len(paths) > 1 and not settings.low_memory
+  rows = min(BATCH, 1 << (len(paths) - 1).bit_length()) if batched else 1
+  failed: dict[pathlib.Path, UserError] = {}
   waiting: list[Job] = []
-  with logbook.Progress(len(paths), "generating", "file") as progress:
-    for index, path in enumerate(paths):
+
+  def fail(path: pathlib.Path, error: UserError) -> None:
+    if len(paths) == 1:
+      raise error
+    failed[path] = error
+    progress.advance()
+
+  def flush() -> None:
+    sample_all(model, waiting, settings, rows)
+    for job in waiting:
       try:
-        job = start(model, path, settings)
+        clip = model.clip(job.windows, job.latents, job.seconds, settings.phase)
+        write(model, job, clip, out, settings)
+      except UserError as error:
+        fail(job.path, error)
+      else:
+        progress.advance()
+    waiting.clear()
+
+  with logbook.Progress(len(paths), "generating", "file") as progress:
+    for path in paths:
+      try:
+        job = start(path, settings)
         if finished(model, job, out, settings):
           progress.advance()
           continue
         job.windows = list(model.windows(path, job.seconds, settings))
         waiting.append(job)
       except UserError as error:
-        if len(paths) == 1:
-          raise
-        failed.append((path, error))
-        progress.advance()
-      ready = sum(len(job.windows) for job in waiting) >= rows or index == len(paths) - 1
-      if waiting and ready:
-        sample_all(model, waiting, settings, rows)
-        for job in waiting:
-          clip = model.clip(job.windows, job.latents, job.seconds, settings.phase)
-          write(model, job, clip, out, settings)
-          progress.advance()
-        waiting = []
-  for path, error in failed:
-    print(f"failed: {path}: {error}", file=sys.stderr)
-  print(f"{len(paths) - len(failed)} of {len(paths)} files are in {out}")
-  return 4 if failed else 0
+        fail(path, error)
+      if sum(len(job.windows) for job in waiting) >= rows:
+        flush()
+    flush()
+  return worklist.conclude(len(paths), failed, out)
 
 
-def start(model: Generator, path: pathlib.Path, settings: Settings) -> Job:
+def start(path: pathlib.Path, settings: Settings) -> Job:
   """Looks at one file: how long it is and what it holds."""
-  info = io.probe(path)
-  seconds = min(info.duration_s, settings.duration or math.inf)
-  return Job(path, seconds, io.file_hash(path), [], [], time.monotonic())
+  began = time.monotonic()
+  seconds = io.probe(path).duration_s
+  if not seconds:  # Recordings that were streamed may not say: count their frames.
+    pieces = io.iter_views(path, features.views(), COUNT_SECONDS)
+    seconds = sum(len(piece.frames["frames"]) for piece in pieces) / schema.SYNC_FPS
+  seconds = min(seconds, settings.duration or math.inf)
+  return Job(path, seconds, io.file_hash(path), [], [], began)
 
 
 def sample_all(model: Generator, jobs: Sequence[Job], settings: Settings, rows: int) -> None:

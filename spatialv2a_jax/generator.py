@@ -13,13 +13,15 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spatialv2a_jax import checkpoint, codec, features, flow, io, schema
-from spatialv2a_jax.errors import MissingAssetError
+from spatialv2a_jax import checkpoint, codec, features, flow, io, schema, sharding
+from spatialv2a_jax import phase as phases
+from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.models import flow_net
 
 OVERLAP_SECONDS = 1.0  # Of neighbouring windows; their latents are cross-faded.
@@ -53,7 +55,7 @@ class Settings:
   guidance: float = 3.0
   spatial_guidance: float | None = None
   localizer: str | None = None
-  phase: str = "shared"
+  phase: phases.Phase = "shared"
   duration: float | None = None
   format: str = "wav"
   video: bool = True
@@ -95,20 +97,29 @@ class Generator:
     if lacking:
       raise MissingAssetError(f"{path} holds no weights of: {', '.join(sorted(lacking))}")
     config = self.model.config
-    self.audio = schema.AUDIO[config["audio"]]
-    self.seconds = float(config["seconds"])
-    self.features = features.Config(**config["features"])
-    self.correlation = float(config["ear_correlation"])
-    self.net = flow_net.build(flow_net.Config(**config["flow"]))
-    self.codec = codec.build(config["vae"], self.audio)
-    self.frames = schema.lengths(self.seconds, self.audio).latent
+    try:
+      self.audio = schema.AUDIO[config["audio"]]
+      self.seconds = float(config["seconds"])
+      self.features = features.Config(**config["features"])
+      self.correlation = float(config["ear_correlation"])
+      self.net = flow_net.build(flow_net.Config(**config["flow"]))
+      self.codec = codec.build(config["vae"], self.audio)
+      self.frames = schema.lengths(self.seconds, self.audio).latent
+    except (KeyError, TypeError, ValueError) as error:
+      raise UserError(f"{path}/config.json describes no model of this version: {error!r}") from None
+    inits = {"flow": (self.net.init, self.net.init_stats()), "vae": (self.codec.init, {})}
+    for name, (init, stats) in inits.items():
+      params = sharding.unboxed(jax.eval_shape(init, jax.random.key(0)))
+      found = self.model.params[name], self.model.stats[name]
+      if _shapes((params, stats)) != _shapes(found):
+        raise UserError(f"{path}/{name}.safetensors has other shapes than config.json says")
 
   def firsts(self, seconds: float) -> list[int]:
     """Returns the first latent frame of each window of a clip."""
     total = math.ceil(seconds * self.audio.latent_rate)
     if total <= self.frames:
       return [0]
-    hop = self.frames - round(OVERLAP_SECONDS * self.audio.latent_rate)
+    hop = self.frames - min(round(OVERLAP_SECONDS * self.audio.latent_rate), self.frames // 2)
     count = math.ceil((total - self.frames) / hop) + 1
     return [round(i * (total - self.frames) / (count - 1)) for i in range(count)]
 
@@ -188,32 +199,42 @@ class Generator:
       self.model.stats["flow"],
       cond,
       text(settings.negative) if settings.negative else None,
-      np.full(rows, not settings.prompt),
+      np.full(rows, not settings.prompt.strip()),
       noise_betc,
       (settings.guidance, settings.spatial_guidance),
       (settings.steps, settings.method),
     )
     return np.asarray(x_betc)[: len(windows)]
 
-  def join(self, pieces: Sequence[tuple[int, np.ndarray]], total: int) -> np.ndarray:
-    """Cross-fades the latents [e, t, c] of windows into those of the clip."""
-    out = np.zeros((2, max(total, self.frames), self.audio.latent_channels), np.float32)
-    weight = np.zeros(out.shape[1], np.float32)
-    ramp_t = np.minimum(np.arange(1, self.frames + 1), np.arange(self.frames, 0, -1))
-    ramp_t = ramp_t.astype(np.float32)
-    for first, x_etc in pieces:
-      at = slice(first, first + self.frames)
-      out[:, at] += ramp_t[None, :, None] * x_etc
-      weight[at] += ramp_t
-    return (out / weight[None, :, None])[:, :total]
+  @functools.cached_property
+  def _decode(self) -> Callable[..., jax.Array]:
+    return jax.jit(lambda params, z_etc: self.codec.decode(params, z_etc[None])[0])
+
+  def mels(self, firsts: Sequence[int], latents: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the log-mels [e, m, n] of a clip from the latents [e, t, c] of its windows.
+
+    Latents are joined first, then decoded window by window: the decoder sees the length it knows,
+    and its memory does not grow with the clip.
+    """
+    z_etc = cross_fade(firsts, latents)
+    params = self.model.params["vae"]
+    pieces_enm = [
+      np.swapaxes(self._decode(params, z_etc[:, first : first + self.frames]), 1, 2)
+      for first in firsts
+    ]
+    return np.swapaxes(cross_fade([2 * first for first in firsts], pieces_enm), 1, 2)
 
   def clip(
-    self, windows: Sequence[Window], latents: Sequence[np.ndarray], seconds: float, phase: str
+    self,
+    windows: Sequence[Window],
+    latents: Sequence[np.ndarray],
+    seconds: float,
+    phase: phases.Phase,
   ) -> Clip:
     """Turns the windows of one file into sound of `seconds`."""
     firsts = [w.first for w in windows]
     rate = self.audio.latent_rate
-    z_etc = self.join(list(zip(firsts, latents, strict=True)), math.ceil(seconds * rate))
+    mel_emn = self.mels(firsts, latents)[..., : 2 * math.ceil(seconds * rate)]
 
     # Frame v of the clip comes from the last window that has begun by then.
     starts = np.array(firsts) / rate
@@ -225,20 +246,43 @@ class Generator:
       name: np.stack([windows[i].features[name][r] for i, r in zip(of_v, row_v, strict=True)])
       for name in ("spatial_vk", "heat_vyx")
     }
-    audio_ep = self.codec.waveform(
-      self.model.params["vae"], z_etc, track(shown["spatial_vk"], time_v), phase=phase
-    )
+    azimuth_n = azimuths(shown["spatial_vk"], time_v, mel_emn.shape[-1], self.audio)
+    audio_ep = phases.binaural(mel_emn, self.audio, azimuth_n, phase)
     samples = round(seconds * self.audio.sample_rate)
     audio_ep = np.pad(audio_ep, ((0, 0), (0, max(0, samples - audio_ep.shape[1]))))[:, :samples]
     return Clip(audio_ep.astype(np.float32), shown["spatial_vk"], shown["heat_vyx"])
 
 
-def track(descriptors_vk: np.ndarray, time_v: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-  """Returns (times, azimuths in degrees, left positive) of the frames in which something sounds.
+def cross_fade(firsts: Sequence[int], pieces: Sequence[np.ndarray]) -> np.ndarray:
+  """Joins overlapping pieces [e, n, ...] of one length; each begins at its index of axis n."""
+  length = pieces[0].shape[1]
+  total = max(firsts) + length
+  ramp_n = np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)).astype(np.float32)
+  sum_n = np.zeros(total, np.float32)
+  for first in firsts:
+    sum_n[first : first + length] += ramp_n
+  out = np.zeros((pieces[0].shape[0], total, pieces[0].shape[2]), np.float32)
+  for first, piece_enx in zip(firsts, pieces, strict=True):
+    share_n = ramp_n / sum_n[first : first + length]
+    out[:, first : first + length] += share_n[None, :, None] * piece_enx
+  return out
 
-  None if there is no such frame: the delay between the ears then follows their levels.
+
+def azimuths(
+  descriptors_vk: np.ndarray, time_v: np.ndarray, count: int, audio: schema.AudioSpec
+) -> np.ndarray | None:
+  """Returns the azimuth [n] in degrees, left positive, of what is seen to sound at each mel frame.
+
+  None if nothing is: the delay between the ears then follows their levels.
   """
   valid_v = descriptors_vk[:, 1] > 0  # S_area
   if not valid_v.any():
     return None
-  return time_v[valid_v], -0.5 * schema.HFOV_DEG * descriptors_vk[valid_v, 0]
+  azimuth_v = -0.5 * schema.HFOV_DEG * descriptors_vk[valid_v, 0]
+  time_n = (np.arange(count) + 0.5) * (audio.hop / audio.sample_rate)
+  return np.interp(time_n, time_v[valid_v], azimuth_v)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}

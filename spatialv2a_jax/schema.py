@@ -79,15 +79,16 @@ def lengths(seconds: float, audio: AudioSpec) -> Lengths:
   Raises:
     ValueError: if the clip is shorter than one segment.
   """
-  latent = math.ceil(seconds * audio.sample_rate / audio.hop / 2)
-  segments = int((seconds * SYNC_FPS - SEGMENT_FRAMES) // SEGMENT_STRIDE) + 1
+  exact = _exact(seconds)
+  latent = math.ceil(exact * audio.sample_rate / audio.hop / 2)
+  segments = math.floor((exact * SYNC_FPS - SEGMENT_FRAMES) / SEGMENT_STRIDE) + 1
   if segments < 1:
     raise ValueError(f"{seconds} s is shorter than one segment of {MIN_SECONDS} s")
   return Lengths(
     latent=latent,
     samples=latent * audio.hop * 2,
-    clip=int(seconds * CLIP_FPS),
-    sync=int(segments * SEGMENT_FRAMES / 2),
+    clip=math.floor(exact * CLIP_FPS),
+    sync=segments * SEGMENT_TOKENS,
   )
 
 
@@ -98,7 +99,12 @@ def clip_id(name: str) -> int:
 
 def whole_frames(seconds: float, fps: int) -> int:
   """Returns how many frames of rate `fps` begin within `seconds`, without rounding errors."""
-  return math.floor(Fraction(seconds).limit_denominator(10**6) * fps)
+  return math.floor(_exact(seconds) * fps)
+
+
+def _exact(seconds: float) -> Fraction:
+  """Returns the decimal number meant: 8.04 s are 201 frames at 25 fps, but 8.04 * 25 < 201."""
+  return Fraction(seconds).limit_denominator(10**6)
 
 
 def feature_shapes(
@@ -133,15 +139,15 @@ def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
     batch: `id_b` (uint32), `weight_b` (float32, 0 marks padding) and the fields of `AXES`.
     shapes: from `feature_shapes`.
   """
-  rows = len(batch["id_b"])
-  if np.dtype(batch["id_b"].dtype) != np.uint32:
-    raise ValueError(f"field id_b has dtype {batch['id_b'].dtype}, expected uint32")
-  for field, shape in shapes.items():
-    name = AXES[field]
+  wanted = {"id_b": (), "weight_b": ()} | {AXES[field]: shapes[field] for field in shapes}
+  for name, shape in wanted.items():
     if name not in batch:
       raise ValueError(f"field {name} is missing, the batch has {sorted(batch)}")
+    rows = len(batch["id_b"])
     if tuple(batch[name].shape) != (rows, *shape):
       raise ValueError(f"field {name} has shape {batch[name].shape}, expected {(rows, *shape)}")
+  if np.dtype(batch["id_b"].dtype) != np.uint32:
+    raise ValueError(f"field id_b has dtype {batch['id_b'].dtype}, expected uint32")
 
 
 def synthetic_batch(

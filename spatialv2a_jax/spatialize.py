@@ -6,12 +6,11 @@ Axes: e ear (0 left, 1 right), p audio sample, v frame at 8 fps.
 """
 
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 
-from spatialv2a_jax import features, io, logbook, schema
+from spatialv2a_jax import features, io, localizers, logbook, schema, worklist
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.spatial import hrtf as hrtfs
 from spatialv2a_jax.spatial import render
@@ -34,10 +33,10 @@ def run(
   """
   out = pathlib.Path(out)
   io.check_writable(out)
-  chosen = features.read_track(track) if track else None
-  extensions = {*io.AUDIO_EXTENSIONS, *io.VIDEO_EXTENSIONS}
-  paths = [path for item in inputs for path in io.list_media(item, extensions)]
-  failed: list[tuple[pathlib.Path, UserError]] = []
+  paths = worklist.collect(inputs, out, io.AUDIO_EXTENSIONS | io.VIDEO_EXTENSIONS)
+  chosen = None if track is None else localizers.read_track(track)
+  hrtfs.load(hrtf, schema.AUDIO["44k"].sample_rate)  # A bad one is no fault of the files.
+  failed: dict[pathlib.Path, UserError] = {}
   with logbook.Progress(len(paths), "spatialising", "file") as progress:
     for path in paths:
       try:
@@ -48,29 +47,28 @@ def run(
       except UserError as error:
         if len(paths) == 1:
           raise
-        failed.append((path, error))
+        failed[path] = error
       progress.advance()
-  for path, error in failed:
-    print(f"failed: {path}: {error}", file=sys.stderr)
-  print(f"{len(paths) - len(failed)} of {len(paths)} files are in {out}")
-  return 4 if failed else 0
+  return worklist.conclude(len(paths), failed, out)
 
 
 def spatialize(
-  path: pathlib.Path, track: features.Track | None, hrtf: str
+  path: pathlib.Path, track: localizers.Track | None, hrtf: str
 ) -> tuple[np.ndarray, int]:
   """Returns the binaural sound [2, p] of one file at its own rate, and that rate.
 
   The channels of the file are averaged first: what they say of direction is replaced.
 
   Raises:
-    UserError: no sound, or neither a track nor a picture in which something moves.
+    UserError: no sound or a broken one, or neither a track nor a picture in which something moves.
   """
   info = io.probe(path)
   if not info.has_audio:
     raise UserError(f"{path} has no sound to place; `generate` makes sound for a silent video")
   rate = info.audio_rate or schema.AUDIO["44k"].sample_rate
   mono_p = io.read_audio(path, rate, mono=True)[0]
+  if not np.isfinite(mono_p).all():
+    raise UserError(f"{path} holds samples that are not finite; export it again")
   if track is None:
     if not info.has_video:
       raise UserError(f"{path} has no picture to follow; give --track FILE")
@@ -80,20 +78,19 @@ def spatialize(
   return render.binaural(mono_p, rate, azimuth, head), rate
 
 
-def visible_track(path: pathlib.Path) -> features.Track:
+def visible_track(path: pathlib.Path) -> localizers.Track:
   """Returns where the picture of a video moves, over time; UserError if nothing does."""
   config = features.Config()
   times, azimuths = [], []
   for window in io.iter_views(path, features.views(), WINDOW_SECONDS):
     frames = window.frames["frames"]
-    seconds = len(frames) / schema.SYNC_FPS
-    if seconds < schema.MIN_SECONDS:
-      break
-    spatial_vk = features.encode(frames, seconds, config)["spatial_vk"]
+    short = max(0, schema.SEGMENT_FRAMES - len(frames))
+    frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
+    spatial_vk = features.encode(frames, len(frames) / schema.SYNC_FPS, config)["spatial_vk"]
     seen_v = spatial_vk[:, schema.DESCRIPTORS.index("S_area")] > 0
     time_v = window.start_s + (np.arange(len(spatial_vk)) + 0.5) / schema.CLIP_FPS
     times.append(time_v[seen_v])
     azimuths.append(-0.5 * schema.HFOV_DEG * spatial_vk[seen_v, 0])
   if not sum(map(len, times)):
     raise UserError(f"nothing moves in the picture of {path}; give --track FILE")
-  return features.Track(np.concatenate(times), np.concatenate(azimuths).astype(np.float64))
+  return localizers.Track(np.concatenate(times), np.concatenate(azimuths).astype(np.float64))

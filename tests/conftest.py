@@ -8,6 +8,9 @@ os.environ.setdefault("NPROC", "16")  # XLA:CPU collectives need a thread per fo
 import jax
 import pytest
 
+from spatialv2a_jax import generator
+from tests import tiny
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -26,3 +29,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     (keep if wanted else drop).append(item)
   config.hook.pytest_deselected(items=drop)
   items[:] = keep
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+  """A folder with a tiny untrained model."""
+  return tiny.save_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def model(model_folder):
+  """That model, loaded once, so that it compiles once."""
+  return generator.Generator(model_folder)

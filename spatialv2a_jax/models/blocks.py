@@ -35,12 +35,15 @@ class Stream(nn.Module):
   dtype: jax.typing.DTypeLike = jnp.float32
 
   def setup(self):
+    """Declares the layers; those after the attention only where they are used."""
     d, h, k = self.width, self.heads, self.width // self.heads
     parts = 2 if self.pre_only else 6
-    self.mod = Linear((parts, d), ("width", None, "mod"), init=layers.zeros, dtype=self.dtype)
+    self.mod = Linear(
+      (parts, d), ("width", None, "mod"), kernel_init=layers.zeros, dtype=self.dtype
+    )
     qkv_axes = ("width", None, "heads", "head_dim")
     qkv_init = layers.xavier(d, 3 * d)
-    self.qkv = Linear((3, h, k), qkv_axes, init=qkv_init, dtype=self.dtype)
+    self.qkv = Linear((3, h, k), qkv_axes, kernel_init=qkv_init, dtype=self.dtype)
     self.q_norm = layers.RMSNorm()
     self.k_norm = layers.RMSNorm()
     if not self.pre_only:
@@ -107,8 +110,8 @@ class JointBlock(nn.Module):
     heads: attention heads; divides the width.
     ffn: hidden width of the MLPs.
     last: visual and text streams end in this block.
-    unroll: computes the ears one after the other. XLA may round a batch of two ears otherwise
-      than one ear; this way each ear's arithmetic is the mono network's.
+    unroll: computes the ears one after the other. XLA may round the rows of one large batch
+      differently; apart, ears with equal inputs have equal outputs, to the bit.
     dtype: of the matmuls.
     constrain: pins an activation to its logical axes.
   """
@@ -160,8 +163,9 @@ class JointBlock(nn.Module):
     out_benhk, lse_benh = self._by_ear(_attend, queries, keys, values)
     if self.ears == 2:
       mass = self.param("cross_mass", layers.logical(layers.ones, "heads"), (self.heads,))
-      other = self._by_ear(_attend, queries, *(x[:, ::-1] for x in audio_qkv[1:]))
-      out_benhk = merge_ears(out_benhk, lse_benh, *other, mass)
+      _, other_keys, other_values = (x[:, ::-1] for x in audio_qkv)
+      other_out, other_lse = self._by_ear(_attend, queries, other_keys, other_values)
+      out_benhk = merge_ears(out_benhk, lse_benh, other_out, other_lse, mass)
 
     def pin(x, ear):
       return self.constrain(x, "act_batch", ear, "act_time", "act_width")
@@ -230,8 +234,10 @@ class FinalLayer(nn.Module):
   def __call__(self, x_btd: jax.Array, g_b1d: jax.Array) -> jax.Array:
     """Maps tokens [b, t, d] under the global condition [b, 1, d] to a flow [b, t, c]."""
     mod_axes = ("width", None, "mod")
-    mod = Linear((2, self.width), mod_axes, init=layers.zeros, dtype=self.dtype, name="mod")
+    mod = Linear((2, self.width), mod_axes, kernel_init=layers.zeros, dtype=self.dtype, name="mod")
     shift, scale = jnp.unstack(mod(nn.silu(g_b1d)), axis=-2)
     axes = ("width", "latent")
-    conv = Linear((self.channels,), axes, taps=7, init=layers.zeros, dtype=self.dtype, name="conv")
+    conv = Linear(
+      (self.channels,), axes, taps=7, kernel_init=layers.zeros, dtype=self.dtype, name="conv"
+    )
     return conv(layers.modulate(x_btd, shift, scale)).astype(jnp.float32)

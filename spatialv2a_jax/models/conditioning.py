@@ -113,6 +113,6 @@ class TimeEmbedding(nn.Module):
     """Maps times in [0, 1] to [b, d]."""
     size, period = (self.width, 1.0) if self.v2 else (256, 10_000.0)
     x = layers.timestep_features(t_b, layers.timestep_table(size, period))
-    dense = {"init": normal, "dtype": self.dtype}
+    dense = {"kernel_init": normal, "dtype": self.dtype}
     x = nn.silu(Linear((self.width,), (None, "width"), name="first", **dense)(x))
     return Linear((self.width,), ("width", None), name="second", **dense)(x)

@@ -86,7 +86,7 @@ class FlowNet(NamedTuple):
       boolean masks [b] "video" (clip and sync), "text" and "spatial" of what the learned null
       features (frozen ones for text) replace.
     velocity: (params, x_betc, t_b, prepared) -> v_betc, float32.
-    trace: as `velocity`, but returns (v_betc, intermediate values by name).
+    trace: as `velocity`, but unrolled; returns (v_betc, intermediate values by name).
     normalize: (params, x_betc) -> latents of zero mean and unit variance.
     unnormalize: inverts `normalize`.
   """
@@ -265,7 +265,7 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
     c_btd = g_b1d + prepared["sync_btd"]
     if c.spatial:
       c_btd += prepared["spatial_btd"]
-    x_betd = audio_net.apply({"params": params["audio"]}, x_betc).astype(jnp.float32)
+    x_betd = jnp.asarray(audio_net.apply({"params": params["audio"]}, x_betc), jnp.float32)
     mids = {"time": time_bd, "audio": x_betd}
     if c.ears == 2:
       x_betd += params["ear_embedding"][None, :, None]

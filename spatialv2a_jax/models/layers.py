@@ -16,7 +16,6 @@ Constrain = Callable[..., jax.Array]
 
 RMS_EPS = 1.1920929e-07
 LAYER_NORM_EPS = 1e-5
-ROPE_THETA = 10_000.0
 
 zeros = nn.initializers.zeros
 ones = nn.initializers.ones
@@ -57,7 +56,7 @@ class Linear(nn.Module):
     axes: logical names of the input axes, then of the output axes.
     taps: kernel length over time; 0 is a dense layer.
     bias: adds a bias.
-    init: of the kernel. By default Xavier uniform (dense, zero bias) or U(+-1/sqrt(fan in)) for
+    kernel_init: by default Xavier uniform (dense, zero bias) or U(+-1/sqrt(fan in)) for
       both kernel and bias (convolution), which are PyTorch's and MMAudio's.
     dtype: of the multiplication; parameters stay float32.
   """
@@ -66,7 +65,7 @@ class Linear(nn.Module):
   axes: tuple[str | None, ...]
   taps: int = 0
   bias: bool = True
-  init: Callable | None = None
+  kernel_init: Callable | None = None
   dtype: jax.typing.DTypeLike = jnp.float32
 
   @nn.compact
@@ -75,8 +74,8 @@ class Linear(nn.Module):
     inputs = len(self.axes) - len(self.features)
     split = x.ndim - inputs
     fan_in, fan_out = math.prod(x.shape[split:]), math.prod(self.features)
-    kernel_init, bias_init = self.init or xavier(fan_in, fan_out), zeros
-    if self.taps and self.init is None:
+    kernel_init, bias_init = self.kernel_init or xavier(fan_in, fan_out), zeros
+    if self.taps and self.kernel_init is None:
       kernel_init = bias_init = uniform(1 / math.sqrt(fan_in * self.taps))
     taps = (self.taps,) if self.taps else ()
     kernel = self.param(
@@ -134,7 +133,7 @@ class GatedMlp(nn.Module):
       ("width", None, "ffn"),
       self.taps,
       bias=False,
-      init=None if self.taps else xavier(d, self.hidden),
+      kernel_init=None if self.taps else xavier(d, self.hidden),
       dtype=self.dtype,
       name="up",
     )
@@ -169,13 +168,22 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
   return layer_norm(x) * (1 + scale) + shift
 
 
+def frequencies(size: int) -> np.ndarray:
+  """Returns the float32 frequencies 10000^(-2i / size), i < size / 2.
+
+  Each operation rounds to float32 once, as PyTorch's do. NumPy's own float32 power does not, and
+  MMAudio v2 multiplies the table by 10000.
+  """
+  exponent = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+  return np.float32(1) / (10_000.0 ** exponent.astype(np.float64)).astype(np.float32)
+
+
 def rope_table(length: int, head_dim: int, scale: float = 1.0) -> np.ndarray:
   """Returns rotary angles' (cos, sin) as float32 [2, length, head_dim], each pair's value twice.
 
   `scale` multiplies the frequencies, so that clip frames sit at latent positions (MMAudio).
   """
-  exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-  frequency = np.float32(1) / np.float32(ROPE_THETA) ** exponent * np.float32(scale)
+  frequency = frequencies(head_dim) * np.float32(scale)
   angle = np.outer(np.arange(length, dtype=np.float32), frequency).repeat(2, axis=1)
   return np.stack([np.cos(angle), np.sin(angle)])
 
@@ -206,12 +214,9 @@ def nearest_exact(source: int, target: int) -> np.ndarray:
 def timestep_table(size: int, max_period: float) -> np.ndarray:
   """Returns the size/2 float32 frequencies of the time embedding.
 
-  The base is always 10000 (as in MMAudio); `max_period` only sets the multiplier. Each operation
-  rounds to float32 once, as PyTorch's do: at frequencies up to 10000 an ulp is audible in t.
+  The base is always 10000 (as in MMAudio); `max_period` only sets the multiplier.
   """
-  exponent = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-  power = (10_000.0 ** exponent.astype(np.float64)).astype(np.float32)
-  return np.float32(1) / power * np.float32(10_000 / max_period)
+  return frequencies(size) * np.float32(10_000 / max_period)
 
 
 def timestep_features(t_b: jax.Array, table: np.ndarray) -> jax.Array:

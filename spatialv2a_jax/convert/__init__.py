@@ -1,0 +1,154 @@
+"""Foreign checkpoints -> model folders: one table for each kind, one strict engine for all.
+
+`run` converts a downloaded file, `check` compares a converted network with upstream's numbers.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from spatialv2a_jax import checkpoint, io
+from spatialv2a_jax.convert import (
+  bigvgan,
+  clip,
+  clipseg,
+  engine,
+  files,
+  mmaudio,
+  synchformer,
+  vae,
+)
+from spatialv2a_jax.errors import MissingAssetError, UserError
+
+SOURCES: dict[str, engine.Source] = {
+  "mmaudio": mmaudio.SOURCE,
+  "clip": clip.SOURCE,
+  "synchformer": synchformer.SOURCE,
+  "clipseg": clipseg.SOURCE,
+  "bigvgan": bigvgan.V1,
+  "bigvgan_v2": bigvgan.V2,
+  "vae": vae.SOURCE,
+}
+TOLERANCE = 1e-4
+Path = str | pathlib.Path
+
+
+def run(source: str, file: Path, out: Path, *, ears: int = 1) -> int:
+  """Converts a checkpoint into (a part of) a model folder, which may hold others already.
+
+  `config.json` gets the sizes under the network's name, and under NETWORK_source where the
+  weights came from: file name, SHA-256, upstream and licence.
+
+  Args:
+    source: one of SOURCES.
+    file: safetensors, or PyTorch's .pth, .pt or .bin.
+    out: model folder; made if missing.
+    ears: 2 makes a two-ear network of a mono MMAudio checkpoint; its first output is dual mono.
+
+  Returns:
+    The exit code 0.
+
+  Raises:
+    MissingAssetError: no such file.
+    UserError: the file is not what `source` says, completely.
+  """
+  chosen = _source(source)
+  if ears != 1 and source != "mmaudio":
+    raise UserError(f"--ears is for mmaudio, {source} has none")
+  state = files.read(file)
+  config, params = engine.convert(chosen, state, str(file))
+  stats: dict[str, Any] = {}
+  if ears == 2:
+    config, params, stats = mmaudio.two_ears(config, params, jax.random.key(0))
+  name = chosen.network
+  origin = {
+    "file": pathlib.Path(file).name,
+    "sha256": io.file_hash(file),
+    "upstream": chosen.upstream,
+    "licence": chosen.licence,
+  }
+  if source == "mmaudio":
+    origin["variant"] = mmaudio.variant(config)
+  about = {name: dataclasses.asdict(config), f"{name}_source": origin, **chosen.about(config)}
+  io.check_writable(out)
+  checkpoint.save_model(out, {name: params}, {name: stats}, about)
+  count = sum(x.size for x in jax.tree.leaves(params))
+  print(f"{out}/{name}.safetensors: {count:,} parameters from {file}")
+  print(f"licence of the weights: {chosen.licence}")
+  return 0
+
+
+def check(
+  source: str,
+  golden: Path,
+  tolerance: float = TOLERANCE,
+  report: Callable[[str], None] = print,
+) -> int:
+  """Converts the weights in a golden file, runs the network and compares its outputs.
+
+  Args:
+    source: one of SOURCES.
+    golden: safetensors with `param/<foreign key>`, `in/<name>` and `out/<name>`; the metadata
+      `params_from` may name a file beside it that holds the parameters.
+    tolerance: of the norm of the error relative to that of the output.
+    report: takes one line per output.
+
+  Returns:
+    0 if every output is within the tolerance, else 1.
+
+  Raises:
+    UserError: the file is no golden file, lacks an input, or has outputs nobody computes.
+  """
+  chosen, golden = _source(source), pathlib.Path(golden)
+  arrays, metadata = _golden(golden)
+  weights = arrays
+  if "params_from" in metadata:
+    weights, _ = _golden(golden.parent / pathlib.PurePath(metadata["params_from"]).name)
+  config, params = engine.convert(chosen, _part(weights, "param/"), str(golden))
+  want = _part(arrays, "out/")
+  if not want:
+    raise UserError(f"{golden} holds no out/NAME, so there is nothing to compare")
+  failed = False
+  with jax.default_matmul_precision("highest"):
+    try:
+      outputs = chosen.outputs(config, params, _part(arrays, "in/"))
+      if alien := sorted(set(want) - set(outputs)):
+        raise UserError(f"{golden}: {source} computes no {', '.join(alien)}")
+      for name, expected in want.items():
+        error = relative_error(np.asarray(outputs[name]()), expected)
+        good = error <= tolerance
+        failed |= not good
+        report(f"{name:28s} {error:.2e}  {'ok' if good else f'above {tolerance:g}'}")
+    except KeyError as error:
+      raise UserError(f"{golden} lacks the input in/{error.args[0]}") from None
+  return int(failed)
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+  """Returns |got - want| / |want|; infinite for another shape or a value that is not finite."""
+  if got.shape != want.shape or not np.isfinite(got).all():
+    return float("inf")
+  difference = np.linalg.norm(got.astype(np.float64) - want)
+  return float(difference / max(np.linalg.norm(want.astype(np.float64)), sys.float_info.min))
+
+
+def _source(name: str) -> engine.Source:
+  if name not in SOURCES:
+    raise UserError(f"no source {name!r}, have: {', '.join(SOURCES)}")
+  return SOURCES[name]
+
+
+def _golden(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  if not path.is_file():
+    raise MissingAssetError(f"no such file: {path}")
+  return files.read_safetensors(path)
+
+
+def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+  return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

@@ -1,0 +1,96 @@
+"""BigVGAN version 1 (16 kHz, from Make-An-Audio 2) and 2 (44.1 kHz, NVIDIA) -> `models.vocoder`.
+
+Files hold the weights with weight norm in either spelling of PyTorch, or folded.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spatialv2a_jax.convert.engine import (
+  Outputs,
+  Source,
+  State,
+  Table,
+  copy,
+  count,
+  then,
+  transposed,
+  under,
+  weight_norm,
+)
+from spatialv2a_jax.models import vocoder
+
+
+def configure(state: State, *, base: vocoder.Config) -> vocoder.Config:
+  """Returns the sizes; what no shape shows (dilations, the end) is that of the version."""
+
+  def shape(name):
+    return state[weight_norm(state, name).keys[-1]].shape
+
+  width, n_mels, _ = shape("conv_pre")
+  kernels = tuple(shape(f"ups.{i}.0")[2] for i in range(count(state, r"ups\.(\d+)\.")))
+  blocks = count(state, r"resblocks\.(\d+)\.") // len(kernels)
+  return dataclasses.replace(
+    base,
+    n_mels=n_mels,
+    width=width,
+    kernels=kernels,
+    rates=tuple(taps // 2 for taps in kernels),  # As in every released configuration.
+    block_kernels=tuple(shape(f"resblocks.{i}.convs1.0")[2] for i in range(blocks)),
+    final_bias="conv_post.bias" in state,
+  )
+
+
+def table(state: State, config: vocoder.Config) -> Table:
+  """Returns the recipes."""
+
+  def conv(name, layout=transposed, bias=True):
+    kernel = {"kernel": then(weight_norm(state, name), layout)}
+    return kernel | ({"bias": copy(f"{name}.bias")} if bias else {})
+
+  def snake(name):
+    return {part: copy(f"{name}.act.{part}") for part in ("alpha", "beta")}
+
+  recipes = {
+    **under("conv_pre", conv("conv_pre")),
+    **under("activation_post", snake("activation_post")),
+    **under("conv_post", conv("conv_post", bias=config.final_bias)),
+  }
+  for i in range(len(config.kernels)):  # Transposed convolutions are stored (in, out, taps).
+    recipes |= under(f"ups_{i}", conv(f"ups.{i}.0", lambda x: x.transpose(2, 0, 1)))
+  for i in range(len(config.kernels) * len(config.block_kernels)):
+    for j in range(len(config.dilations)):
+      for part in ("convs1", "convs2"):
+        recipes |= under(f"resblocks_{i}/{part}_{j}", conv(f"resblocks.{i}.{part}.{j}"))
+    for j in range(2 * len(config.dilations)):
+      name = f"resblocks.{i}.activations.{j}"
+      recipes |= under(f"resblocks_{i}/activations_{j}", snake(name))
+  return recipes
+
+
+def outputs(config: vocoder.Config, params: Any, inputs: State) -> Outputs:
+  """Returns the waveform [b, 1, p]."""
+  waveform = jax.jit(vocoder.build(config).waveform)
+  return {"waveform": lambda: waveform(params, jnp.asarray(inputs["mel"]))[:, None]}
+
+
+def _source(upstream: str, base: vocoder.Config) -> Source:
+  return Source(
+    network="vocoder",
+    upstream=upstream,
+    licence="MIT",
+    configure=functools.partial(configure, base=base),
+    table=table,
+    init=lambda config: vocoder.build(config).init,
+    outputs=outputs,
+    ignore=(r".*\.(upsample|downsample\.lowpass)\.filter",),  # A constant of the architecture.
+    wrapper="generator",
+  )
+
+
+V1 = _source("BigVGAN (16 kHz, as in MMAudio)", vocoder.V1_16K)
+V2 = _source("BigVGAN v2 (nvidia/bigvgan_v2_44khz_128band_512x)", vocoder.V2_44K)

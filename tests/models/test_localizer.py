@@ -1,0 +1,87 @@
+"""CLIPSeg against upstream's definition, and ACL's calibration around it."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from spatialv2a_jax.convert import clipseg as table
+from spatialv2a_jax.convert import engine
+from spatialv2a_jax.models import localizer
+from tests.models import encoder_reference, encoder_states
+
+IDS = np.array([[57, 3, 17, 59, 0, 0, 0, 0, 0], [57, 4, 4, 8, 1, 9, 30, 2, 59]])
+
+
+@pytest.fixture(scope="module")
+def small():
+  state = encoder_states.clipseg()
+  config, params = engine.convert(table.SOURCE, state, "state")
+  net = localizer.build(config)
+  jitted = (jax.jit(f) for f in (net.text, net.image, net.logits, net.heat))
+  return state, params, localizer.Localizer(net.init, *jitted)
+
+
+@pytest.fixture(scope="module")
+def frames():
+  return np.random.default_rng(1).integers(0, 256, (1, 352, 352, 3), np.uint8)
+
+
+def test_texts_are_embedded_as_upstream(small):
+  state, params, net = small
+  got = net.text(params, IDS)
+  for row, ids in zip(got, IDS, strict=True):
+    _, want = encoder_reference.clipseg_text(state, ids, heads=1, layers=2)
+    np.testing.assert_allclose(row, want, atol=2e-5)
+
+
+def test_logits_of_every_sound_are_upstreams(small, frames):
+  state, params, net = small
+  e_of = np.random.default_rng(2).normal(size=(2, 20)).astype(np.float32)
+  got = net.logits(params, frames, e_of)
+  assert got.shape == (2, 1, 352, 352)
+  pooled, hidden = encoder_reference.clipseg_image(
+    state, frames[0].transpose(2, 0, 1), heads=1, layers=11
+  )
+  np.testing.assert_allclose(net.image(params, frames)[0], pooled, atol=2e-5)
+  for logits, embedding in zip(got, e_of, strict=True):
+    want = encoder_reference.clipseg_logits(state, hidden, embedding)
+    np.testing.assert_allclose(logits[0], want, atol=1e-5 * abs(want).max())
+  assert abs(got[0] - got[1]).max() > 0.1 * abs(got).max()
+
+  shift = 0.3
+  maps = net.heat(params, frames, e_of, shift)
+  one = nn.sigmoid(got + shift)
+  np.testing.assert_allclose(maps, 1 - (1 - one[0]) * (1 - one[1]), atol=1e-6)
+
+
+def test_shift_and_not_slope_makes_the_heat_map():
+  logits = np.array([-1.4, 0.0, -localizer.SHIFT - 1], np.float32).reshape(1, 1, 1, 3)
+  want = 1 / (1 + np.exp([0.0, -1.4, 1.0]))
+  np.testing.assert_allclose(localizer.heat(logits)[0, 0], want, atol=1e-6)
+
+
+@pytest.mark.parametrize("area", [0.1, 0.4])
+def test_calibration_brings_maps_to_an_area(area):
+  logits = np.random.default_rng(0).normal(-3, 2, (1, 4, 50, 50)).astype(np.float32)
+  shift = localizer.calibrated_shift(logits, area)
+  covered = np.mean(np.asarray(localizer.heat(logits, shift)) >= 0.5)
+  assert covered == pytest.approx(area, abs=1e-3)
+
+
+@pytest.mark.parametrize("area", [0.0, 1.0, -1.0])
+def test_no_area_is_refused(area):
+  with pytest.raises(ValueError, match="share between 0 and 1"):
+    localizer.calibrated_shift(np.zeros(3), area)
+
+
+def test_synonyms_get_a_prompt_each():
+  assert localizer.prompts("dog barking") == ["A photo of dog barking"]
+  assert localizer.prompts(" car, truck ,") == ["A photo of car", "A photo of truck"]
+  assert localizer.prompts("") == []
+
+
+def test_the_released_size_has_its_number_of_parameters():
+  """Upstream has 197 rows of picture positions, which conversion resizes to 485."""
+  shapes = jax.eval_shape(localizer.build(localizer.Config()).init, jax.random.key(0))
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == 150_747_746 + (485 - 197) * 768

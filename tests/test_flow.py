@@ -1,0 +1,327 @@
+"""Flow matching with networks small enough to compute by hand."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spatialv2a_jax import flow
+
+KEY = jax.random.key(7)
+COND = ("clip_bvf", "sync_bsf", "text_bwf", "spatial_bvk")
+SIGNS = np.array([1.0, -1.0], np.float32).reshape(1, 2, 1, 1)
+
+
+class FakeNet:
+  """Velocity = params * (sum of the conditions that are not dropped) + x * t, per ear."""
+
+  def condition(self, params, stats, cond, drop, *, latent_len, train):
+    def part(name, dropped):
+      keep_b = 1.0 - drop[dropped].astype(jnp.float32)
+      return keep_b * cond[name].mean(axis=(1, 2))
+
+    video_b = part("clip_bvf", "video") + part("sync_bsf", "video")
+    text_b = part("text_bwf", "text")
+    spatial_b = part("spatial_bvk", "spatial")
+    prepared = {"both_b": video_b + text_b, "spatial_b": spatial_b}
+    return prepared, {"calls": stats["calls"] + 1} if train else stats
+
+  def velocity(self, params, x_betc, t_b, prepared):
+    both, spatial = (prepared[n][:, None, None, None] for n in ("both_b", "spatial_b"))
+    ear = SIGNS[:, : x_betc.shape[1]]
+    return params * (both + spatial * ear) + x_betc * t_b[:, None, None, None]
+
+  def normalize(self, params, x_betc):
+    return (x_betc - 0.5) / 2.0
+
+  def unnormalize(self, params, x_betc):
+    return x_betc * 2.0 + 0.5
+
+
+NET = FakeNet()
+
+
+def batch_of(rows, ears=2, seed=0):
+  rng = np.random.default_rng(seed)
+  shapes = {
+    "mean_betc": (ears, 5, 3), "std_betc": (ears, 5, 3), "clip_bvf": (4, 2), "sync_bsf": (8, 2),
+    "text_bwf": (3, 2), "spatial_bvk": (4, 5),
+  }  # fmt: skip
+  batch = {n: rng.standard_normal((rows, *s)).astype(np.float32) for n, s in shapes.items()}
+  batch["std_betc"] = np.abs(batch["std_betc"])
+  batch["id_b"] = rng.integers(0, 2**32, rows, dtype=np.uint32)
+  batch["weight_b"] = np.ones(rows, np.float32)
+  return batch
+
+
+@jax.jit
+def _loss(batch, config, key):
+  config = flow.LossConfig(*config)  # Its numbers are traced: one program for all.
+  return flow.loss(0.3, {"calls": 0}, batch, key, net=NET, config=config)
+
+
+def loss(batch, config=None, key=KEY):
+  return _loss(batch, dataclasses.astuple(config or flow.LossConfig()), key)
+
+
+# --- keys and noise -------------------------------------------------------------------------------
+
+
+def test_draws_of_a_clip_ignore_its_place_in_the_batch():
+  id_b = jnp.arange(1, 9, dtype=jnp.uint32) * jnp.uint32(500_000_000)
+  draw = jax.vmap(lambda key: jax.random.normal(key, (4,)))
+  whole = draw(flow.clip_keys(KEY, id_b))
+  assert len(np.unique(whole)) == whole.size
+  np.testing.assert_array_equal(draw(flow.clip_keys(KEY, id_b[::-1])), whole[::-1])
+  np.testing.assert_array_equal(draw(flow.clip_keys(KEY, id_b[3:4])), whole[3:4])
+
+
+@pytest.mark.parametrize("start, frames", [(7, 20), (39, 1)])
+def test_a_window_draws_what_the_whole_clip_draws_there(start, frames):
+  make = functools.partial(flow.ear_noise, KEY, channels=6, ears=2, correlation=0.4)
+  whole_etc = make(frames=40)
+  np.testing.assert_array_equal(
+    make(frames=frames, start=start), whole_etc[:, start : start + frames]
+  )
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.25, 0.8, 1.0])
+def test_noise_has_the_correlation_asked_for_and_unit_variance(correlation):
+  x_etc = np.asarray(flow.ear_noise(KEY, 4000, 20, ears=2, correlation=correlation), np.float64)
+  np.testing.assert_allclose(x_etc.std(axis=(1, 2)), 1, atol=0.02)
+  np.testing.assert_allclose(x_etc.mean(axis=(1, 2)), 0, atol=0.02)
+  measured = (x_etc[0] * x_etc[1]).mean()
+  np.testing.assert_allclose(measured, correlation, atol=0.015)  # 4 standard errors.
+  if correlation == 1:
+    np.testing.assert_array_equal(x_etc[0], x_etc[1])
+  time = (x_etc[:, 1:] * x_etc[:, :-1]).mean()
+  np.testing.assert_allclose(time, 0, atol=0.015)
+
+
+def test_one_ear_has_noise_of_its_own():
+  assert flow.ear_noise(KEY, 5, 3, ears=1, correlation=0.0).shape == (1, 5, 3)
+
+
+# --- loss -----------------------------------------------------------------------------------------
+
+
+def by_hand(batch, key, config):
+  """The loss of every clip, in NumPy from the same draws. Returns square_be, difference_b."""
+  squares, differences = [], []
+  for i, number in enumerate(batch["id_b"]):
+    k_time, k_noise, k_data, k_drop = jax.random.split(jax.random.fold_in(key, number), 4)
+    _, ears, frames, channels = batch["mean_betc"].shape
+    noise = {"ears": ears, "correlation": config.ear_correlation}
+    t = 1 / (1 + np.exp(-float(jax.random.normal(k_time))))
+    x0 = np.asarray(flow.ear_noise(k_noise, frames, channels, **noise))
+    eps = np.asarray(flow.ear_noise(k_data, frames, channels, **noise))
+    x1 = (batch["mean_betc"][i] + batch["std_betc"][i] * eps - 0.5) / 2
+    shares = np.array([config.drop_video, config.drop_text, config.drop_spatial])
+    video, text, spatial = 1.0 - (np.asarray(jax.random.uniform(k_drop, (3,))) < shares)
+    both = video * (batch["clip_bvf"][i].mean() + batch["sync_bsf"][i].mean())
+    both += text * batch["text_bwf"][i].mean()
+    ear = SIGNS[0, :ears]
+    guess = 0.3 * (both + spatial * batch["spatial_bvk"][i].mean() * ear)
+    guess = guess + t * ((1 - t) * x0 + t * x1)
+    error = guess - (x1 - x0)
+    squares.append((error**2).mean(axis=(1, 2)))
+    differences.append(((error[0] - error[-1]) ** 2).mean())
+  return np.array(squares), np.array(differences)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    flow.LossConfig(),
+    flow.LossConfig(0.5, 0.5, 0.5, ear_correlation=0.7, difference_weight=0.3),
+    flow.LossConfig(1.0, 1.0, 1.0),
+  ],
+)
+def test_loss_is_that_computed_by_hand(config):
+  batch = batch_of(6)
+  total, (metrics, stats) = loss(batch, config)
+  square_be, difference_b = by_hand(batch, KEY, config)
+  np.testing.assert_allclose(metrics["loss/left"], square_be[:, 0].mean(), rtol=1e-4)
+  np.testing.assert_allclose(metrics["loss/right"], square_be[:, 1].mean(), rtol=1e-4)
+  np.testing.assert_allclose(metrics["loss/difference"], difference_b.mean(), rtol=1e-4)
+  expected = square_be.mean(0).sum() + config.difference_weight * difference_b.mean()
+  np.testing.assert_allclose(total, expected, rtol=1e-4)
+  assert stats == {"calls": 1}
+
+
+def test_mono_has_one_ear_and_no_difference():
+  batch = batch_of(3, ears=1)
+  total, (metrics, _) = loss(batch, flow.LossConfig(difference_weight=9.0))
+  square_be, _ = by_hand(batch, KEY, flow.LossConfig())
+  assert set(metrics) == {"loss/mono"}
+  np.testing.assert_allclose(total, square_be.mean(), rtol=1e-4)
+
+
+def test_padding_does_not_count():
+  config = flow.LossConfig(difference_weight=1.0)
+  batch, other = batch_of(6), batch_of(6, seed=1)
+  weight_b = np.array([1, 0, 1, 0, 0, 1], np.float32)
+  first, _ = loss(batch | {"weight_b": weight_b}, config)
+  for name in other:
+    other[name][weight_b > 0] = batch[name][weight_b > 0]
+  second, _ = loss(other | {"weight_b": weight_b}, config)
+  np.testing.assert_array_equal(first, second)
+  square_be, difference_b = by_hand(batch, KEY, config)
+  per_clip = square_be.sum(axis=1) + difference_b
+  np.testing.assert_allclose(first, per_clip[weight_b > 0].mean(), rtol=1e-4)
+  nothing, _ = loss(batch | {"weight_b": np.zeros(6, np.float32)}, config)
+  assert nothing == 0
+
+
+def test_order_of_the_clips_does_not_matter():
+  batch = batch_of(6)
+  order = np.random.default_rng(3).permutation(6)
+  config = flow.LossConfig(0.3, 0.3, 0.3, difference_weight=0.5)
+  first, (metrics, _) = loss(batch, config)
+  second, (again, _) = loss({name: batch[name][order] for name in batch}, config)
+  np.testing.assert_allclose(first, second, rtol=1e-6)
+  for name in metrics:
+    np.testing.assert_allclose(metrics[name], again[name], rtol=1e-6)
+
+
+def test_another_step_draws_anew():
+  batch = batch_of(6)
+  assert loss(batch)[0] != loss(batch, key=jax.random.fold_in(KEY, 1))[0]
+
+
+def test_evaluation_is_told_to_the_network():
+  told = []
+
+  class Told(FakeNet):
+    def condition(self, *args, train, **options):
+      told.append(train)
+      return super().condition(*args, train=train, **options)
+
+  for train in (True, False):
+    options = {"net": Told(), "config": flow.LossConfig(), "train": train}
+    jax.eval_shape(lambda b, o=options: flow.loss(0.3, {"calls": 0}, b, KEY, **o), batch_of(2))
+  assert told == [True, False]
+
+
+# --- guidance -------------------------------------------------------------------------------------
+
+
+def setting():
+  batch = batch_of(3)
+  cond = {name: batch[name] for name in COND}
+  t_b = jnp.array([0.0, 0.4, 0.9])
+  return cond, batch["mean_betc"], t_b
+
+
+def branch(cond, x, t_b, *, video=True, text=True, spatial=True, params=0.3):
+  """The fake network's velocity by hand, with some conditions missing."""
+  mean = {n: cond[n].mean(axis=(1, 2)) for n in COND}
+  both = video * (mean["clip_bvf"] + mean["sync_bsf"]) + text * mean["text_bwf"]
+  ear = both[:, None, None, None] + (spatial * mean["spatial_bvk"])[:, None, None, None] * SIGNS
+  return params * ear + x * np.asarray(t_b)[:, None, None, None]
+
+
+def guided(cond, x, t_b, **options):
+  return flow.guided(NET, 0.3, {"calls": 0}, cond, latent_len=5, **options)(x, t_b)
+
+
+def test_guidance_of_one_is_the_conditional_branch_and_runs_it_alone():
+  cond, x, t_b = setting()
+  rows = []
+
+  class Counting(FakeNet):
+    def velocity(self, params, x_betc, t_b, prepared):
+      rows.append(len(x_betc))
+      return super().velocity(params, x_betc, t_b, prepared)
+
+  velocity = flow.guided(Counting(), 0.3, {}, cond, latent_len=5, guidance=1.0)
+  np.testing.assert_allclose(velocity(x, t_b), branch(cond, x, t_b), rtol=1e-5, atol=1e-6)
+  assert rows == [3]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 3.0])
+def test_guidance_moves_away_from_the_unconditional_branch(guidance):
+  cond, x, t_b = setting()
+  null = branch(cond, x, t_b, video=False, text=False, spatial=False)
+  expected = null + guidance * (branch(cond, x, t_b) - null)
+  got = guided(cond, x, t_b, guidance=guidance)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+  same = guided(cond, x, t_b, guidance=guidance, spatial_guidance=guidance)
+  np.testing.assert_array_equal(got, same)
+
+
+@pytest.mark.parametrize("guidance, spatial", [(3.0, 6.0), (3.0, 0.0), (1.0, 2.0), (0.0, 1.0)])
+def test_spatial_guidance_has_its_own_scale(guidance, spatial):
+  cond, x, t_b = setting()
+  null = branch(cond, x, t_b, video=False, text=False, spatial=False)
+  plain = branch(cond, x, t_b, spatial=False)
+  full = branch(cond, x, t_b)
+  expected = null + guidance * (plain - null) + spatial * (full - plain)
+  got = guided(cond, x, t_b, guidance=guidance, spatial_guidance=spatial)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spatial", [None, 5.0])
+def test_negative_text_takes_the_place_of_no_text(spatial):
+  cond, x, t_b = setting()
+  negative_bwf = batch_of(3, seed=5)["text_bwf"]
+  options = {"guidance": 2.0, "spatial_guidance": spatial}
+  got = guided(cond, x, t_b, negative_text_bwf=negative_bwf, **options)
+  without = guided(cond, x, t_b, **options)
+  pull = 0.3 * negative_bwf.mean(axis=(1, 2)).reshape(3, 1, 1, 1)
+  np.testing.assert_allclose(got - without, (1 - 2.0) * pull * np.ones_like(x), atol=1e-5)
+
+
+def test_conditions_that_a_clip_does_not_have_are_nulls_for_it_alone():
+  cond, x, t_b = setting()
+  missing = {"text": jnp.array([False, True, False])}
+  got = guided(cond, x, t_b, guidance=1.0, missing=missing)
+  full, mute = branch(cond, x, t_b), branch(cond, x, t_b, text=False)
+  np.testing.assert_allclose(got, np.stack([full[0], mute[1], full[2]]), rtol=1e-5, atol=1e-6)
+
+
+# --- solver ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint"])
+def test_a_constant_velocity_is_integrated_exactly(method):
+  x = jnp.zeros((2, 2, 3, 4))
+  v = jnp.arange(48.0).reshape(2, 2, 3, 4)
+  for steps in (1, 7):
+    np.testing.assert_allclose(
+      flow.sample(lambda x, t_b: v, x, steps=steps, method=method), v, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("method, order", [("euler", 1), ("midpoint", 2)])
+def test_the_error_falls_with_the_order_of_the_method(method, order):
+  x, exact = jnp.ones((1, 2, 1, 1)), np.exp(-1.0)
+
+  def velocity(x, t_b):  # Of x(t) = exp(-t^2).
+    return -2 * t_b[:, None, None, None] * x
+
+  errors = [
+    abs(float(flow.sample(velocity, x, steps=n, method=method)[0, 0, 0, 0]) - exact)
+    for n in (8, 16)
+  ]
+  assert errors[1] > 1e-5  # Above rounding.
+  np.testing.assert_allclose(np.log2(errors[0] / errors[1]), order, atol=0.2)
+
+
+def test_an_unknown_method_is_refused():
+  with pytest.raises(ValueError, match="unknown method 'rk9', have: euler, midpoint"):
+    flow.sample(lambda x, t_b: x, jnp.zeros((1, 1, 1, 1)), steps=1, method="rk9")
+
+
+def test_exchanged_ears_of_noise_and_condition_give_exchanged_ears():
+  cond, x, _ = setting()
+  mirrored = cond | {"spatial_bvk": -cond["spatial_bvk"]}  # The fake network's law of mirrors.
+
+  def run(cond, x):
+    velocity = flow.guided(NET, 0.3, {}, cond, latent_len=5, guidance=2.0, spatial_guidance=4.0)
+    return flow.sample(velocity, x, steps=5)
+
+  np.testing.assert_allclose(run(mirrored, x[:, ::-1]), run(cond, x)[:, ::-1], atol=1e-5)

@@ -1,0 +1,185 @@
+"""Generating from arrays: places in a batch, windows, joins, and folders that hold no model."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from spatialv2a_jax import checkpoint, generator, schema
+from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.generator import Generator, Settings, Window
+from tests import tiny
+
+SETTINGS = Settings(steps=tiny.STEPS)
+FULL_SCALE = 1.0
+
+
+def window_of(model, number, first=0):
+  """A window whose features are noise."""
+  rng = np.random.default_rng(number)
+  n = schema.lengths(model.seconds, model.audio)
+  sizes = {"clip_vf": (n.clip, 16), "sync_sf": (n.sync, 16), "spatial_vk": (n.clip, 5)}
+  features = {name: rng.standard_normal(size).astype("f4") for name, size in sizes.items()}
+  features["heat_vyx"] = np.zeros((n.clip, 12, 20), np.uint8)
+  return Window(first, features)
+
+
+def test_a_clip_ignores_its_place_in_the_batch(model):
+  windows = [window_of(model, i) for i in range(8)]
+  keys = list(jax.random.split(jax.random.key(3), 8))
+  alone = model.sample(windows[5:6], keys[5:6], SETTINGS, rows=1)[0]
+  together = model.sample(windows, keys, SETTINGS, rows=8)
+  backwards = model.sample(windows[::-1], keys[::-1], SETTINGS, rows=8)[::-1]
+  padded = model.sample(windows[5:7], keys[5:7], SETTINGS, rows=8)
+  sound = [
+    model.clip(windows[5:6], [x], model.seconds, "shared").audio_ep
+    for x in (alone, together[5], backwards[5], padded[0])
+  ]
+  assert np.abs(sound[0]).max() > 0.01
+  for other in sound[1:]:
+    assert np.abs(other - sound[0]).max() < 1e-4 * FULL_SCALE
+  assert np.abs(together[4] - alone).max() > 0.1
+
+
+def test_noise_is_the_clips_own_and_goes_on_from_window_to_window(model):
+  key = jax.random.key(1)
+  first, second = np.asarray(model.noise(key, 0)), np.asarray(model.noise(key, 13))
+  assert first.shape == (2, model.frames, 20)
+  np.testing.assert_array_equal(first[:, 13:], second[:, :-13])
+  correlation = np.corrcoef(first[0].ravel(), first[1].ravel())[0, 1]
+  assert abs(correlation - model.correlation) < 0.1
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.5, 1.28, 1.3, 2.0, 3.0, 60.0])
+def test_windows_cover_the_clip_and_overlap(model, seconds):
+  firsts = model.firsts(seconds)
+  total = int(np.ceil(seconds * model.audio.latent_rate))
+  assert firsts[0] == 0 and max(total, model.frames) == firsts[-1] + model.frames
+  steps = np.diff(firsts)
+  assert (steps > 0).all() and (steps <= model.frames // 2 + 1).all()
+  assert (len(firsts) == 1) == (seconds <= model.seconds)
+
+
+def test_windows_of_a_trained_model_overlap_by_a_second(model, monkeypatch):
+  monkeypatch.setattr(model, "frames", 250)
+  assert model.firsts(8.0) == [0]
+  firsts = model.firsts(30.0)
+  assert (np.diff(firsts) <= 250 - 31).all() and len(firsts) == 5
+
+
+def test_a_cross_fade_keeps_what_agrees_and_is_smooth():
+  rng = np.random.default_rng(0)
+  whole = rng.standard_normal((2, 50, 3)).astype(np.float32)
+  firsts = [0, 13, 26, 30]
+  pieces = [whole[:, at : at + 20] for at in firsts]
+  np.testing.assert_allclose(generator.cross_fade(firsts, pieces), whole, atol=1e-6)
+  np.testing.assert_array_equal(generator.cross_fade([0], pieces[:1]), pieces[0])
+  steps = generator.cross_fade([0, 10], [np.zeros((1, 20, 1)), np.ones((1, 20, 1))])[0, :, 0]
+  assert not steps[:10].any() and (steps[20:] == 1).all()
+  assert (np.diff(steps) >= 0).all() and np.diff(steps).max() < 0.15
+
+
+def test_joined_windows_of_the_same_latents_sound_as_one(model):
+  """The decoder sees a window at a time, so that memory does not grow with the clip."""
+  rng = np.random.default_rng(0)
+  firsts = model.firsts(3.0)
+  z_etc = rng.standard_normal((2, firsts[-1] + model.frames, 20)).astype(np.float32)
+  mels = model.mels(firsts, [z_etc[:, at : at + model.frames] for at in firsts])
+  assert mels.shape == (2, 80, 2 * z_etc.shape[1])
+  single = model.mels([0], [z_etc[:, : model.frames]])
+  edge = 2 * firsts[1]  # Up to where the second window begins.
+  np.testing.assert_allclose(mels[..., :edge], single[..., :edge], atol=1e-4)
+
+
+def test_sound_has_the_length_of_the_clip_to_the_sample(model):
+  latents = [np.zeros((2, model.frames, 20), np.float32)]
+  for seconds in (0.04, 0.333, 1.28):
+    clip = model.clip([window_of(model, 0)], latents, seconds, "shared")
+    assert clip.audio_ep.shape == (2, round(16000 * seconds)) and clip.audio_ep.dtype == np.float32
+    assert len(clip.descriptors_vk) == len(clip.heat_vyx) == max(1, int(8 * seconds))
+
+
+def test_descriptors_of_joined_windows_come_from_the_latest(model):
+  windows = [window_of(model, i, first) for i, first in enumerate((0, 20))]
+  for i, window in enumerate(windows):
+    window.features["spatial_vk"][:] = i + np.arange(10)[:, None] / 100
+  latents = [np.zeros((2, model.frames, 20), np.float32)] * 2
+  shown = model.clip(windows, latents, 1.92, "shared").descriptors_vk[:, 0]
+  # The second window begins after 0.64 s: the first frame whose middle lies in it is the sixth.
+  np.testing.assert_allclose(shown[:5], np.arange(5) / 100, atol=1e-6)
+  np.testing.assert_allclose(shown[5:], 1 + np.arange(10) / 100, atol=1e-6)
+
+
+def test_azimuths_are_those_of_frames_in_which_something_is_seen():
+  audio = schema.AUDIO["16k"]
+  descriptors = np.zeros((8, 5), np.float32)
+  time_v = (np.arange(8) + 0.5) / 8
+  assert generator.azimuths(descriptors, time_v, 62, audio) is None
+  descriptors[2:6, 1] = 0.1
+  descriptors[2:6, 0] = [-1, -0.5, 0.5, 1]
+  azimuth_n = generator.azimuths(descriptors, time_v, 62, audio)
+  assert azimuth_n[0] == 60 and azimuth_n[-1] == -60 and (np.diff(azimuth_n) <= 0).all()
+  assert abs(azimuth_n[30]) < 5
+
+
+def test_true_sound_has_latents_of_the_same_shape(model):
+  audio_ep = np.random.default_rng(0).uniform(-0.1, 0.1, (2, 30_000)).astype(np.float32)
+  assert model.encode(audio_ep, 0).shape == (2, model.frames, 20)
+  short = model.encode(audio_ep, 20)  # Silence fills up what is missing.
+  assert short.shape == (2, model.frames, 20) and np.isfinite(short).all()
+
+
+def test_a_short_video_holds_its_last_frame(model, tmp_path):
+  path = tiny.film(tmp_path / "x.mp4", 0.4, side=0.1)
+  (window,) = model.windows(path, 0.4, SETTINGS)
+  spatial_vk = window.features["spatial_vk"]
+  assert len(spatial_vk) == 10 and (spatial_vk[:3, 0] < 0).all()
+  assert not spatial_vk[-1].any()  # What was held is still, and the motion is forgotten.
+
+
+# --- folders that hold no usable model ------------------------------------------------------------
+
+
+def edited(folder, tmp_path, **entries):
+  copy = tmp_path / "edited"
+  shutil.copytree(folder, copy)
+  about = json.loads((copy / "config.json").read_text())
+  about = {k: v for k, v in (about | entries).items() if v is not None}
+  (copy / "config.json").write_text(json.dumps(about))
+  return copy
+
+
+@pytest.mark.parametrize(
+  "entries",
+  [
+    {"audio": None},
+    {"audio": "48k"},
+    {"seconds": 0.1},
+    {"seconds": "long"},
+    {"features": {"colour": 1}},
+    {"flow": None},
+    {"flow": {"width": 33, "heads": 2}},
+    {"vae": {"depth": 3}},
+  ],
+)
+def test_a_config_of_another_kind_is_one_line(model_folder, tmp_path, entries):
+  with pytest.raises(UserError, match="config.json describes no model") as caught:
+    Generator(edited(model_folder, tmp_path, **entries))
+  assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name, sizes", [("vae", {"width": 8}), ("flow", {"clip_dim": 17})])
+def test_weights_that_do_not_fit_the_config_are_refused(model_folder, tmp_path, name, sizes):
+  about = json.loads((model_folder / "config.json").read_text())
+  folder = edited(model_folder, tmp_path, **{name: about[name] | sizes})
+  with pytest.raises(UserError, match=f"{name}.safetensors has other shapes"):
+    Generator(folder)
+
+
+def test_a_folder_with_half_a_model_is_a_missing_asset(model_folder, tmp_path):
+  held = checkpoint.load_model(model_folder)
+  checkpoint.save_model(tmp_path / "half", {"vae": held.params["vae"]}, {}, held.config)
+  with pytest.raises(MissingAssetError, match="holds no weights of: flow"):
+    Generator(tmp_path / "half")
