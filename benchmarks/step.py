@@ -26,29 +26,30 @@ CLIPS = 16
 
 def parts() -> dict[str, tuple[Callable[[], Any], int]]:
   """Returns each part as a function of nothing, and how many clips it works on."""
-  config, audio = tiny.get_config(), schema.AUDIO["16k"]
-  sizes = {n: config.features[n] for n in ("clip_dim", "sync_dim", "text_len", "text_dim")}
-  batch = schema.synthetic_batch(
-    schema.feature_shapes(config.seconds, audio, **sizes), CLIPS, seed=0
-  )
-  model = flow_net.Config(latent_channels=audio.latent_channels, **config.model, **sizes)
+  config: dict[str, Any] = tiny.get_config().to_dict()
+  audio = schema.AUDIO["16k"]
+  sizes = {n: config["features"][n] for n in ("clip_dim", "sync_dim", "text_len", "text_dim")}
+  shapes = schema.feature_shapes(config["seconds"], audio, **sizes)
+  batch = jax.device_put(schema.synthetic_batch(shapes, CLIPS, seed=0))
+  model = flow_net.Config(latent_channels=audio.latent_channels, **config["model"], **sizes)
   net = flow_net.build(model)
   params, stats = nn.unbox(net.init(jax.random.key(0))), net.init_stats()
-  loss_config = flow.LossConfig(**config.loss)
+  loss_config = flow.LossConfig(**config["loss"])
 
   def loss(params, key):
     return flow.loss(params, stats, batch, key, net=net, config=loss_config)
 
   train = jax.jit(jax.value_and_grad(loss, has_aux=True))
-  frames = schema.lengths(config.seconds, audio).latent
+  frames = schema.lengths(config["seconds"], audio).latent
   cond = {name: batch[name][:1] for name in ("clip_bvf", "sync_bsf", "text_bwf", "spatial_bvk")}
 
   @jax.jit
   def sample(params, x_betc):
-    velocity = flow.guided(net, params, stats, cond, latent_len=frames, guidance=3.0)
+    velocity = flow.guided(net, params, stats, cond, latent_len=frames, guidance=2.0)
     return flow.sample(velocity, x_betc, steps=25)
 
-  sound = codec.build(vae_tiny.get_config().model.to_dict(), audio)
+  vae_config: dict[str, Any] = vae_tiny.get_config().to_dict()
+  sound = codec.build(vae_config["model"], audio)
   vae = nn.unbox(sound.init(jax.random.key(0)))
   z_betc = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, frames, 20), np.float32))
   decode = jax.jit(sound.decode)

@@ -53,7 +53,7 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
   )
   c.vae = ""  # Model folder of the codec: decodes what is generated, and joins the exported model.
   c.init_from = ""  # Model folder to start from.
-  c.listen = dict(clips=2, steps=25, guidance=3.0)
+  c.listen = dict(clips=2, steps=25, guidance=2.0)
 
   c.optim = dict(
     lr=1e-3,

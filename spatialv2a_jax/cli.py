@@ -87,10 +87,12 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
   p.add_argument("--steps", type=number(int, 1), default=25, help="steps of the solver")
   p.add_argument(
-    "--guidance", type=number(float, 0), default=3.0, help="of all conditions; 1 adds none"
+    "--guidance", type=number(float, 0), default=2.0, help="strength of all conditions; 1 adds none"
   )
   p.add_argument(
-    "--spatial-guidance", type=number(float, 0), help="of the spatial one; unset: as --guidance"
+    "--spatial-guidance",
+    type=number(float, 0),
+    help="strength of the spatial condition; unset: as --guidance",
   )
   p.add_argument(
     "--localizer", type=localizer, help="motion or track:FILE; unset: the checkpoint's"

@@ -58,12 +58,8 @@ def codecs() -> Check:
       av.Codec(name, mode)  # type: ignore[arg-type]
     except ValueError:
       missing.append(name)
-  text = "h264 and AAC in, h264 and FLAC out"
-  return (
-    not missing,
-    text + (f"; missing: {missing}" if missing else ""),
-    "pip install --upgrade av",
-  )
+  text = "h264 and AAC in, h264 and FLAC out" + (f"; missing: {', '.join(missing)}" * bool(missing))
+  return not missing, text, "pip install --upgrade av"
 
 
 def cache() -> Check:

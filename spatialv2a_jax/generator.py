@@ -52,7 +52,7 @@ class Settings:
   seed: int = 0
   steps: int = 25
   method: str = "euler"
-  guidance: float = 3.0
+  guidance: float = 2.0
   spatial_guidance: float | None = None
   localizer: str | None = None
   phase: phases.Phase = "shared"

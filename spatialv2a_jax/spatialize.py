@@ -16,6 +16,7 @@ from spatialv2a_jax.spatial import hrtf as hrtfs
 from spatialv2a_jax.spatial import render
 
 WINDOW_SECONDS = 8.0
+LOWEST_RATE = 1_000  # Samples per second; slower recordings are brought to it, for the head's sake.
 
 
 def run(
@@ -55,7 +56,7 @@ def run(
 def spatialize(
   path: pathlib.Path, track: localizers.Track | None, hrtf: str
 ) -> tuple[np.ndarray, int]:
-  """Returns the binaural sound [2, p] of one file at its own rate, and that rate.
+  """Returns the binaural sound [2, p] of one file at its own rate, and the rate.
 
   The channels of the file are averaged first: what they say of direction is replaced.
 
@@ -65,7 +66,7 @@ def spatialize(
   info = io.probe(path)
   if not info.has_audio:
     raise UserError(f"{path} has no sound to place; `generate` makes sound for a silent video")
-  rate = info.audio_rate or schema.AUDIO["44k"].sample_rate
+  rate = max(LOWEST_RATE, info.audio_rate or schema.AUDIO["44k"].sample_rate)
   mono_p = io.read_audio(path, rate, mono=True)[0]
   if not np.isfinite(mono_p).all():
     raise UserError(f"{path} holds samples that are not finite; export it again")

@@ -3,13 +3,11 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # Compiling dominates.
 os.environ.setdefault("NPROC", "16")  # XLA:CPU collectives need a thread per forced device.
 
 import jax
 import pytest
-
-from spatialv2a_jax import generator
-from tests import tiny
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -34,10 +32,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
   """A folder with a tiny untrained model."""
+  from tests import tiny  # Slow to import, and most tests need none of it.
+
   return tiny.save_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def model(model_folder):
   """That model, loaded once, so that it compiles once."""
+  from spatialv2a_jax import generator
+
   return generator.Generator(model_folder)

@@ -121,7 +121,7 @@ def test_azimuths_are_those_of_frames_in_which_something_is_seen():
   descriptors[2:6, 0] = [-1, -0.5, 0.5, 1]
   azimuth_n = generator.azimuths(descriptors, time_v, 62, audio)
   assert azimuth_n[0] == 60 and azimuth_n[-1] == -60 and (np.diff(azimuth_n) <= 0).all()
-  assert abs(azimuth_n[30]) < 5
+  assert abs(azimuth_n[30]) < 8
 
 
 def test_true_sound_has_latents_of_the_same_shape(model):
@@ -134,9 +134,10 @@ def test_true_sound_has_latents_of_the_same_shape(model):
 def test_a_short_video_holds_its_last_frame(model, tmp_path):
   path = tiny.film(tmp_path / "x.mp4", 0.4, side=0.1)
   (window,) = model.windows(path, 0.4, SETTINGS)
-  spatial_vk = window.features["spatial_vk"]
-  assert len(spatial_vk) == 10 and (spatial_vk[:3, 0] < 0).all()
-  assert not spatial_vk[-1].any()  # What was held is still, and the motion is forgotten.
+  spatial_vk, clip_vf = window.features["spatial_vk"], window.features["clip_vf"]
+  assert len(spatial_vk) == 10 and (spatial_vk[:, 0] < 0).all()
+  np.testing.assert_allclose(clip_vf[4:], np.repeat(clip_vf[4:5], 6, axis=0), atol=1e-6)
+  assert np.abs(clip_vf[3] - clip_vf[4]).max() > 1e-3
 
 
 # --- folders that hold no usable model ------------------------------------------------------------

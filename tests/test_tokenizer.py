@@ -31,7 +31,12 @@ def test_ids_are_open_clips(tokenize):
 
 @pytest.mark.parametrize(
   "text, ids",
-  [("", []), ("waves, seagulls", [7882, 267, 42215]), ("A photo of", [320, 1125, 539]), ("!", [256])],
+  [
+    ("", []),
+    ("waves, seagulls", [7882, 267, 42215]),
+    ("A photo of", [320, 1125, 539]),
+    ("!", [256]),
+  ],
 )
 def test_known_ids(tokenize, text, ids):
   assert tokenize.encode(text) == ids
@@ -77,7 +82,9 @@ def test_without_a_package_the_message_says_what_to_install(monkeypatch, package
     tokenizer.Tokenizer(MERGES)
 
 
-@pytest.mark.parametrize("raw", [b"", b"a b\n" * 10, b"\x1f\x8bbroken", b"x\n" + b"a b c\n" * 48894])
+@pytest.mark.parametrize(
+  "raw", [b"", b"a b\n" * 10, b"\x1f\x8bbroken", b"x\n" + b"a b c\n" * 48894]
+)
 def test_another_file_is_refused(tmp_path, raw):
   path = tmp_path / "merges.txt"
   path.write_bytes(raw if raw.startswith(b"\x1f") else gzip.compress(raw))

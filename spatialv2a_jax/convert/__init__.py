@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Callable

@@ -78,11 +78,11 @@ def outputs(config: vocoder.Config, params: Any, inputs: State) -> Outputs:
   return {"waveform": lambda: waveform(params, jnp.asarray(inputs["mel"]))[:, None]}
 
 
-def _source(upstream: str, base: vocoder.Config) -> Source:
+def _source(upstream: str, licence: str, base: vocoder.Config) -> Source:
   return Source(
     network="vocoder",
     upstream=upstream,
-    licence="MIT",
+    licence=licence,
     configure=functools.partial(configure, base=base),
     table=table,
     init=lambda config: vocoder.build(config).init,
@@ -92,5 +92,9 @@ def _source(upstream: str, base: vocoder.Config) -> Source:
   )
 
 
-V1 = _source("BigVGAN (16 kHz, as in MMAudio)", vocoder.V1_16K)
-V2 = _source("BigVGAN v2 (nvidia/bigvgan_v2_44khz_128band_512x)", vocoder.V2_44K)
+V1 = _source(
+  "BigVGAN (16 kHz, Make-An-Audio 2, as released with MMAudio)",
+  "not stated beside MMAudio's CC-BY-NC-4.0 (code: MIT); ask before commercial use",
+  vocoder.V1_16K,
+)
+V2 = _source("BigVGAN v2 (nvidia/bigvgan_v2_44khz_128band_512x)", "MIT", vocoder.V2_44K)

@@ -179,7 +179,7 @@ def outputs(config: localizer.Config, params: Any, inputs: State) -> Outputs:
 SOURCE = Source(
   network="clipseg",
   upstream="CLIPSeg (huggingface.co/CIDAS/clipseg-rd64-refined)",
-  licence="Apache-2.0",
+  licence="Apache-2.0, by its model card",
   configure=configure,
   table=table,
   init=lambda config: localizer.build(config).init,

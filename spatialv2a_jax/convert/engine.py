@@ -60,7 +60,7 @@ class Source:
   init: Callable[[Any], Callable[..., Any]]
   outputs: Callable[[Any, Any, State], Outputs]
   ignore: tuple[str, ...] = ()
-  wrapper: str | None = None
+  wrapper: str = ""
   about: Callable[[Any], dict[str, Any]] = lambda config: {}
 
 
@@ -93,7 +93,7 @@ def convert(source: Source, state: Mapping[str, Any], name: str) -> tuple[Any, d
       f"{name} holds no {source.upstream} weights: it {reason}; its keys begin with: {have or '-'}"
     ) from error
 
-  wanted = traverse_util.flatten_dict(shapes, sep="/")
+  wanted: dict[str, Any] = {**traverse_util.flatten_dict(shapes, sep="/")}
   used = {key for leaf in table.values() for key in leaf.keys}
   problems = {
     "missing in the file": used - set(arrays),

@@ -251,7 +251,7 @@ def outputs(config: flow_net.Config, params: Any, inputs: State) -> Outputs:
     "sample": sample,
     "sample_2steps": lambda: sample(steps=2),
     "sample_negative": lambda: sample(negative="negative_text_f"),
-    "sample_nocfg": lambda: sample(guidance=0.0),
+    "sample_nocfg": lambda: sample(guidance=1.0),  # Upstream's strength 0; the condition alone.
     "sample_unnormalized": lambda: net.unnormalize(params, sample()),
   }
 

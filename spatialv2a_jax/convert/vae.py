@@ -12,6 +12,7 @@ from flax import traverse_util
 from spatialv2a_jax.convert.engine import Outputs, Source, State, Table, copy, transposed
 from spatialv2a_jax.models import vae
 
+
 def configure(state: State) -> vae.Config:
   """Returns the sizes."""
   width, n_mels, _ = state["encoder.conv_in.weight"].shape

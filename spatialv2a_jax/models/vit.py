@@ -40,7 +40,7 @@ def exact_gelu(x: Array) -> Array:
 def pixels(frames: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
   """Returns uint8 pixels [..., c] as float32, scaled to 0..1, then normalised by colour."""
   shape = (1,) * (frames.ndim - 1) + (3,)
-  shift, scale = np.float32(mean).reshape(shape), np.float32(std).reshape(shape)
+  shift, scale = (np.asarray(x, np.float32).reshape(shape) for x in (mean, std))
   return (frames.astype(jnp.float32) / 255 - shift) / scale
 
 
@@ -146,7 +146,11 @@ def init_blocks(block: nn.Module, key: Array, depth: int, *args: Array) -> Param
 def run_blocks(block: nn.Module, params: Params, x: Array, first: int = 0, last: int = 0) -> Array:
   """Applies blocks `first` to `last` (not included; 0 is all that follow), one after the other."""
   part = jax.tree.map(lambda leaf: leaf[first : last or None], params)
-  return jax.lax.scan(lambda x, p: (block.apply({"params": p}, x), None), x, part)[0]
+
+  def step(x, p):
+    return jnp.asarray(block.apply({"params": p}, x)), None
+
+  return jax.lax.scan(step, x, part)[0]
 
 
 @dataclasses.dataclass(frozen=True)

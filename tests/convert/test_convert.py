@@ -146,7 +146,8 @@ def test_one_folder_takes_several_networks_and_rebuilds_them(tmp_path, capsys):
 
 
 def test_the_command_needs_a_file_and_a_folder(tmp_path, capsys):
-  assert cli.main(["convert", "clip", str(tmp_path / "none.pth"), "--out", str(tmp_path / "o")]) == 3
+  file, out = str(tmp_path / "none.pth"), str(tmp_path / "o")
+  assert cli.main(["convert", "clip", file, "--out", out]) == 3
   assert cli.main(["convert", "clip"]) == 2
   error = capsys.readouterr().err
   assert "no such file" in error and not (tmp_path / "o").exists()

@@ -12,10 +12,8 @@ RNG = np.random.default_rng(0)
 
 def source(**changes):
   def init(config):
-    shapes = {"up": {"kernel": (3, config), "bias": (config,)}, "gain": ()}
-    zeros = {k: v if k == "gain" else {n: jnp.zeros(s) for n, s in v.items()} for k, v in
-             shapes.items()}  # fmt: skip
-    return lambda key: zeros | {"gain": jnp.zeros(())}
+    up = {"kernel": jnp.zeros((3, config)), "bias": jnp.zeros(config)}
+    return lambda key: {"up": up, "gain": jnp.zeros(())}
 
   def table(state, config):
     return engine.under("up", engine.linear("fc")) | {"gain": engine.copy("gain")}
@@ -64,7 +62,8 @@ def test_all_that_does_not_match_is_told_at_once():
 
 def test_leaves_of_ours_without_a_recipe_and_recipes_without_a_leaf_are_told():
   def table(state, config):
-    return {"up/kernel": engine.copy("fc.weight", engine.transposed), "up/more": engine.copy("gain")}
+    kernel = engine.copy("fc.weight", engine.transposed)
+    return {"up/kernel": kernel, "up/more": engine.copy("gain")}
 
   with pytest.raises(UserError) as caught:
     engine.convert(source(table=table), state(), "file")

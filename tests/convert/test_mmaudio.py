@@ -81,9 +81,10 @@ def velocity(config, params, stats, x_betc):
 
 
 def test_two_ears_of_a_mono_file_are_dual_mono_bit_for_bit(tmp_path):
-  save_file(state(ear_depth=1), tmp_path / "mono.safetensors")
+  file = tmp_path / "mono.safetensors"
+  save_file(state(ear_depth=1), file)
   for ears in (1, 2):
-    assert convert.run("mmaudio", tmp_path / "mono.safetensors", tmp_path / f"{ears}", ears=ears) == 0
+    assert convert.run("mmaudio", file, tmp_path / f"{ears}", ears=ears) == 0
   models = [checkpoint.load_model(tmp_path / f"{ears}") for ears in (1, 2)]
   configs = [flow_net.Config(**model.config["flow"]) for model in models]
   assert (configs[1].ears, configs[1].spatial, models[1].config["ear_correlation"]) == (2, True, 1)

@@ -6,11 +6,13 @@ import re
 
 import numpy as np
 import pytest
+from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from spatialv2a_jax import checkpoint, convert
 from spatialv2a_jax.convert import engine, vae
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.models import vae as models_vae
 from tests.convert import torch_zip
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -43,6 +45,7 @@ def test_the_golden_file_has_all_of_upstreams_tensors(golden):
   assert len(state_of(golden)) == 57
 
 
+@pytest.mark.slow
 def test_upstreams_outputs_come_out(golden, tmp_path):
   save_file(golden, tmp_path / "golden.safetensors")
   lines = []
@@ -60,6 +63,19 @@ def test_weights_are_folded_once(golden):
   want = raw / (np.sqrt(24 * 3) * 1e-4 + size)
   got = params["encoder"]["down_1_block_0"]["conv1"]["kernel"]
   np.testing.assert_allclose(got.transpose(2, 1, 0), want, rtol=1e-5)
+
+
+def test_every_weight_is_the_folded_one_of_the_golden_file(golden):
+  """With which the VAE's own test gives upstream's latents and mels."""
+  _, params = engine.convert(vae.SOURCE, state_of(golden), "state")
+  flat = traverse_util.flatten_dict(params, sep="/")
+  ours = load_file(GOLDEN / "vae16_encoder.safetensors")
+  ours |= load_file(GOLDEN / "vae16_decoder.safetensors")
+  want = {k.removeprefix("param/"): x for k, x in ours.items() if k.startswith("param/")}
+  assert set(flat) == set(want)
+  for name, x in want.items():
+    expected = np.asarray(models_vae.fold(x)) if name.endswith("kernel") else x
+    np.testing.assert_allclose(flat[name], expected, rtol=1e-6, atol=1e-8)
 
 
 def test_a_file_becomes_a_model_folder_with_its_origin(golden, tmp_path, capsys):

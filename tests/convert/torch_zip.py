@@ -5,7 +5,13 @@ import zipfile
 
 import numpy as np
 
-KINDS = {"float32": "Float", "float16": "Half", "int64": "Long", "bool": "Bool", "uint16": "BFloat16"}
+KINDS = {
+  "float32": "Float",
+  "float16": "Half",
+  "int64": "Long",
+  "bool": "Bool",
+  "uint16": "BFloat16",
+}
 
 
 def text(value):

@@ -93,7 +93,9 @@ def clipseg(width=64, text_width=64, dim=20, vocab=60, side=3, patch=32, length=
     shapes = norm(f"{name}.layer_norm1", width) | norm(f"{name}.layer_norm2", width)
     for part in ("q", "k", "v", "out"):
       shapes |= layer(f"{name}.self_attn.{part}_proj", width, width)
-    return shapes | layer(f"{name}.mlp.fc1", hidden, width) | layer(f"{name}.mlp.fc2", width, hidden)
+    return (
+      shapes | layer(f"{name}.mlp.fc1", hidden, width) | layer(f"{name}.mlp.fc2", width, hidden)
+    )
 
   vision, text = "clip.vision_model", "clip.text_model"
   shapes = {

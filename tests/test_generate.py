@@ -1,0 +1,371 @@
+"""Files in, sound out: repeatability, every setting, restarts, and faults of single files."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import spatialv2a_jax
+from spatialv2a_jax import checkpoint, generate, generator, io
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.generator import Settings
+from tests import tiny
+
+BASE = Settings(steps=tiny.STEPS)
+
+
+@pytest.fixture(autouse=True)
+def loaded(monkeypatch, model, model_folder):
+  """The tiny model is compiled once for all runs."""
+  load = {model_folder: model}
+  monkeypatch.setattr(generate, "Generator", lambda path: load[path])
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+  """Videos of one window, with something that moves on the left and on the right."""
+  folder = tmp_path_factory.mktemp("films")
+  for i, name in enumerate(("left", "right")):
+    tiny.film(folder / f"{name}.mp4", side=float(i), seed=i, sound=True)
+  return folder
+
+
+@pytest.fixture
+def make(model_folder, tmp_path):
+  """Runs `generate` with changed settings into tmp_path/out (or `out`); returns that folder."""
+
+  def run(*inputs, out="out", code=0, **changes):
+    out = tmp_path / out
+    settings = dataclasses.replace(BASE, **changes)
+    assert generate.run(list(inputs), model_folder, out, settings) == code
+    return out
+
+  return run
+
+
+def sound(folder, stem="left", suffix="wav"):
+  return io.read_audio(folder / f"{stem}.{suffix}")
+
+
+def about(folder, stem="left"):
+  return json.loads((folder / f"{stem}.json").read_text())
+
+
+def names(folder):
+  return sorted(os.listdir(folder))
+
+
+@pytest.fixture(scope="module")
+def reference(films, model, model_folder, tmp_path_factory):
+  """What the base settings make of left.mp4."""
+  out = tmp_path_factory.mktemp("reference")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(generate, "Generator", lambda _: model)
+    assert generate.run([films / "left.mp4"], model_folder, out, BASE) == 0
+  return out
+
+
+# --- one file -------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(films, reference, make):
+  again, other = make(films / "left.mp4"), make(films / "left.mp4", out="other", seed=1)
+  for suffix in ("wav", "mp4"):
+    assert (again / f"left.{suffix}").read_bytes() == (reference / f"left.{suffix}").read_bytes()
+  assert np.abs(sound(other) - sound(reference)).max() > 0.01
+
+
+def test_the_video_keeps_its_picture_and_carries_the_sound_of_the_wav(films, reference):
+  before, after = io.probe(films / "left.mp4"), io.probe(reference / "left.mp4")
+  assert abs(after.duration_s - before.duration_s) <= 1 / 25
+  whole = [io.read_video(folder / "left.mp4", 25) for folder in (films, reference)]
+  np.testing.assert_array_equal(*whole)
+  left, right = wav = sound(reference)
+  assert wav.shape == (2, 20_480) and np.abs(wav).max() < 1
+  assert np.abs(left - right).max() > 0.01  # Both ears differ, and stay apart.
+  assert np.abs(sound(reference, suffix="mp4") - wav).max() < 2**-22
+
+
+def test_the_sidecar_says_what_was_done(films, reference, model_folder):
+  got = about(reference)
+  weights = checkpoint.load_model(model_folder).sha256
+  assert set(weights) == {"flow", "vae"}
+  expected = {
+    "version": spatialv2a_jax.__version__, "checkpoint": "tiny", "weights_sha256": weights,
+    "input": "left.mp4", "input_sha256": io.file_hash(films / "left.mp4"), "seed": 0,
+    "settings": dataclasses.asdict(BASE) | {"low_memory": None}, "prompt": "",
+    "localizer": "motion", "track_sha256": None, "duration_s": 1.28, "sample_rate": 16_000,
+  }  # fmt: skip
+  assert {name: got[name] for name in expected} == expected
+  assert got["wall_s"] > 0 and got["peak_memory_mb"] > 50 and got["jax"] and got["device"]
+  np.testing.assert_allclose(got["rtf"], got["wall_s"] / 1.28, atol=2e-3)
+  assert np.shape(got["descriptors"]) == (10, 5) and got["heat"]["frames"] == 10
+  assert np.mean(got["descriptors"], axis=0)[0] < -0.5  # On the left.
+  assert set(got["spatial"]) == {"ild_clip_db", "itd_xc_clip_us", "iacc_clip"}
+  left, right = sound(reference)
+  ild = 10 * np.log10(left.var() / right.var())
+  np.testing.assert_allclose(got["spatial"]["ild_clip_db"], ild, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"prompt": "a dog"},
+    {"negative": "music"},
+    {"guidance": 5.0},
+    {"spatial_guidance": 9.0},
+    {"steps": 3},
+    {"phase": "independent"},
+  ],
+)
+def test_every_setting_changes_the_sound(films, reference, make, change):
+  changed = sound(make(films / "left.mp4", video=False, **change))
+  assert np.abs(changed - sound(reference)).max() > 1e-3
+
+
+def test_a_blank_prompt_is_none(films, reference, make):
+  np.testing.assert_array_equal(sound(make(films / "left.mp4", prompt=" ")), sound(reference))
+
+
+def test_a_track_places_the_sound(films, make, tmp_path):
+  delays = {}
+  for name, azimuth in (("left", 50), ("right", -50)):
+    track = tmp_path / f"{name}.json"
+    track.write_text(json.dumps({"time_s": [0], "azimuth_deg": [azimuth]}))
+    out = make(films / "left.mp4", out=name, localizer=f"track:{track}", video=False)
+    delays[name] = about(out)["spatial"]["itd_xc_clip_us"]
+    assert np.sign(np.mean(about(out)["descriptors"], axis=0)[0]) == -np.sign(azimuth)
+  assert 200 < delays["left"] < 800 and -800 < delays["right"] < -200
+
+
+def test_duration_format_and_no_video(films, make):
+  out = make(films / "left.mp4", duration=0.5)
+  assert sound(out).shape == (2, 8000)
+  # A few more frames stay in, for the codec.
+  assert 0.5 <= io.probe(out / "left.mp4").duration_s < 0.7 and about(out)["duration_s"] == 0.5
+  out = make(films / "left.mp4", out="flac", format="flac", video=False)
+  assert names(out) == ["left.flac", "left.json"]
+  wav = sound(make(films / "left.mp4", out="wav", video=False))
+  assert np.abs(sound(out, suffix="flac") - wav).max() <= 2**-23
+
+
+def test_a_mirrored_video_runs_and_moves_to_the_other_side(films, make, tmp_path):
+  frames = io.read_video(films / "left.mp4", 25)[:, :, ::-1]
+  (tmp_path / "mirrored").mkdir()
+  io.write_video(tmp_path / "mirrored" / "left.mp4", frames, 25)
+  out = make(tmp_path / "mirrored" / "left.mp4")
+  assert np.mean(about(out)["descriptors"], axis=0)[0] > 0.5
+  assert sound(out).shape == (2, 20_480)
+
+
+def test_a_video_longer_than_the_window_is_made_whole(model, make, tmp_path):
+  path = tiny.film(tmp_path / "long.mp4", 3.0)
+  out = make(path)
+  wav = sound(out, "long")
+  assert wav.shape == (2, 48_000) and len(about(out, "long")["descriptors"]) == 24
+  level = np.sqrt(np.square(wav).reshape(2, 24, -1).mean(axis=(0, 2)))
+  assert level.min() > 0.2 * level.max()  # No silence and no gap anywhere.
+  jumps = np.abs(np.diff(wav, axis=1))
+  assert jumps.max() < 12 * np.sqrt(np.square(jumps).mean())
+  assert abs(io.probe(out / "long.mp4").duration_s - 3.0) <= 1 / 25
+  windows = list(model.windows(path, 3.0, BASE))
+  assert len(windows) == 4 and [w.first for w in windows] == model.firsts(3.0)
+
+
+@pytest.mark.parametrize("seconds", [0.04, 0.4])
+def test_a_video_shorter_than_the_window_runs(make, tmp_path, seconds):
+  out = make(tiny.film(tmp_path / "short.mp4", seconds, side=0.0))
+  assert sound(out, "short").shape == (2, round(16_000 * seconds))
+  assert abs(io.probe(out / "short.mp4").duration_s - seconds) <= 1 / 25
+  assert about(out, "short")["spatial"]["ild_clip_db"] is not None
+
+
+def test_a_silent_video_in_which_nothing_moves_runs(make, tmp_path):
+  out = make(tiny.film(tmp_path / "still.mp4", still=True))
+  assert not np.any(about(out, "still")["descriptors"]) and np.abs(sound(out, "still")).max() > 0.01
+
+
+def test_a_turned_video_is_seen_upright(make, tmp_path):
+  """Its display matrix decides what is left: stored at the top, shown on the left."""
+  import av
+
+  path = tmp_path / "turned.mp4"
+  with av.open(str(path), "w") as output:
+    stream = output.add_stream("libx264", rate=25)
+    stream.width, stream.height, stream.pix_fmt = 64, 96, "yuv420p"
+    stream.set_display_rotation(90)
+    for i in range(32):
+      stored = np.full((96, 64, 3), 90, np.uint8)
+      stored[4 + 3 * (i % 2) : 20 + 3 * (i % 2), 24:40] = 250
+      output.mux(stream.encode(av.VideoFrame.from_ndarray(stored, format="rgb24")))
+    output.mux(stream.encode(None))
+  shown = io.read_video(path, 25)[0].mean(axis=(0, 2))
+  side = np.sign(shown[48:].mean() - shown[:48].mean())
+  out = make(path)
+  assert np.sign(np.mean(about(out, "turned")["descriptors"], axis=0)[0]) == side
+  assert io.probe(out / "turned.mp4").rotation == io.probe(path).rotation != 0
+
+
+def test_a_video_that_does_not_say_its_length_is_counted(films, make, tmp_path, monkeypatch):
+  probe = io.probe
+  mute = lambda path: dataclasses.replace(probe(path), duration_s=0.0)  # noqa: E731
+  monkeypatch.setattr(generate.io, "probe", mute)
+  assert about(make(films / "left.mp4"))["duration_s"] == 1.28
+
+
+def test_cues_of_long_sound_are_averaged_over_stretches(monkeypatch):
+  rng = np.random.default_rng(0)
+  noise = rng.standard_normal((1, 48_000)).astype(np.float32) * 0.1
+  ears = np.concatenate([noise, 0.5 * np.roll(noise, 4, axis=1)])
+  whole = generate.spatial_cues(ears, 16_000)
+  monkeypatch.setattr(generate, "CUES_SECONDS", 1.0)
+  parts = generate.spatial_cues(ears, 16_000)
+  for name in whole:
+    np.testing.assert_allclose(parts[name], whole[name], rtol=0.01)
+  np.testing.assert_allclose(parts["itd_xc_clip_us"], 250, atol=2)
+  np.testing.assert_allclose(parts["ild_clip_db"], 6.02, atol=0.05)
+  assert generate.spatial_cues(np.zeros((2, 100), np.float32), 16_000)["iacc_clip"] is None
+
+
+# --- several files --------------------------------------------------------------------------------
+
+
+def test_low_memory_and_batches_give_the_same(films, reference, make, capsys):
+  batch, single = make(films), make(films, out="single", low_memory=True)
+  assert (
+    names(batch)
+    == names(single)
+    == sorted(f"{stem}.{suffix}" for stem in ("left", "right") for suffix in ("json", "mp4", "wav"))
+  )
+  for stem in ("left", "right"):
+    assert np.abs(sound(batch, stem) - sound(single, stem)).max() < 1e-4
+  assert np.abs(sound(batch) - sound(reference)).max() < 1e-4
+  assert "2 of 2 files are in" in capsys.readouterr().out
+
+
+def test_what_is_done_is_left_alone_until_a_setting_changes(films, make, monkeypatch, tmp_path):
+  calls = []
+  run = generator.Generator.sample
+  monkeypatch.setattr(generator.Generator, "sample", lambda *a: calls.append(1) or run(*a))
+  path, track = films / "left.mp4", tmp_path / "track.csv"
+  track.write_text("time_s,azimuth_deg\n0,30\n")
+
+  def ran(**changes):
+    calls.clear()
+    make(path, **changes)
+    return bool(calls)
+
+  assert ran() and not ran()
+  assert not ran(low_memory=True)  # It does not change the sound.
+  assert ran(seed=1) and not ran(seed=1)
+  by_track = {"localizer": f"track:{track}"}
+  assert ran(**by_track) and not ran(**by_track)
+  track.write_text("time_s,azimuth_deg\n0,-30\n")
+  assert ran(**by_track)
+  (tmp_path / "out" / "left.mp4").unlink()
+  assert ran(**by_track)
+  (tmp_path / "out" / "left.json").write_text("[]")
+  assert ran(**by_track)
+  assert ran(format="flac", video=False)
+  assert names(tmp_path / "out") == ["left.flac", "left.json"]  # No older sound beside the new.
+
+
+def test_files_done_before_do_not_keep_others_from_being_written(films, make):
+  make(films / "right.mp4")
+  out = make(films)  # The last one is done already.
+  assert (out / "left.wav").is_file() and (out / "left.json").is_file()
+
+
+def test_a_faulty_file_does_not_stop_the_others(films, make, tmp_path, capsys):
+  cut = tmp_path / "cut.mp4"
+  cut.write_bytes((films / "left.mp4").read_bytes()[:2000])
+  tone = tmp_path / "tone.wav"
+  io.write_audio(tone, np.ones((2, 100), np.float32), 16_000)
+  out = make(films / "left.mp4", cut, tone, "absent.mp4", films / "right.mp4", code=4)
+  captured = capsys.readouterr()
+  assert "2 of 5 files are in" in captured.out
+  failures = [line for line in captured.err.splitlines() if line.startswith("failed: ")]
+  assert [line.split(": ")[1] for line in failures] == [str(cut), str(tone), "absent.mp4"]
+  assert "no video stream" in failures[1] and "no such file" in failures[2]
+  assert {name.split(".")[0] for name in names(out)} == {"left", "right"}
+
+
+def test_an_output_that_cannot_be_written_is_the_fault_of_its_file(films, make, tmp_path, capsys):
+  (tmp_path / "out" / "left.wav").mkdir(parents=True)
+  out = make(films, code=4)
+  assert "left.wav" in capsys.readouterr().err
+  assert (out / "right.json").is_file() and not (out / "left.json").exists()
+
+
+def test_sound_that_is_not_finite_is_refused(films, make, monkeypatch):
+  broken = lambda *_: np.full((1, 2, 40, 20), np.nan, np.float32)  # noqa: E731
+  monkeypatch.setattr(generator.Generator, "sample", broken)
+  with pytest.raises(UserError, match="lower --guidance"):
+    make(films / "left.mp4")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_outputs_never_replace_inputs(films, make, tmp_path, inside):
+  shutil.copytree(films, tmp_path / "out")
+  before = {name: io.file_hash(tmp_path / "out" / name) for name in names(films)}
+  with pytest.raises(UserError, match="choose another --out"):
+    make(tmp_path / "out" if inside else tmp_path / "out" / ".." / "out" / "left.mp4")
+  assert {name: io.file_hash(tmp_path / "out" / name) for name in names(films)} == before
+
+
+def test_two_files_of_one_name_are_refused(films, make, tmp_path):
+  shutil.copy(films / "left.mp4", tmp_path / "left.mov")
+  with pytest.raises(UserError, match="share outputs named left"):
+    make(films, tmp_path / "left.mov")
+
+
+# --- interruptions --------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_is_not_taken_for_finished(films, make, monkeypatch, tmp_path):
+  def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+  out = make(films / "left.mp4")
+  with monkeypatch.context() as patch:
+    patch.setattr(generate.io, "remux", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      make(films / "left.mp4", seed=1)
+  assert names(out) == ["left.wav"]  # No sidecar that describes other sound.
+  make(films / "left.mp4", seed=1)
+  fresh = make(films / "left.mp4", out="fresh", seed=1)
+  for name in ("left.wav", "left.mp4"):
+    assert (out / name).read_bytes() == (fresh / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_whole_files_only(model_folder, tmp_path):
+  media, out = tmp_path / "media", tmp_path / "out"
+  for i in range(24):
+    tiny.film(media / f"clip{i:02d}.mp4", seed=i, sound=True)
+  command = [
+    sys.executable, "-m", "spatialv2a_jax.cli", "generate", media, "--low-memory",
+    "--steps", "2", "--checkpoint", model_folder, "--out", out,
+  ]  # fmt: skip
+  root = pathlib.Path(__file__).parents[1]
+  process = subprocess.Popen(list(map(str, command)), cwd=root, stderr=subprocess.DEVNULL)
+  while process.poll() is None and len(list(out.glob("*.json"))) < 3:
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  whole = [path for path in out.iterdir() if not path.name.startswith(".")]
+  assert 3 <= len(list(out.glob("*.json"))) < 24
+  for path in whole:
+    if path.suffix == ".json":
+      assert json.loads(path.read_text())["input"] == f"{path.stem}.mp4"
+      assert sound(out, path.stem).shape == sound(out, path.stem, "mp4").shape == (2, 20_480)
+  assert subprocess.run(list(map(str, command)), cwd=root, capture_output=True).returncode == 0
+  assert len(list(out.glob("*.json"))) == len(list(out.glob("*.wav"))) == 24
