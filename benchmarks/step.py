@@ -63,7 +63,7 @@ def parts() -> dict[str, tuple[Callable[[], Any], int]]:
 
 def main() -> None:
   """Prints the table."""
-  arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  arguments = argparse.ArgumentParser(description="Times the parts of the embedded default.")
   arguments.add_argument("--repeats", type=int, default=7)
   repeats = arguments.parse_args().repeats
   work = parts()

@@ -172,7 +172,7 @@ def publish(source: pathlib.Path, target: pathlib.Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns its exit code."""
   parser = argparse.ArgumentParser(
-    prog="python -m launch.demo", description=__doc__.splitlines()[0], allow_abbrev=False
+    prog="python -m launch.demo", description="From nothing to scored sound.", allow_abbrev=False
   )
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo_out"), metavar="DIR")
   parser.add_argument(
