@@ -186,6 +186,7 @@ def run(
         fail(path, error)
       if sum(len(job.windows) for job in waiting) >= rows:
         flush()
+    flush()
   return worklist.conclude(len(paths), failed, out)
 
 

@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 
 import spatialv2a_jax
-from spatialv2a_jax import cli, compile_cache, convert, doctor, generate, generator, io, spatialize
+from data import shards
+from launch import train
+from spatialv2a_jax import (
+  cli,
+  compile_cache,
+  convert,
+  doctor,
+  generate,
+  generator,
+  io,
+  schema,
+  spatialize,
+)
 from spatialv2a_jax.metrics import evaluate
 from tests import tiny
 
@@ -216,3 +228,27 @@ def test_a_film_is_generated_and_reported(media, model_folder, tmp_path, monkeyp
   assert json.loads((out / "good.json").read_text())["prompt"] == "a dog"
   assert cli.main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
   assert "good" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.slow
+def test_training_on_a_torn_shard_is_one_line(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(train, "keep_compiled", lambda: None)
+  shapes = schema.feature_shapes(
+    0.64, schema.AUDIO["16k"], clip_dim=64, sync_dim=64, text_len=8, text_dim=32
+  )
+
+  def record(item):
+    batch = schema.synthetic_batch(shapes, 1, seed=item.payload)
+    return {field: batch[schema.AXES[field]][0] for field in shapes}
+
+  folder = tmp_path / "shards"
+  shards.build([shards.Item(f"clip{i}", i) for i in range(4)], record, folder, shards=1, config={})
+  (shard,) = shards.paths(folder)
+  capsys.readouterr()
+  shard.write_bytes(shard.read_bytes()[:-100])
+  options = ["--config", f"{ROOT}/configs/tiny.py:smoke", "--workdir", tmp_path / "run"]
+  options += [f"--config.data.path={folder}", "--config.data.mirror=False"]
+  assert train.main(["launch.train", *map(str, options)]) == 2
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and f"{shard}: the shard is cut short, 3 records" in error
+  assert not list(tmp_path.glob("run/**/*.safetensors"))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -233,6 +234,16 @@ def test_cues_of_long_sound_are_averaged_over_stretches(monkeypatch):
   np.testing.assert_allclose(parts["itd_xc_clip_us"], 250, atol=2)
   np.testing.assert_allclose(parts["ild_clip_db"], 6.02, atol=0.05)
   assert generate.spatial_cues(np.zeros((2, 100), np.float32), 16_000)["iacc_clip"] is None
+
+
+def test_each_file_has_noise_of_its_own(films, make, monkeypatch):
+  keys = []
+  run = generator.Generator.sample
+  monkeypatch.setattr(generator.Generator, "sample", lambda *a: keys.extend(a[2]) or run(*a))
+  make(films, low_memory=True, video=False)
+  make(films / "right.mp4", out="again", video=False)
+  left, right, again = (jax.random.key_data(key).tolist() for key in keys)
+  assert left != right and right == again
 
 
 # --- several files --------------------------------------------------------------------------------

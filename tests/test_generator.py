@@ -89,8 +89,11 @@ def test_joined_windows_of_the_same_latents_sound_as_one(model):
   mels = model.mels(firsts, [z_etc[:, at : at + model.frames] for at in firsts])
   assert mels.shape == (2, 80, 2 * z_etc.shape[1])
   single = model.mels([0], [z_etc[:, : model.frames]])
-  edge = 2 * firsts[1]  # Up to where the second window begins.
+  edge = 2 * firsts[1]  # Up to where the second window begins; the last one alone has the end.
   np.testing.assert_allclose(mels[..., :edge], single[..., :edge], atol=1e-4)
+  last = model.mels([0], [z_etc[:, firsts[-1] :]])
+  edge = 2 * (firsts[-2] + model.frames)
+  np.testing.assert_allclose(mels[..., edge:], last[..., edge - 2 * firsts[-1] :], atol=1e-4)
 
 
 def test_sound_has_the_length_of_the_clip_to_the_sample(model):
