@@ -17,7 +17,6 @@ Exit codes: 0 finished, 1 the loss is not finite, 2 bad input, 3 missing data or
 """
 
 import logging
-import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import tasks
-from spatialv2a_jax import optim, sharding, train
+from spatialv2a_jax import compile_cache, optim, sharding, train
 from spatialv2a_jax.errors import UserError
 
 
@@ -105,12 +104,6 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
     print(f"model folder: {workdir / 'model'}")
 
 
-def keep_compiled() -> None:
-  """Keeps compiled programs on disk, so that a second run starts at once."""
-  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/spatialv2a_jax/xla")
-  jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns its exit code."""
   argv = list(sys.argv if argv is None else argv)
@@ -120,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes.
   try:
     config, workdir, distributed = parse(argv)
-    keep_compiled()
+    compile_cache.keep()
     if distributed:
       jax.distributed.initialize()
     run(config, workdir)

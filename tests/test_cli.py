@@ -232,7 +232,7 @@ def test_a_film_is_generated_and_reported(media, model_folder, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_training_on_a_torn_shard_is_one_line(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(train, "keep_compiled", lambda: None)
+  monkeypatch.setattr(train.compile_cache, "keep", lambda: None)
   shapes = schema.feature_shapes(
     0.64, schema.AUDIO["16k"], clip_dim=64, sync_dim=64, text_len=8, text_dim=32
   )

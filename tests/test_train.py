@@ -164,7 +164,7 @@ def test_a_signal_saves_and_leaves_with_code_42(tmp_path, number):
   assert "stopped at step 3 and saved" in told[-1]
   told.clear()
   state = fit(tmp_path, say=told.append)
-  assert "resumed at step 3 from a checkpoint saved 0 s ago" in told[0]
+  assert "resumed at step 3 from a checkpoint saved " in told[0]
   reference = fit(tmp_path / "reference", say=told.append)
   jax.tree.map(np.testing.assert_array_equal, state, reference)
 
