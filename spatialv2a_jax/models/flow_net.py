@@ -42,8 +42,9 @@ class Config:
     v2: MMAudio v2's activations and time embedding.
     spatial: has the spatial condition C_s.
     ffn: hidden width of the blocks' MLPs; None is MMAudio's rule.
-    unroll: unrolls blocks and ears instead of scanning and batching them; None does so on the
-      CPU, where convolution gradients inside a scan are about 30 times slower.
+    unroll: unrolls the blocks instead of scanning them (and folding the ears of joint blocks into
+      the batch); None does so on the CPU, where convolution gradients inside a scan are about 30
+      times slower.
     remat: recomputes each block's activations in the backward pass.
     dtype: of the matmuls.
   """
@@ -136,10 +137,12 @@ def repeat(block: Callable, params: Params, x: Any, *, unroll: bool) -> tuple[An
   return outputs[-1], outputs[1:]
 
 
-def per_ear(branch: Callable, params: Params, x_betd: jax.Array, *, unroll: bool) -> Any:
-  """Applies `branch(params, x_btd)` to each ear with its own parameters; outputs stack on e."""
-  if not unroll:
-    return jax.vmap(branch, in_axes=(0, 1), out_axes=1)(params, x_betd)
+def per_ear(branch: Callable, params: Params, x_betd: jax.Array) -> Any:
+  """Applies `branch(params, x_btd)` to each ear with its own parameters; outputs stack on e.
+
+  One ear after the other: batched over weights, their convolutions become grouped ones, whose
+  gradient XLA's partitioner gets wrong when the channels are split over a mesh (jax 0.10).
+  """
   ears = zip(unstack(params), jnp.unstack(x_betd, axis=1), strict=True)
   outputs = [branch(p, x) for p, x in ears]
   return jax.tree.map(lambda *ears: jnp.stack(ears, axis=1), *outputs)
@@ -290,7 +293,7 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
       return final(p["final"], x_btd, g_b1d), outputs
 
     per = {"ears": params["ears"], "final": params["final"]}
-    v_betc, mids["ears"] = per_ear(branch, per, x_betd, unroll=unroll)
+    v_betc, mids["ears"] = per_ear(branch, per, x_betd)
     return v_betc, mids
 
   def velocity(params, x_betc, t_b, prepared):
