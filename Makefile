@@ -23,7 +23,7 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 demo: $(VENV)/.train  ## scenes -> training -> held-out clips -> scores -> report, in $(OUT)
 	$(BIN)/python -m launch.demo --out $(OUT)
 
-test: $(VENV)/.dev  ## the default tests, under 5 minutes on 2 cores
+test: $(VENV)/.dev  ## the default tests
 	$(BIN)/python -m pytest -n 2
 
 test-all: $(VENV)/.dev  ## also the slow tests and those that need a browser

@@ -157,13 +157,11 @@ class SpatialCondition(nn.Module):
   Attributes:
     width: d.
     ffn: hidden width of the ConvMLP.
-    upsample: "nearest" (as MMAudio upsamples its synchronisation features) or "linear".
     dtype: of the convolutions.
   """
 
   width: int
   ffn: int
-  upsample: str = "nearest"
   dtype: jax.typing.DTypeLike = jnp.float32
 
   @nn.compact
@@ -190,10 +188,7 @@ class SpatialCondition(nn.Module):
     d = self.width
     x = Linear((d,), (None, "width"), taps=7, dtype=self.dtype, name="first")(d_bvk)
     x = GatedMlp(self.ffn, taps=3, dtype=self.dtype, name="mlp")(nn.silu(x))
-    if self.upsample == "nearest":
-      x_btd = x[:, layers.nearest_exact(x.shape[1], latent_len)]
-    else:
-      x_btd = jax.image.resize(x, (x.shape[0], latent_len, d), self.upsample)
+    x_btd = x[:, layers.nearest_exact(x.shape[1], latent_len)]
     scale = self.param("scale", layers.logical(layers.ones, None), (d,))
     bias = self.param("bias", layers.logical(layers.zeros, None), (d,))
     null = self.param("null", layers.logical(layers.zeros, None), (d,))

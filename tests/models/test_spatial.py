@@ -141,7 +141,3 @@ def test_condition_follows_its_frame_and_ignores_the_rest_of_the_batch(frames, l
   assert (np.diff(index) <= 1).all() and index[0] == 0 and index[-1] == frames - 1
   steps = np.abs(np.diff(c_btd[0], axis=0)).max(-1) > 0
   np.testing.assert_array_equal(steps, np.diff(index) == 1)
-  smooth = spatial.SpatialCondition(width=8, ffn=16, upsample="linear")
-  line, _ = smooth.apply({"params": params}, d_bvk, stats, drop, keep, **call)
-  largest = lambda c: np.abs(np.diff(c[0], axis=0)).max()  # noqa: E731
-  assert largest(line) < 0.7 * largest(c_btd)
