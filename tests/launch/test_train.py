@@ -1,5 +1,6 @@
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -15,6 +16,9 @@ CONFIGS = [
   ("tiny", "demo", "smoke"),
   ("vae_tiny", "demo", "smoke"),
   ("small_16k", "paper", "smoke"),
+  ("small_44k", "full", "smoke"),
+  ("medium_44k", "full", "smoke"),
+  ("large_44k", "full", "v2", "smoke"),
 ]
 VARIANTS = [(name, variant) for name, *variants in CONFIGS for variant in variants]
 
@@ -36,7 +40,7 @@ def one_device():
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
 def test_every_config_builds_its_model_and_optimizer(name, variant):
-  config = config_of(name, variant, **{"data.path": "synthetic"})
+  config = config_of(name, variant, **{"data.path": "synthetic", "data.batch_size": 2})
   task = tasks.build(config, one_device(), sharding.Rules(**config["rules"]))
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   optimizer = optim.adamw(optim.from_mapping(config["optim"]), shapes)
@@ -46,7 +50,32 @@ def test_every_config_builds_its_model_and_optimizer(name, variant):
   assert not any("frozen/" in name.removeprefix("inner_states/frozen") for name in moments)
   optim.Ema(**config["ema"])
   batch = next(task.batches(0))
-  assert len(batch["weight_b"]) == config["data"]["batch_size"]
+  assert len(batch["weight_b"]) == 2
+  # What the file says of its cost is what it builds.
+  before = "v2: " if variant == "v2" else ""
+  if stated := re.search(before + "([0-9,.]+) M parameters", _doc(name)):
+    count = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
+    assert variant == "smoke" or float(stated[1].replace(",", "")) == round(count, 1)
+
+
+def _doc(name):
+  return " ".join((ROOT / "configs" / f"{name}.py").read_text().split())
+
+
+@pytest.mark.parametrize(
+  "name, variant, ours",
+  [
+    ("small_44k", "full", (448, 7, 4, 8, False)),
+    ("medium_44k", "full", (896, 14, 4, 8, False)),
+    ("large_44k", "full", (896, 14, 7, 14, False)),
+    ("large_44k", "v2", (896, 14, 7, 14, True)),
+  ],
+)
+def test_the_44k_family_has_the_shapes_of_mmaudio(name, variant, ours):
+  """Else its converted weights could not start both ears."""
+  sizes = tasks.flow_config(config_of(name, variant))
+  assert (sizes.width, sizes.heads, sizes.joint_depth, sizes.ear_depth, sizes.v2) == ours
+  assert (sizes.latent_channels, sizes.ears, sizes.dtype, sizes.remat) == (40, 2, "bfloat16", True)
 
 
 def test_the_paper_config_has_its_numbers():
@@ -121,8 +150,9 @@ def test_flops_are_about_six_per_weight_and_token():
   config = config_of("tiny", "demo", **{"data.path": "synthetic"})
   sizes = tasks.flow_config(config)
   flops = tasks.build(config, one_device(), sharding.Rules()).flops()
+  assert flops is not None
   deeper = config_of("tiny", "demo", **{"data.path": "synthetic", "model.ear_depth": 4})
-  extra = tasks.build(deeper, one_device(), sharding.Rules()).flops() - flops
+  extra = (tasks.build(deeper, one_device(), sharding.Rules()).flops() or 0) - flops
   # Two more blocks for each ear: their dense weights, met by every latent frame of that ear.
   frames = schema.lengths(config["seconds"], schema.AUDIO["16k"]).latent
   shapes = jax.eval_shape(flow_net.build(sizes).init, jax.random.key(0))["ears"]
@@ -132,7 +162,7 @@ def test_flops_are_about_six_per_weight_and_token():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny", "vae_tiny", "small_16k"])
+@pytest.mark.parametrize("name", [name for name, *_ in CONFIGS])
 def test_the_smoke_variant_trains_and_leaves_a_model_folder(tmp_path, capsys, name):
   argv = ["launch.train", f"--config={ROOT}/configs/{name}.py:smoke", f"--workdir={tmp_path}"]
   assert train.main(argv) == 0
