@@ -15,6 +15,8 @@ from typing import NoReturn
 import spatialv2a_jax
 from spatialv2a_jax.errors import UserError
 
+SOLVERS = ("euler", "ab2", "midpoint", "rk4")  # Those of `flow`, which is slow to import.
+
 
 class Parser(argparse.ArgumentParser):
   """A parser whose complaints are one line and an exception."""
@@ -86,6 +88,14 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--negative", default="", help="what should not sound")
   p.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
   p.add_argument("--steps", type=number(int, 1), default=25, help="steps of the solver")
+  p.add_argument(
+    "--solver",
+    dest="method",
+    choices=SOLVERS,
+    default="euler",
+    help="euler and ab2 evaluate the network once a step, midpoint twice, rk4 four times; "
+    "10 steps of ab2 are closer to the exact solution than 25 of euler",
+  )
   p.add_argument(
     "--guidance", type=number(float, 0), default=2.0, help="strength of all conditions; 1 adds none"
   )

@@ -36,7 +36,7 @@ class Settings:
     negative: what should not sound.
     seed: of the noise, together with the file's content.
     steps: steps of the solver.
-    method: "euler" or "midpoint".
+    method: solver, one of `flow.SOLVERS`.
     guidance: classifier-free guidance of all conditions.
     spatial_guidance: that of the spatial condition; None follows `guidance`.
     localizer: replaces the checkpoint's: "motion" or "track:FILE".

@@ -19,6 +19,7 @@ from spatialv2a_jax import (
   compile_cache,
   convert,
   doctor,
+  flow,
   generate,
   generator,
   io,
@@ -252,3 +253,7 @@ def test_training_on_a_torn_shard_is_one_line(tmp_path, monkeypatch, capsys):
   error = capsys.readouterr().err
   assert error.count("\n") == 1 and f"{shard}: the shard is cut short, 3 records" in error
   assert not list(tmp_path.glob("run/**/*.safetensors"))
+
+
+def test_the_solvers_offered_are_those_there_are():
+  assert tuple(flow.SOLVERS) == cli.SOLVERS

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import solvers
 from spatialv2a_jax import flow
 
 KEY = jax.random.key(7)
@@ -286,7 +287,7 @@ def test_conditions_that_a_clip_does_not_have_are_nulls_for_it_alone():
 # --- solver ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["euler", "midpoint"])
+@pytest.mark.parametrize("method", flow.SOLVERS)
 def test_a_constant_velocity_is_integrated_exactly(method):
   x = jnp.zeros((2, 2, 3, 4))
   v = jnp.arange(48.0).reshape(2, 2, 3, 4)
@@ -296,23 +297,60 @@ def test_a_constant_velocity_is_integrated_exactly(method):
     )
 
 
-@pytest.mark.parametrize("method, order", [("euler", 1), ("midpoint", 2)])
-def test_the_error_falls_with_the_order_of_the_method(method, order):
-  x, exact = jnp.ones((1, 2, 1, 1)), np.exp(-1.0)
+@pytest.mark.parametrize("method", flow.SOLVERS)
+def test_the_error_falls_with_the_order_of_the_method(method):
+  with jax.enable_x64(True):
 
-  def velocity(x, t_b):  # Of x(t) = exp(-t^2).
-    return -2 * t_b[:, None, None, None] * x
+    def velocity(x, t_b):  # Of x(t) = exp(-t^2).
+      return -2 * t_b[:, None, None, None] * x
 
-  errors = [
-    abs(float(flow.sample(velocity, x, steps=n, method=method)[0, 0, 0, 0]) - exact)
-    for n in (8, 16)
-  ]
-  assert errors[1] > 1e-5  # Above rounding.
-  np.testing.assert_allclose(np.log2(errors[0] / errors[1]), order, atol=0.2)
+    x = jnp.ones((1, 2, 1, 1), jnp.float64)
+    errors = [
+      abs(float(flow.sample(velocity, x, steps=n, method=method)[0, 0, 0, 0]) - np.exp(-1.0))
+      for n in (16, 32)
+    ]
+  np.testing.assert_allclose(np.log2(errors[0] / errors[1]), flow.SOLVERS[method].order, atol=0.1)
+
+
+@pytest.mark.parametrize("method, nodes", [("ab2", 1), ("midpoint", 2), ("rk4", 4)])
+def test_a_solver_evaluates_at_its_nodes(method, nodes):
+  times = []
+
+  def velocity(x, t_b):
+    jax.debug.callback(lambda t: times.append(float(t)), t_b[0], ordered=True)
+    return x
+
+  jax.block_until_ready(flow.sample(velocity, jnp.ones((1, 1, 1, 1)), steps=3, method=method))
+  jax.effects_barrier()
+  assert len(times) == 3 * nodes
+  step = {1: [0], 2: [0, 1 / 2], 4: [0, 1 / 2, 1 / 2, 1]}[nodes]
+  want = [(i + node) / 3 for i in range(3) for node in step]
+  np.testing.assert_allclose(times, want, atol=1e-6)
+
+
+def test_two_steps_of_adams_and_bashforth_by_hand():
+  x = jnp.full((1, 1, 1, 1), 2.0)
+  got = flow.sample(lambda x, t_b: x * (1 + t_b[:, None, None, None]), x, steps=2, method="ab2")
+  first = 2.0 + 0.5 * 2.0
+  np.testing.assert_allclose(got, first + 0.5 * (1.5 * first * 1.5 - 0.5 * 2.0), rtol=1e-6)
+
+
+def test_fewer_evaluations_of_higher_order_reach_euler_25():
+  """On a mixture of Gaussians, whose flow is known in closed form."""
+  x0 = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 200, 1)), jnp.float32)
+  truth = solvers.exact(np.asarray(x0))
+
+  def error(method, steps):
+    x = flow.sample(solvers.mixture_velocity, x0, steps=steps, method=method)
+    return np.sqrt(np.square(x - truth).mean())
+
+  assert error("rk4", 60) < 2e-4  # The truth is the truth.
+  assert error("ab2", 8) < error("euler", 25)
+  assert error("midpoint", 5) < error("euler", 25)
 
 
 def test_an_unknown_method_is_refused():
-  with pytest.raises(ValueError, match="unknown method 'rk9', have: euler, midpoint"):
+  with pytest.raises(ValueError, match="unknown method 'rk9', have: euler, ab2, midpoint, rk4"):
     flow.sample(lambda x, t_b: x, jnp.zeros((1, 1, 1, 1)), steps=1, method="rk9")
 
 
