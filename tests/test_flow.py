@@ -212,9 +212,9 @@ def test_evaluation_is_told_to_the_network():
 
 def setting():
   batch = batch_of(3)
-  cond = {name: batch[name] for name in COND}
+  cond = {name: jnp.asarray(batch[name]) for name in COND}
   t_b = jnp.array([0.0, 0.4, 0.9])
-  return cond, batch["mean_betc"], t_b
+  return cond, jnp.asarray(batch["mean_betc"]), t_b
 
 
 def branch(cond, x, t_b, *, video=True, text=True, spatial=True, params=0.3):
