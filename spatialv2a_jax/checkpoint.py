@@ -6,7 +6,6 @@ needs: `NAME.safetensors` for each network and `config.json`.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import time
@@ -17,10 +16,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
+from spatialv2a_jax import tensors
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.io import atomic_path
 from spatialv2a_jax.optim import names
@@ -178,19 +175,27 @@ def load_params(
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """What a model folder holds.
+  """What a model folder holds; arrays that were read are memory maps.
 
   Attributes:
     params: parameters of each network, by its name.
     stats: running statistics of each network, by its name.
     config: what rebuilds the networks; one object, of which each network reads its part.
     sha256: digest of each weights file, by the name of its network.
+    folder: where it was read from or written to.
   """
 
   params: dict[str, Any]
   stats: dict[str, Any]
   config: dict[str, Any]
   sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+  folder: pathlib.Path = pathlib.Path()
+
+  def verify(self, name: str) -> None:
+    """Reads a network's file through; UserError if it is not the one that was saved."""
+    file = self.folder / f"{name}.safetensors"
+    if tensors.digest(file) != self.sha256[name]:
+      raise UserError(f"{file} is damaged: its SHA-256 is not that in config.json; copy it again")
 
 
 def save_model(
@@ -213,23 +218,34 @@ def save_model(
   digests = dict(about.pop("sha256", {}))
   for name, tree in params.items():
     flat = traverse_util.flatten_dict({"params": tree, "stats": stats.get(name, {})}, sep="/")
-    raw = save_tensors({key: _plain(leaf) for key, leaf in flat.items()})
     with atomic_path(folder / f"{name}.safetensors") as temporary:
-      pathlib.Path(temporary).write_bytes(raw)
-    digests[name] = hashlib.sha256(raw).hexdigest()
+      digests[name] = tensors.write(temporary, flat)
   about = {**about, **config}
   with atomic_path(folder / "config.json") as temporary:
     text = json.dumps({**about, "sha256": digests}, indent=2, sort_keys=True)
     pathlib.Path(temporary).write_text(text + "\n")
-  return Model(dict(params), dict(stats), about, digests)
+  return Model(dict(params), dict(stats), about, digests, folder)
 
 
 def load_model(folder: Path) -> Model:
-  """Reads a model folder, or that of a finished run (WORKDIR/model), as numpy arrays.
+  """Reads a model folder, or that of a finished run (WORKDIR/model), and verifies every file.
 
   Raises:
     MissingAssetError: if there is no such folder, or a file of it is missing.
     UserError: if a file is damaged.
+  """
+  model = open_model(folder)
+  for name in model.params:
+    model.verify(name)
+  return model
+
+
+def open_model(folder: Path) -> Model:
+  """Maps the files of a model folder without reading their arrays; see `Model.verify`.
+
+  Raises:
+    MissingAssetError: if there is no such folder, or a file of it is missing.
+    UserError: if a file is no safetensors file.
   """
   folder = pathlib.Path(folder)
   if not folder.is_dir():
@@ -242,19 +258,17 @@ def load_model(folder: Path) -> Model:
   about = _read_config(folder)
   digests = dict(about.pop("sha256", {}))
   params, stats = {}, {}
-  for name, digest in digests.items():
+  for name in digests:
     file = folder / f"{name}.safetensors"
     if not file.is_file():
       raise MissingAssetError(f"model folder {folder} lacks {file.name}")
-    raw = file.read_bytes()
-    if hashlib.sha256(raw).hexdigest() != digest:
-      raise UserError(f"{file} is damaged: its SHA-256 is not that in config.json; copy it again")
     try:
-      tree = traverse_util.unflatten_dict(load_tensors(raw), sep="/")
-    except SafetensorError as error:
-      raise UserError(f"{file} is no safetensors file: {_first_line(error)}") from error
+      arrays, _ = tensors.read(file)
+    except (ValueError, OSError) as error:
+      raise UserError(f"{file} is damaged: {_first_line(error)}; copy it again") from error
+    tree = traverse_util.unflatten_dict(arrays, sep="/")
     params[name], stats[name] = tree.get("params", {}), tree.get("stats", {})
-  return Model(params, stats, about, digests)
+  return Model(params, stats, about, digests, folder)
 
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -262,13 +276,6 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     return dict(json.loads((folder / "config.json").read_text()))
   except (ValueError, TypeError) as error:
     raise UserError(f"{folder}/config.json is no JSON object: {_first_line(error)}") from error
-
-
-def _plain(leaf: Any) -> np.ndarray:
-  """Returns a contiguous numpy array; bfloat16, which readers may lack, becomes float32."""
-  array = np.asarray(leaf)
-  kind = np.dtype(np.float32) if array.dtype == jax.numpy.bfloat16 else array.dtype
-  return np.array(array, kind, order="C")
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int) -> Any:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
-import resource
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -87,7 +87,7 @@ def write(model: Generator, job: Job, clip: Clip, out: pathlib.Path, settings: S
     "spatial": spatial_cues(clip.audio_ep, rate),
     "wall_s": round(wall, 3),
     "rtf": round(wall / job.seconds, 3),
-    "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    "peak_memory_mb": peak_memory_mb(),
   }
   with io.atomic_path(target["json"]) as temporary:
     temporary.write_text(json.dumps(about, indent=1) + "\n")
@@ -112,6 +112,16 @@ def spatial_cues(audio_ep: np.ndarray, rate: int) -> dict[str, float | None]:
     weight += energy
   means = [round(float(t / w), 3) if w else None for t, w in zip(total, weight, strict=True)]
   return dict(zip(CUES, means, strict=True))
+
+
+def peak_memory_mb() -> int | None:
+  """Returns the most memory this process has held, in MiB; None where the system does not say."""
+  try:
+    import resource
+  except ImportError:  # Windows has no such module.
+    return None
+  unit = 1 if sys.platform == "darwin" else 1024  # Bytes there, KiB elsewhere.
+  return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
 
 def finished(model: Generator, job: Job, out: pathlib.Path, settings: Settings) -> bool:

@@ -10,14 +10,16 @@ Axes: arrays have whatever axes the file says.
 import collections
 import pathlib
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from spatialv2a_jax import tensors
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
 _STORAGES = {
@@ -32,6 +34,7 @@ _STORAGES = {
   "ByteStorage": np.uint8,
   "BoolStorage": np.bool_,
 }
+_BLOCK = 1 << 24  # Bytes of which a checksum is taken at once.
 _OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # Files of PyTorch before 1.6.
 
 
@@ -43,6 +46,8 @@ class _Kind(NamedTuple):
 
 def read(path: str | pathlib.Path) -> dict[str, Any]:
   """Reads a checkpoint: nested dictionaries of arrays and plain values.
+
+  The arrays are memory maps: converting a file takes the memory of its result, not of both.
 
   Raises:
     MissingAssetError: no such file.
@@ -63,14 +68,10 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-  """Returns the tensors (bfloat16 as such) and the metadata of a safetensors file."""
+  """Returns the tensors (bfloat16 as such), memory mapped, and the metadata of a file."""
   try:
-    with safe_open(path, "numpy") as file, safe_open(path, "flax") as wide:
-      names = file.keys()
-      half = {name for name in names if file.get_slice(name).get_dtype() == "BF16"}
-      arrays = {n: np.asarray((wide if n in half else file).get_tensor(n)) for n in names}
-      return arrays, file.metadata() or {}
-  except (SafetensorError, OSError, KeyError) as error:
+    return tensors.read(path)
+  except (ValueError, OSError) as error:
     reason = str(error).splitlines()[0]
     raise UserError(f"{path} is neither safetensors nor a PyTorch zip file: {reason}") from None
 
@@ -131,13 +132,30 @@ class _Reader(pickle.Unpickler):
       info = self._archive.getinfo(f"{self._prefix}data/{key}")
       if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError("compressed tensor data")
-      data = np.frombuffer(self._archive.read(info), np.uint8)
-      self._loaded[key] = data.view(kind.dtype)
+      self._loaded[key] = self._map(info).view(kind.dtype)
       if self._big:
         self._loaded[key] = self._loaded[key].byteswap()
     if self._loaded[key].size < count or self._loaded[key].dtype != kind.dtype:
       raise ValueError(f"storage {key} is not what its tensors say")
     return self._loaded[key]
+
+  def _map(self, info: zipfile.ZipInfo) -> np.ndarray:
+    """Returns the bytes of a stored entry as a memory map, its checksum verified."""
+    if not info.file_size:
+      return np.zeros(0, np.uint8)
+    with self._path.open("rb") as file:
+      file.seek(info.header_offset)
+      header = file.read(30)
+      if header[:4] != b"PK\3\4":
+        raise ValueError(f"{info.filename} has no header")
+      begin = file.tell() + sum(struct.unpack("<HH", header[26:]))
+    data = np.memmap(self._path, np.uint8, "r", begin, (info.file_size,))
+    checksum = 0
+    for at in range(0, len(data), _BLOCK):
+      checksum = zlib.crc32(data[at : at + _BLOCK], checksum)
+    if checksum != info.CRC:
+      raise ValueError(f"{info.filename} has another checksum than the file says")
+    return np.asarray(data)
 
   def _tensor(
     self, storage: np.ndarray, offset: int, shape: Sequence[int], stride: Sequence[int], *rest: Any

@@ -48,6 +48,10 @@ class Config:
   bounded: str = "tanh"
   final_bias: bool = True
 
+  def __post_init__(self):
+    for name in ("rates", "kernels", "block_kernels", "dilations"):  # JSON knows lists only.
+      object.__setattr__(self, name, tuple(getattr(self, name)))
+
 
 V1_16K = Config()
 V2_44K = Config(
