@@ -152,7 +152,7 @@ class _Reader(pickle.Unpickler):
     data = np.memmap(self._path, np.uint8, "r", begin, (info.file_size,))
     checksum = 0
     for at in range(0, len(data), _BLOCK):
-      checksum = zlib.crc32(data[at : at + _BLOCK], checksum)
+      checksum = zlib.crc32(data[at : at + _BLOCK].data, checksum)
     if checksum != info.CRC:
       raise ValueError(f"{info.filename} has another checksum than the file says")
     return np.asarray(data)
