@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from data import shards, stages
+from data import encode as stage
+from data import shards
 from spatialv2a_jax import checkpoint, codec, features, io, schema
 from spatialv2a_jax.errors import UserError
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
   samples = schema.lengths(seconds, audio).samples
   net = Latents.load(args.vae, audio) if args.vae else None  # Refused before hours of encoding.
   options = {"jobs": args.jobs, "max_bad": args.max_bad, "progress": report}
-  stats = stages.encode_features(
+  stats = stage.encode_features(
     args.media,
     args.out / "clips",
     Features(seconds, encoders, args.mirror),
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
   print(f"{args.out / 'clips'}: {stats['clips_out']} of {stats['clips_in']} clips")
   if net is not None:
     # One process: XLA uses all cores by itself.
-    stats = stages.encode_latents(
+    stats = stage.encode_latents(
       args.out / "clips",
       args.out / "latents",
       net,

@@ -387,7 +387,7 @@ def test_worker_processes_change_no_batch(paths, tmp_path, workers):
 
 IMPORTS = """
 import sys
-from data import shards, stages, tfrecord
+from data import encode, shards, tfrecord
 assert "jax" not in sys.modules
 from data import pipeline  # Grain itself imports jax.tree_util.
 from jax._src import xla_bridge

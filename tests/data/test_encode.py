@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from data import pipeline, shards, stages, tfrecord
+from data import encode as stage
+from data import pipeline, shards, tfrecord
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
 RATE, SAMPLES = 16_000, 8_000
@@ -62,7 +63,7 @@ def codec(audio_ep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def features(media: pathlib.Path, out: pathlib.Path, encode=encode, **options):
   options = {"samples": SAMPLES, "sample_rate": RATE, "shard_count": 2, "config": CONFIG, **options}
-  return stages.encode_features(media, out, encode, **options)
+  return stage.encode_features(media, out, encode, **options)
 
 
 @pytest.mark.parametrize("audio", ["int16", "float32"])
@@ -70,7 +71,7 @@ def features(media: pathlib.Path, out: pathlib.Path, encode=encode, **options):
 def test_from_media_to_batches(media, tmp_path, storage, audio):
   clips, latents = tmp_path / "clips", tmp_path / "latents"
   assert features(media, clips, storage=storage, audio=audio)["clips_out"] == 6
-  assert stages.encode_latents(clips, latents, codec, config={"vae": 1})["clips_out"] == 6
+  assert stage.encode_latents(clips, latents, codec, config={"vae": 1})["clips_out"] == 6
   fields = shards.read_features(latents)
   assert {fields[name].dtype for name in ("clip", "sync", "text")} == {storage}
   assert {fields[name].dtype for name in ("mean", "std", "spatial")} == {"float32"}
@@ -177,7 +178,7 @@ def test_an_edited_caption_remakes_its_shard_and_latents(media, tmp_path):
   def run() -> list[str]:
     calls.clear()
     features(media, clips, counted)
-    stages.encode_latents(clips, latents, count_codec, config={})
+    stage.encode_latents(clips, latents, count_codec, config={})
     return sorted(calls)
 
   everything = run()
@@ -195,7 +196,7 @@ def test_a_damaged_record_is_a_bad_clip_of_the_next_stage(media, tmp_path):
   blob = bytearray(path.read_bytes())
   blob[200] ^= 1
   path.write_bytes(blob)
-  stats = stages.encode_latents(tmp_path / "clips", tmp_path / "latents", codec, config={})
+  stats = stage.encode_latents(tmp_path / "clips", tmp_path / "latents", codec, config={})
   assert stats["clips_out"] == 5
   (why,) = stats["bad"].values()
   assert f"{path.name}: record 0 is damaged" in why
@@ -204,7 +205,7 @@ def test_a_damaged_record_is_a_bad_clip_of_the_next_stage(media, tmp_path):
 def test_stage_two_wants_stage_one_finished(media, tmp_path):
   features(media, tmp_path / "clips", part=(0, 2))
   with pytest.raises(UserError, match="manifest.json.*finish"):
-    stages.encode_latents(tmp_path / "clips", tmp_path / "latents", codec, config={})
+    stage.encode_latents(tmp_path / "clips", tmp_path / "latents", codec, config={})
 
 
 def test_missing_weights_end_the_stage(media, tmp_path):

@@ -1,4 +1,4 @@
-"""Stages that make shards out of media files; each restarts where it stopped.
+"""Media files to shards that a model trains on; each step restarts where it stopped.
 
 `encode_features` reads media and runs the frozen encoders, `encode_latents` replaces the sound by
 the latents of both ears.
