@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,8 +35,8 @@ def record(item: shards.Item) -> dict[str, np.ndarray | str]:
     field: np.full(shape, n, np.float32) for field, shape in SHAPES.items()
   }
   ears_e11 = np.array([0, 0.5], np.float32)[:, None, None]
-  fields["mean"] = fields["mean"] + ears_e11
-  fields["std"] = fields["std"] + ears_e11
+  for field in ("mean", "std"):
+    fields[field] = np.asarray(fields[field]) + ears_e11
   for field in ("clip", "sync"):
     fields[f"{field}_mirror"] = np.full(SHAPES[field], 100 + n, np.float16)
     fields[field] = np.asarray(fields[field]).astype("float16")
@@ -200,7 +201,7 @@ def test_one_clip_is_enough(tmp_path):
 
 
 def test_mirroring_mirrors_everything_of_half_of_the_clips(built):
-  options = {"batch_size": 11, "seed": 2, "epochs": 8}
+  options: dict[str, Any] = {"batch_size": 11, "seed": 2, "epochs": 8}
   plain = list(pipeline.loader(built, **options))
   mirrored = list(pipeline.loader(built, **options, mirror=True))
   sound = list(pipeline.loader(built, **options, mirror=True, kind="audio"))
