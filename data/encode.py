@@ -1,78 +1,109 @@
 """Media files to shards that a model trains on; each step restarts where it stopped.
 
 `encode_features` reads media and runs the frozen encoders, `encode_latents` replaces the sound by
-the latents of both ears.
+the latents of both ears. Clips are encoded in batches, while threads read those that follow. Text
+is encoded once per distinct caption (`data.captions`).
 
-Axes: e ear (0 left, 1 right), p audio sample, v 8 fps frame, s sync token, w text token, f feature,
-k descriptor, t latent frame, c latent channel.
+Axes: b clip, e ear (0 left, 1 right), p audio sample, v 8 fps frame, s sync token, w text token,
+f feature, k descriptor, t latent frame, c latent channel.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
+import itertools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from data import shards, tfrecord
+from data import captions, layout, shards, tfrecord
 from spatialv2a_jax import io
+from spatialv2a_jax.errors import MissingAssetError
 
 ENCODED = {
   "clip_vf": "clip",
   "sync_sf": "sync",
-  "text_wf": "text",
   "spatial_vk": "spatial",
   "clip_mirror_vf": "clip_mirror",
   "sync_mirror_sf": "sync_mirror",
+  "spatial_mirror_vk": "spatial_mirror",
 }
-WIDE = ("clip", "sync", "text", "clip_mirror", "sync_mirror")  # Worth storing in 16 bits.
+WIDE = ("clip", "sync", "clip_mirror", "sync_mirror")  # Worth storing in 16 bits.
+
+
+class Encoder(Protocol):
+  """The frozen encoders. Picklable, if several processes are to encode."""
+
+  def read(self, video: pathlib.Path) -> Any:
+    """Decodes what the encoders look at; called in threads."""
+    ...
+
+  def encode(self, clips: Sequence[Any]) -> Sequence[Mapping[str, np.ndarray]]:
+    """Returns of each clip `clip_vf`, `sync_sf`, `spatial_vk` and, for mirroring, those of the
+    mirrored video: `clip_mirror_vf`, `sync_mirror_sf`, `spatial_mirror_vk`. Other names are left
+    out.
+    """
+    ...
+
+  def text(self, caption: str) -> np.ndarray:
+    """Returns `text_wf`."""
+    ...
 
 
 def encode_features(
   media: str | pathlib.Path,
   out: str | pathlib.Path,
-  encode: Callable[[pathlib.Path, str], Mapping[str, np.ndarray]],
+  encoder: Encoder,
   *,
   samples: int,
   sample_rate: int,
   shard_count: int,
   config: Mapping[str, Any],
   least_samples: int | None = None,
-  storage: str = "float16",
+  storage: str = "bfloat16",
   audio: str = "int16",
+  batch: int = 1,
+  part: tuple[int, int] = (0, 1),
   **options: Any,
 ) -> dict[str, Any]:
-  """Stage one: media files to records with both ears' sound and the frozen encoders' features.
+  """Step one: media files to records with both ears' sound and the frozen encoders' features.
 
   Args:
     media: folder of videos; `<id>.wav` beside a video replaces its sound, `<id>.json` may hold a
       "caption".
-    out: folder of the shards.
-    encode: (video, caption) -> `clip_vf`, `sync_sf`, `text_wf`, `spatial_vk` and, for mirroring,
-      `clip_mirror_vf` and `sync_mirror_sf` of the mirrored video. Other names are left out.
+    out: folder of the shards; the text features go to `text/` in it.
+    encoder: what to encode with.
     samples: length of the sound; longer sound is cut.
     sample_rate: of the stored sound, Hz.
     shard_count: their number.
-    config: what `encode` depends on: encoder settings, hashes of weights, seconds.
+    config: what `encoder` depends on: settings, hashes of weights, seconds.
     least_samples: shorter sound makes a bad clip, sound between the two ends in zeros: whole latent
       frames may take more samples than the clip has seconds. None: `samples`.
     storage: dtype of clip, sync and text features: "float32", "float16" or "bfloat16".
     audio: dtype of the sound: "float32", or "int16", which clips at -1 and 1.
-    **options: `jobs`, `part`, `max_bad`, `progress` of `build`.
+    batch: clips that are encoded together.
+    part: as of `shards.build`.
+    **options: `jobs`, `max_bad`, `progress` of `shards.build`.
 
   Returns:
-    The statistics of `build`.
+    The statistics of `shards.build`.
 
   Raises:
-    UserError: no videos in the folder, and as `build`.
+    UserError: no videos in the folder, and as `shards.build`.
   """
   least = samples if least_samples is None else least_samples
+  items = media_items(media)
+  captions.build(_captions(items), encoder.text, out, config=config, storage=storage, part=part)
   return shards.build(
-    media_items(media),
-    _FeatureRecord(encode, samples, least, sample_rate, storage, audio),
+    items,
+    _Features(encoder, samples, least, sample_rate, storage, audio, batch),
     out,
+    batched=True,
     shards=shard_count,
+    part=part,
     config={
       **config,
       "stage": "features",
@@ -92,23 +123,25 @@ def encode_latents(
   codec: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
   *,
   config: Mapping[str, Any],
+  batch: int = 1,
   **options: Any,
 ) -> dict[str, Any]:
-  """Stage two: records with sound to records with the VAE posterior of both ears.
+  """Step two: records with sound to records with the VAE posterior of both ears.
 
   Args:
     clips: folder that `encode_features` has finished.
     out: folder of the shards, as many as in `clips`.
-    codec: `audio_ep` float32 [2, p] -> `mean_etc`, `std_etc`, stored as float32: a mean in 16 bits
-      would be heard.
+    codec: `audio_bep` float32 [b, 2, p] -> `mean_betc`, `std_betc`. The mean is stored as float32,
+      since it would be heard in 16 bits, the deviation as bfloat16.
     config: what `codec` depends on: the hash of its weights.
-    **options: `jobs`, `part`, `max_bad`, `progress` of `build`.
+    batch: clips that are encoded together.
+    **options: `jobs`, `part`, `max_bad`, `progress` of `shards.build`.
 
   Returns:
-    The statistics of `build`.
+    The statistics of `shards.build`.
 
   Raises:
-    UserError: stage one is not finished, and as `build`.
+    UserError: step one is not finished, and as `shards.build`.
   """
   paths = shards.paths(clips)
   items = [
@@ -117,10 +150,12 @@ def encode_latents(
     for info in [json.loads(shards.sidecar(path).read_text())]
     for place, name in enumerate(info["ids"])
   ]
+  captions.copy(clips, out)
   return shards.build(
     items,
-    _LatentRecord(codec, shards.read_features(clips)),
+    _Latents(codec, layout.read_features(clips), batch),
     out,
+    batched=True,
     shards=len(paths),
     config={**config, "stage": "latents"},
     **options,
@@ -137,54 +172,141 @@ def media_items(folder: str | pathlib.Path) -> list[shards.Item]:
   return items
 
 
+def in_batches(
+  items: Sequence[shards.Item],
+  read: Callable[[shards.Item], Any],
+  encode: Callable[[Sequence[Any]], Sequence[Any]],
+  batch: int,
+) -> Iterator[Any | Exception]:
+  """Reads items in threads and encodes them together; yields a result or exception for each.
+
+  Args:
+    items: what to read, in order.
+    read: what is read of an item.
+    encode: from up to `batch` things read to as many results. If it fails, they are encoded one
+      by one, so that a bad clip costs no good one.
+    batch: how many.
+  """
+
+  def attempt(function, argument):
+    try:
+      return function(argument)
+    except MissingAssetError:
+      raise
+    except Exception as error:  # Stands in the place of the clip.
+      return error
+
+  ahead = _ahead(lambda item: attempt(read, item), items, batch)
+  while group := list(itertools.islice(ahead, batch)):
+    good = [value for value in group if not isinstance(value, Exception)]
+    results = attempt(encode, good) if good else []
+    if isinstance(results, Exception):
+      alone = [attempt(encode, [value]) for value in good]
+      results = [one if isinstance(one, Exception) else one[0] for one in alone]
+    encoded = iter(results)
+    for value in group:
+      yield value if isinstance(value, Exception) else next(encoded)
+
+
 @dataclasses.dataclass(frozen=True)
-class _FeatureRecord:
-  encode: Callable[[pathlib.Path, str], Mapping[str, np.ndarray]]
+class _Features:
+  encoder: Encoder
   samples: int
   least: int
   sample_rate: int
   storage: str
   audio: str
+  batch: int
 
-  def __call__(self, item: shards.Item) -> shards.Record:
-    video, truth = item.payload, item.payload.with_suffix(".json")
+  def __call__(self, items: Sequence[shards.Item]) -> Iterable[shards.Record | Exception]:
+    return in_batches(items, self._read, self._encode, self.batch)
+
+  def _read(self, item: shards.Item) -> tuple[dict[str, np.ndarray | str], Any]:
+    video = item.payload
     sound = video.with_suffix(".wav")
-    caption = (json.loads(truth.read_text()).get("caption") or "") if truth.exists() else ""
     audio_ep = io.read_audio(sound if sound.exists() else video, self.sample_rate)
     if len(audio_ep) != 2:
       raise shards.BadClipError(f"sound has {len(audio_ep)} channels, not 2")
     if audio_ep.shape[1] < self.least:
       raise shards.BadClipError(f"sound has {audio_ep.shape[1]} samples, fewer than {self.least}")
     audio_ep = np.pad(audio_ep, ((0, 0), (0, max(0, self.samples - audio_ep.shape[1]))))
-    record: dict[str, np.ndarray | str] = {
-      "caption": caption,
+    fields: dict[str, np.ndarray | str] = {
+      "caption": _caption(video),
       "audio": _stored_audio(audio_ep[:, : self.samples], self.audio),
     }
-    for name, value in self.encode(video, caption).items():
-      if name in ENCODED:
-        field = ENCODED[name]
-        record[field] = value.astype(self.storage if field in WIDE else np.float32)
-    return record
+    return fields, self.encoder.read(video)
+
+  def _encode(self, clips: Sequence[tuple[dict[str, np.ndarray | str], Any]]) -> list[Any]:
+    encoded = self.encoder.encode([seen for _, seen in clips])
+    return [
+      {**fields, **self._stored(features)}
+      for (fields, _), features in zip(clips, encoded, strict=True)
+    ]
+
+  def _stored(self, features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    fields = {ENCODED[name]: value for name, value in features.items() if name in ENCODED}
+    return {
+      field: value.astype(self.storage if field in WIDE else np.float32)
+      for field, value in fields.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
-class _LatentRecord:
+class _Latents:
   codec: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-  layout: Mapping[str, tfrecord.Tensor]
+  fields: Mapping[str, tfrecord.Tensor]
+  batch: int
 
-  def __call__(self, item: shards.Item) -> shards.Record:
+  def __call__(self, items: Sequence[shards.Item]) -> Iterable[shards.Record | Exception]:
+    return in_batches(items, self._read, self._encode, self.batch)
+
+  def _read(self, item: shards.Item) -> dict[str, np.ndarray | str]:
     path, place = item.payload
     raw = tfrecord.decode_example(tfrecord.TFRecordSource([path])[place])
-    record = {name: tfrecord.value_of(raw[name], self.layout[name]) for name in raw}
+    record = {name: tfrecord.value_of(raw[name], self.fields[name]) for name in raw}
     if record.pop("id") != item.id:
       raise shards.BadClipError(f"{path}: record {place} is another clip")
-    audio_ep = record.pop("audio")
-    mean_etc, std_etc = self.codec(tfrecord.as_float32(np.asarray(audio_ep)))
-    return {
-      **record,
-      "mean": np.asarray(mean_etc, np.float32),
-      "std": np.asarray(std_etc, np.float32),
-    }
+    return record
+
+  def _encode(self, records: Sequence[dict[str, Any]]) -> list[Any]:
+    audio_bep = np.stack([tfrecord.as_float32(record["audio"]) for record in records])
+    mean_betc, std_betc = self.codec(audio_bep)
+    return [
+      {
+        **{name: value for name, value in record.items() if name != "audio"},
+        "mean": np.asarray(mean_etc, np.float32),
+        "std": np.asarray(std_etc).astype("bfloat16"),
+      }
+      for record, mean_etc, std_etc in zip(records, mean_betc, std_betc, strict=True)
+    ]
+
+
+def _ahead(
+  function: Callable[[shards.Item], Any], items: Iterable[shards.Item], count: int
+) -> Iterator[Any]:
+  """Yields what the function gives for each item, computed up to `count` items in advance."""
+  with concurrent.futures.ThreadPoolExecutor(min(count, 8)) as pool:
+    waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+    for item in items:
+      waiting.append(pool.submit(function, item))
+      if len(waiting) > count:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
+
+
+def _captions(items: Iterable[shards.Item]) -> Iterator[str]:
+  """Yields the captions that can be read; the others belong to bad clips."""
+  for item in items:
+    try:
+      yield _caption(item.payload)
+    except (OSError, ValueError, AttributeError):
+      continue
+
+
+def _caption(video: pathlib.Path) -> str:
+  truth = video.with_suffix(".json")
+  return (json.loads(truth.read_text()).get("caption") or "") if truth.exists() else ""
 
 
 def _stored_audio(audio_ep: np.ndarray, dtype: str) -> np.ndarray:

@@ -4,7 +4,7 @@ Grain makes the order (shuffle, repeat, batch) on record *numbers*, which are ch
 reads only its rows of each global batch. So the batch of a step is a function of (seed, step) alone
 and neither the number of hosts nor of worker processes changes it. Imports no jax.
 
-Axes: b clip, e ear (0 left, 1 right), k descriptor; the others as in `spatialv2a_jax.schema`.
+Axes: b clip, e ear (0 left, 1 right); the others as in `spatialv2a_jax.schema`.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from data import shards, tfrecord
+from data import captions, layout, tfrecord
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
 
@@ -26,10 +26,12 @@ KINDS: Mapping[str, Mapping[str, str]] = {
   "features": schema.AXES,
   "audio": {"audio": "audio_bep"},
 }
-MIRRORED = {"clip": "clip_mirror", "sync": "sync_mirror"}  # Stored beside the field they replace.
+MIRRORED = {  # Stored beside the field they replace.
+  "clip": "clip_mirror",
+  "sync": "sync_mirror",
+  "spatial": "spatial_mirror",
+}
 EARS = ("mean", "std", "audio")  # Fields whose first axis is the ear.
-# Mirroring the image negates the horizontal moment, left-right contrast and skew.
-MIRROR_SIGNS_K = np.array([-1, 1, 1, -1, 1], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,8 @@ class _Rows:
 
   source: tfrecord.TFRecordSource
   kind: str
-  layouts: Mapping[str, Mapping[str, tfrecord.Tensor]]  # Folder -> fields.
+  layouts: Mapping[str, Mapping[str, tfrecord.Tensor]]  # Folder -> fields of its records.
+  tables: Mapping[str, captions.Table]  # Folder -> text features of its captions.
   seed: int
   first: int
   last: int
@@ -77,22 +80,24 @@ class _Rows:
       clip = bytes(raw["id"]).decode()
     except (ValueError, KeyError) as error:
       raise UserError(f"{path}: record {place} cannot be read ({error})") from error
-    layout = self.layouts[str(pathlib.Path(path).parent)]
+    folder = str(pathlib.Path(path).parent)
+    fields = self.layouts[folder]
     mirrored = self.mirror and is_mirrored(self.seed, epoch, clip)
     example: dict[str, Any] = {"id_b": np.uint32(schema.clip_id(clip))}
     for field, name in KINDS[self.kind].items():
       stored = MIRRORED.get(field, field) if mirrored else field
-      if stored not in raw:
-        raise UserError(f"{path}: record {place} has no field {stored}, only {sorted(raw)}")
+      source = stored if stored in fields else "caption"
+      if source not in raw:
+        raise UserError(f"{path}: record {place} has no field {source}, only {sorted(raw)}")
       try:
-        value = tfrecord.value_of(raw[stored], layout[stored])
+        value = tfrecord.value_of(raw[source], fields[source])
       except ValueError as error:
-        raise UserError(f"{path}: record {place}, field {stored}: {error}") from error
-      value = tfrecord.as_float32(np.asarray(value))
+        raise UserError(f"{path}: record {place}, field {source}: {error}") from error
+      if isinstance(value, str):
+        value = self.tables[folder][value]
+      value = tfrecord.as_float32(value)
       if mirrored and field in EARS:
         value = value[::-1]
-      elif mirrored and field == "spatial":
-        value = value * MIRROR_SIGNS_K[None]
       example[name] = value
     return example
 
@@ -183,13 +188,24 @@ def loader(
   source = tfrecord.TFRecordSource(paths)
   if not len(source):
     raise UserError(f"no records in {', '.join(source.paths[:3]) or 'the list of shards'}")
+  folders: dict[str, str] = {}  # Each with its first shard.
+  for path in source.paths:
+    folders.setdefault(str(pathlib.Path(path).parent), path)
+  layouts = {folder: layout.read_features(folder) for folder in folders}
+  tables = {
+    folder: captions.Table(folder)
+    for folder, fields in layouts.items()
+    if captions.FIELD in KINDS[kind] and captions.FIELD not in fields and "caption" in fields
+  }
+  _check_layouts(folders, layouts, tables, {f: (shapes or {}).get(f) for f in KINDS[kind]}, mirror)
   rows = batch_size // hosts
   total = None if epochs is None else epochs * len(source)
   max_bad = max(5, len(source) // 100) if max_bad is None else max_bad
   read = _Rows(
     source=source,
     kind=kind,
-    layouts=_layouts(source.paths, kind, shapes, mirror),
+    layouts=layouts,
+    tables=tables,
     seed=seed or 0,
     first=host * rows,
     last=(host + 1) * rows,
@@ -218,17 +234,18 @@ def is_mirrored(seed: int, epoch: int, clip: str) -> bool:
   return bool(hashlib.blake2b(f"{seed}/{epoch}/{clip}".encode(), digest_size=1).digest()[0] & 1)
 
 
-def _layouts(
-  paths: Sequence[str], kind: str, shapes: Mapping[str, tuple[int, ...]] | None, mirror: bool
-) -> dict[str, dict[str, tfrecord.Tensor]]:
-  """Reads the layout of each folder and compares it with the run's and with the first folder's."""
-  layouts: dict[str, dict[str, tfrecord.Tensor]] = {}
-  wanted = {field: (shapes or {}).get(field) for field in KINDS[kind]}
-  for path in paths:
-    folder = str(pathlib.Path(path).parent)
-    if folder in layouts:
-      continue
-    layouts[folder] = have = shards.read_features(folder)
+def _check_layouts(
+  folders: Mapping[str, str],
+  layouts: Mapping[str, Mapping[str, tfrecord.Tensor]],
+  tables: Mapping[str, captions.Table],
+  wanted: dict[str, tuple[int, ...] | None],
+  mirror: bool,
+) -> None:
+  """Compares the layout of each folder with the run's, or with the first folder's."""
+  for folder, path in folders.items():
+    have = dict(layouts[folder])
+    if folder in tables:
+      have[captions.FIELD] = tables[folder].tensor
     for field in ["id", *wanted]:
       if field not in have:
         raise UserError(f"{path}: field {field} is missing, the records have {sorted(have)}")
@@ -242,4 +259,3 @@ def _layouts(
             f"{path}: field {stored} is {list(have[stored].shape)}, this run needs {list(shape)};"
             " encode with the same duration, audio rate and encoders"
           )
-  return layouts

@@ -4,7 +4,7 @@ A clip belongs to the shard that the MD5 of its id names, and stands in it in MD
 number of processes or machines writes the same bytes. A shard is written under a temporary name,
 then gets a JSON with its configuration, checksum and bad clips; a rerun keeps the shards whose JSON
 still holds. When all are there, `features.json` and `dataset_info.json` (in tensorflow-datasets'
-format), `stats.json` and `manifest.json` describe them.
+format, `data.layout`), `stats.json` and `manifest.json` describe them.
 """
 
 import concurrent.futures
@@ -13,19 +13,17 @@ import hashlib
 import json
 import multiprocessing
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from data import tfrecord
-from spatialv2a_jax import io
+from data import layout, tfrecord
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
 NAME, SPLIT = "spatialv2a", "train"
 MIN_BAD = 5  # Bad clips that never stop a build, however small it is.
-_CLASS = "tensorflow_datasets.core.features."
 
 Record = Mapping[str, np.ndarray | str]
 
@@ -36,6 +34,10 @@ class Item(NamedTuple):
   id: str
   payload: Any
   stamp: str = ""
+  split: str = SPLIT
+
+
+Maker = Callable[[Sequence[Item]], Iterable[Record | Exception]]
 
 
 class BadClipError(Exception):
@@ -43,23 +45,46 @@ class BadClipError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
+class _OneByOne:
+  """Makes records with a function of one item; what it raises stands in the record's place."""
+
+  make_record: Callable[[Item], Record]
+
+  def __call__(self, items: Sequence[Item]) -> Iterator[Record | Exception]:
+    """Yields a record for each item; MissingAssetError is raised, being no clip's fault."""
+    for item in items:
+      try:
+        yield self.make_record(item)
+      except MissingAssetError:
+        raise
+      except Exception as error:  # One bad clip must not end a build of many hours.
+        yield error
+
+
+@dataclasses.dataclass(frozen=True)
 class _Job:
   path: pathlib.Path
+  split: str
   items: Sequence[Item]
   config_hash: str
   max_bad: int
+  unknown: Collection[str]
 
 
 def build(
   items: Iterable[Item],
-  make_record: Callable[[Item], Record],
+  make_record: Callable[[Item], Record] | Maker,
   out: str | pathlib.Path,
   *,
-  shards: int,
+  shards: int | Mapping[str, int],
   config: Mapping[str, Any],
+  batched: bool = False,
+  name: str = NAME,
+  description: str = "",
   jobs: int = 1,
   part: tuple[int, int] = (0, 1),
   max_bad: float = 0.01,
+  unknown: Collection[str] = (),
   progress: Callable[[int, int, int], None] | None = None,
 ) -> dict[str, Any]:
   """Makes a record of every item and writes them to shards, with manifest and statistics.
@@ -69,12 +94,17 @@ def build(
     make_record: returns a clip's fields without `id`: numpy arrays, or text. Whatever it raises
       makes the clip a bad one, except MissingAssetError. Pickled to the processes if `jobs` > 1.
     out: folder of the shards.
-    shards: their number.
+    shards: their number in each split, or one number for all.
     config: plain values on which records depend; a change rebuilds all shards.
+    batched: `make_record` gets all items of a shard and yields for each, in order, its fields or
+      the exception that says why there are none, so that it may work on several at a time.
+    name: of the data set; file names begin with it.
+    description: of the data set, for `dataset_info.json`.
     jobs: processes; 1 works in this one.
     part: (i, n): make only shards i, i + n, i + 2n, ... The call that finds all shards complete
       writes the manifest.
     max_bad: share of bad clips at which to give up; five are always tolerated.
+    unknown: fields in which NaN stands for an unknown value; elsewhere it makes a clip a bad one.
     progress: called with (shards done, shards, bad clips).
 
   Returns:
@@ -88,23 +118,32 @@ def build(
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-  slices: list[list[Item]] = [[] for _ in range(shards)]
-  total = 0
+  splits: dict[str, list[list[Item]]] = {}
+  ids: set[str] = set()
   for item in items:
-    slices[int(_md5(item), 16) % shards].append(item)
-    total += 1
-  limit = max(MIN_BAD, int(max_bad * total))
-  work = []
-  for number, items_of in enumerate(slices):
-    items_of.sort(key=_md5)
-    for one, next_one in zip(items_of, items_of[1:], strict=False):
-      if one.id == next_one.id:
-        raise UserError(f"clip id {one.id!r} occurs twice; give each clip its own file name")
-    name = f"{NAME}-{SPLIT}.tfrecord-{number:05d}-of-{shards:05d}"
-    work.append(_Job(out / name, items_of, config_hash, limit))
+    if item.id in ids:
+      raise UserError(f"clip id {item.id!r} occurs twice; give each clip its own file name")
+    ids.add(item.id)
+    count = shards if isinstance(shards, int) else shards[item.split]
+    slices = splits.setdefault(item.split, [[] for _ in range(count)])
+    slices[int(_md5(item), 16) % count].append(item)
+  limit = max(MIN_BAD, int(max_bad * len(ids)))
+  work = [
+    _Job(
+      out / layout.shard_name(name, split, number, len(slices)),
+      split,
+      sorted(items_of, key=_md5),
+      config_hash,
+      limit,
+      unknown,
+    )
+    for split, slices in sorted(splits.items())
+    for number, items_of in enumerate(slices)
+  ]
   mine = work[part[0] :: part[1]]
   done, bad = 0, {}
-  for info in _run(mine, make_record, jobs):
+  make = cast(Maker, make_record if batched else _OneByOne(cast(Any, make_record)))
+  for info in _run(mine, make, jobs):
     done, bad = done + 1, {**bad, **info["bad"]}
     if progress:
       progress(done, len(mine), len(bad))
@@ -119,21 +158,30 @@ def build(
   }
   _check_bad(stats["bad"], limit)
   if stats["complete"]:
-    _finish(out, [job.path for job in work], complete, config, stats)
+    about = {"name": name, "description": description, "config": config}
+    _finish(out, list(zip(work, complete, strict=True)), about, stats)
   return stats
 
 
 def paths(folder: str | pathlib.Path) -> list[pathlib.Path]:
-  """Returns the shards of a finished folder, in order.
+  """Returns the shards of one split of a finished folder, in order.
+
+  Args:
+    folder: `DIR` for the split "train", `DIR:SPLIT` for another.
 
   Raises:
-    UserError: the folder has no `manifest.json`, or a shard of it is missing.
+    UserError: the folder has no `manifest.json` or no such split, or a shard of it is missing.
   """
+  folder, _, split = str(folder).partition(":")
   manifest = pathlib.Path(folder) / "manifest.json"
   try:
-    names = [shard["file"] for shard in json.loads(manifest.read_text())["shards"]]
+    listed = json.loads(manifest.read_text())["shards"]
+    names = [shard["file"] for shard in listed if shard["split"] == (split or SPLIT)]
   except (OSError, ValueError, KeyError) as error:
     raise UserError(f"{manifest}: cannot read it ({error}); finish building the shards") from error
+  if not names:
+    have = ", ".join(sorted({shard["split"] for shard in listed}))
+    raise UserError(f"{folder}: it has no split {split or SPLIT!r}, only {have}; give DIR:SPLIT")
   found = [manifest.parent / name for name in names]
   missing = [path.name for path in found if not path.exists()]
   if missing:
@@ -141,79 +189,27 @@ def paths(folder: str | pathlib.Path) -> list[pathlib.Path]:
   return found
 
 
-def write_features(folder: str | pathlib.Path, fields: Mapping[str, tfrecord.Tensor]) -> None:
-  """Writes `features.json`, from which readers know the shapes and dtypes of all records."""
-  features: dict[str, Any] = {}
-  for name, (dtype, shape) in sorted(fields.items()):
-    if dtype == "text":
-      features[name] = {"pythonClassName": f"{_CLASS}text_feature.Text", "text": {}}
-    else:
-      tensor = {
-        "dtype": dtype,
-        "encoding": "bytes",
-        "shape": {"dimensions": [str(size) for size in shape]},
-      }
-      features[name] = {"pythonClassName": f"{_CLASS}tensor_feature.Tensor", "tensor": tensor}
-  write_json(
-    pathlib.Path(folder) / "features.json",
-    {
-      "featuresDict": {"features": features},
-      "pythonClassName": f"{_CLASS}features_dict.FeaturesDict",
-    },
-  )
+_make: Maker  # Of a worker process: sent once, not with every shard.
 
 
-def read_features(folder: str | pathlib.Path) -> dict[str, tfrecord.Tensor]:
-  """Reads `features.json`.
-
-  Raises:
-    UserError: it is missing or says something else.
-  """
-  path = pathlib.Path(folder) / "features.json"
-  try:
-    features = json.loads(path.read_text())["featuresDict"]["features"]
-    return {
-      name: tfrecord.Tensor("text")
-      if "text" in feature
-      else tfrecord.Tensor(
-        feature["tensor"]["dtype"],
-        tuple(int(size) for size in feature["tensor"]["shape"].get("dimensions", ())),
-      )
-      for name, feature in features.items()
-    }
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{path}: cannot read it ({error}); it is written with the shards") from error
-
-
-def write_json(path: str | pathlib.Path, content: Any) -> None:
-  """Writes JSON atomically, with sorted keys: equal contents are equal bytes."""
-  with io.atomic_path(path) as temporary:
-    pathlib.Path(temporary).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-_make_record: Callable[[Item], Record]  # Of a worker process: sent once, not with every shard.
-
-
-def _start_worker(make_record: Callable[[Item], Record]) -> None:
-  global _make_record
-  _make_record = make_record
+def _start_worker(make: Maker) -> None:
+  global _make
+  _make = make
 
 
 def _work(job: _Job) -> dict[str, Any]:
-  return _make_shard(job, _make_record)
+  return _make_shard(job, _make)
 
 
-def _run(
-  work: Sequence[_Job], make_record: Callable[[Item], Record], jobs: int
-) -> Iterator[dict[str, Any]]:
+def _run(work: Sequence[_Job], make: Maker, jobs: int) -> Iterator[dict[str, Any]]:
   """Yields the sidecars of shards as they are finished."""
   if jobs == 1:
-    yield from (_make_shard(job, make_record) for job in work)
+    yield from (_make_shard(job, make) for job in work)
     return
   # Spawned, not forked: a fork of a process with JAX threads can hang.
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(
-    jobs, mp_context=context, initializer=_start_worker, initargs=(make_record,)
+    jobs, mp_context=context, initializer=_start_worker, initargs=(make,)
   ) as pool:
     futures = [pool.submit(_work, job) for job in work]
     try:
@@ -228,7 +224,7 @@ def _run(
       pool.shutdown(cancel_futures=True)
 
 
-def _make_shard(job: _Job, make_record: Callable[[Item], Record]) -> dict[str, Any]:
+def _make_shard(job: _Job, make: Maker) -> dict[str, Any]:
   """Writes one shard and its sidecar, unless they are there already."""
   known = _valid(job)
   if known is not None:
@@ -237,20 +233,22 @@ def _make_shard(job: _Job, make_record: Callable[[Item], Record]) -> dict[str, A
   sidecar(job.path).unlink(missing_ok=True)
   ids: list[str] = []
   bad: dict[str, str] = {}
-  layout: dict[str, tfrecord.Tensor] = {}
+  fields: dict[str, tfrecord.Tensor] = {}
 
   def payloads() -> Iterator[bytes]:
-    for item in job.items:
+    for item, made in zip(job.items, make(job.items), strict=True):
       try:
-        record = {"id": item.id, **make_record(item)}
-        _check_record(record, layout)
+        if isinstance(made, Exception):
+          raise made
+        record = {"id": item.id, **made}
+        _check_record(record, fields, job.unknown)
       except MissingAssetError:
         raise
-      except Exception as error:  # One bad clip must not end a build of many hours.
+      except Exception as error:
         bad[item.id] = _reason(error)
         _check_bad(bad, job.max_bad)
         continue
-      layout.update({name: tfrecord.tensor_of(value) for name, value in record.items()})
+      fields.update({name: tfrecord.tensor_of(value) for name, value in record.items()})
       ids.append(item.id)
       yield tfrecord.encode_example(record)
 
@@ -263,9 +261,9 @@ def _make_shard(job: _Job, make_record: Callable[[Item], Record]) -> dict[str, A
     "slice": _slice_hash(job.items),
     "ids": ids,
     "bad": bad,
-    "fields": {name: [tensor.dtype, list(tensor.shape)] for name, tensor in layout.items()},
+    "fields": {name: [tensor.dtype, list(tensor.shape)] for name, tensor in fields.items()},
   }
-  write_json(sidecar(job.path), info)
+  layout.write_json(sidecar(job.path), info)
   return info
 
 
@@ -285,64 +283,56 @@ def _valid(job: _Job) -> dict[str, Any] | None:
 
 def _finish(
   out: pathlib.Path,
-  paths: Sequence[pathlib.Path],
-  infos: Sequence[dict[str, Any]],
-  config: Mapping[str, Any],
+  made: Sequence[tuple[_Job, dict[str, Any]]],
+  about: Mapping[str, Any],
   stats: Mapping[str, Any],
 ) -> None:
   """Writes what belongs to all shards; `manifest.json` last."""
-  layouts = [(path, info["fields"]) for path, info in zip(paths, infos, strict=True)]
-  layouts = [(path, fields) for path, fields in layouts if fields]
-  if not layouts:
+  filled = [(job.path, info["fields"]) for job, info in made if info["fields"]]
+  if not filled:
     named = "; ".join(f"{name}: {why}" for name, why in list(stats["bad"].items())[:3])
     raise UserError(f"{out}: not one clip could be used ({named or 'there were none'})")
-  first, fields = layouts[0]
-  for path, others in layouts:
+  first, fields = filled[0]
+  for path, others in filled:
     if others != fields:
       wrong = sorted(name for name in {*fields, *others} if fields.get(name) != others.get(name))
       raise UserError(f"{path} and {first.name} differ in {', '.join(wrong)}; delete the wrong one")
-  write_features(
+  layout.write_features(
     out, {name: tfrecord.Tensor(dtype, tuple(shape)) for name, (dtype, shape) in fields.items()}
   )
-  write_json(
-    out / "dataset_info.json",
-    {
-      "name": NAME,
-      "version": "1.0.0",
-      "fileFormat": "tfrecord",
-      "splits": [
-        {
-          "name": SPLIT,
-          "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-          "numBytes": str(sum(info["bytes"] for info in infos)),
-          "shardLengths": [str(info["records"]) for info in infos],
-        }
-      ],
-    },
-  )
-  write_json(out / "stats.json", stats)
-  write_json(
+  splits: dict[str, list[dict[str, Any]]] = {}
+  for job, info in made:
+    splits.setdefault(job.split, []).append(info)
+  layout.write_info(out, about["name"], about["description"], splits)
+  layout.write_json(out / "stats.json", stats)
+  layout.write_json(
     out / "manifest.json",
     {
-      "config": config,
+      "config": about["config"],
       "records": stats["clips_out"],
       "shards": [
-        {"file": path.name, **{key: info[key] for key in ("records", "bytes", "sha256")}}
-        for path, info in zip(paths, infos, strict=True)
+        {
+          "file": job.path.name,
+          "split": job.split,
+          **{key: info[key] for key in ("records", "bytes", "sha256")},
+        }
+        for job, info in made
       ],
     },
   )
 
 
-def _check_record(record: Record, layout: Mapping[str, tfrecord.Tensor]) -> None:
+def _check_record(
+  record: Record, fields: Mapping[str, tfrecord.Tensor], unknown: Collection[str]
+) -> None:
   """Raises BadClipError for a value that is not finite or not shaped as in earlier records."""
   for name, value in record.items():
-    if not isinstance(value, str) and not np.isfinite(value).all():
+    if not isinstance(value, str) and name not in unknown and not np.isfinite(value).all():
       raise BadClipError(f"field {name} holds NaN or infinity")
-    if layout and layout.get(name) != tfrecord.tensor_of(value):
-      raise BadClipError(f"field {name} is {tfrecord.tensor_of(value)}, others {layout.get(name)}")
-  if layout and layout.keys() - record.keys():
-    raise BadClipError(f"without {sorted(layout.keys() - record.keys())}")
+    if fields and fields.get(name) != tfrecord.tensor_of(value):
+      raise BadClipError(f"field {name} is {tfrecord.tensor_of(value)}, others {fields.get(name)}")
+  if fields and fields.keys() - record.keys():
+    raise BadClipError(f"without {sorted(fields.keys() - record.keys())}")
 
 
 def _check_bad(bad: Mapping[str, str], limit: int) -> None:

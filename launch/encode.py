@@ -9,6 +9,7 @@ import dataclasses
 import math
 import pathlib
 import runpy
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -85,7 +86,7 @@ def report(done: int, total: int, bad: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-  """(video, caption) -> features; pickled to worker processes.
+  """The frozen encoders of a config; pickled to worker processes.
 
   Attributes:
     seconds: length of a clip.
@@ -97,27 +98,47 @@ class Features:
   config: features.Config
   mirror: bool
 
-  def __call__(self, video: pathlib.Path, caption: str) -> dict[str, np.ndarray]:
-    """Encodes one clip; BadClipError if the video is shorter than `seconds`."""
+  def read(self, video: pathlib.Path) -> np.ndarray:
+    """Returns `frames_nyxc`; BadClipError if the video is shorter than `seconds`."""
     count = schema.whole_frames(self.seconds, schema.SYNC_FPS)
     frames_nyxc = io.read_views(video, features.views(), duration=self.seconds)["frames"][:count]
     if len(frames_nyxc) < count:
       raise shards.BadClipError(f"video has {len(frames_nyxc)} frames at 25 fps, not {count}")
-    encoded = features.encode(frames_nyxc, self.seconds, self.config)
-    encoded["text_wf"] = features.encode_text(caption, self.config)
+    return frames_nyxc
+
+  def encode(self, clips: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Encodes clips and, for `mirror`, their mirrored pictures."""
+    encoded = [self._encode(frames_nyxc) for frames_nyxc in clips]
     if self.mirror:
-      mirrored = features.encode(frames_nyxc[:, :, ::-1], self.seconds, self.config)
-      encoded["clip_mirror_vf"] = mirrored["clip_vf"]
-      encoded["sync_mirror_sf"] = mirrored["sync_sf"]
+      for one, frames_nyxc in zip(encoded, clips, strict=True):
+        mirrored = self._encode(frames_nyxc[:, :, ::-1])
+        one["clip_mirror_vf"] = mirrored["clip_vf"]
+        one["sync_mirror_sf"] = mirrored["sync_sf"]
+        one["spatial_mirror_vk"] = mirrored["spatial_vk"]
     return encoded
+
+  def text(self, caption: str) -> np.ndarray:
+    """Returns `text_wf`."""
+    return features.encode_text(caption, self.config)
+
+  def _encode(self, frames_nyxc: np.ndarray) -> dict[str, np.ndarray]:
+    return features.encode(frames_nyxc, self.seconds, self.config)
 
 
 class Latents:
-  """`audio_ep` -> mean and standard deviation of the VAE's posterior, `mean_etc` and `std_etc`."""
+  """`audio_bep` -> mean and standard deviation of the VAE's posterior, `mean_betc`, `std_betc`.
+
+  A batch is spread over the devices of this process.
+  """
 
   def __init__(self, net: codec.Codec, params: Any, sha256: str):
     self.sha256 = sha256
-    self._encode = jax.jit(lambda audio_bep: net.encode(params, audio_bep))
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("data",))
+    self._rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    self._params = jax.device_put(params, whole)
+    self._encode = jax.jit(net.encode)
+    self.devices = mesh.size
 
   @classmethod
   def load(cls, folder: pathlib.Path, audio: schema.AudioSpec) -> "Latents":
@@ -127,7 +148,9 @@ class Latents:
       raise UserError(f"--vae {folder}: it holds no VAE for {audio.name} sound")
     return cls(codec.build(model.config["vae"], audio), model.params["vae"], model.sha256["vae"])
 
-  def __call__(self, audio_ep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Encodes both ears of one clip."""
-    mean_betc, std_betc = self._encode(audio_ep[None])
-    return np.asarray(mean_betc[0]), np.asarray(std_betc[0])
+  def __call__(self, audio_bep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes both ears of some clips; a batch that divides unevenly ends in copies."""
+    rows = len(audio_bep)
+    audio_bep = np.concatenate([audio_bep, audio_bep[-1:].repeat(-rows % self.devices, axis=0)])
+    mean_betc, std_betc = self._encode(self._params, jax.device_put(audio_bep, self._rows))
+    return np.asarray(mean_betc)[:rows], np.asarray(std_betc)[:rows]

@@ -1,13 +1,15 @@
+import dataclasses
 import json
 import pathlib
+from collections.abc import Callable, Sequence
 
 import av
 import numpy as np
 import pytest
 import soundfile
 
+from data import captions, layout, pipeline, shards, tfrecord
 from data import encode as stage
-from data import pipeline, shards, tfrecord
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
 RATE, SAMPLES = 16_000, 8_000
@@ -43,27 +45,45 @@ def media(tmp_path: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def encode(path: pathlib.Path, caption: str) -> dict[str, np.ndarray]:
-  assert caption.removeprefix("number ") == path.stem.removeprefix("clip")
+def encode(path: pathlib.Path) -> dict[str, np.ndarray]:
   n = float(path.stem.removeprefix("clip"))
   return {
     "clip_vf": np.full((5, 2), n),
     "sync_sf": np.full((6, 2), n),
-    "text_wf": np.full((3, 2), n),
     "spatial_vk": np.full((5, 5), n + 1 / 3),
     "heat_vyx": np.zeros((5, 9, 9)),
   }
 
 
-def codec(audio_ep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  assert audio_ep.shape == (2, SAMPLES) and audio_ep.dtype == np.float32
-  mean_etc = np.zeros((2, 4, 3)) + audio_ep[:, 0, None, None]
-  return mean_etc, np.full((2, 4, 3), 0.1)
+@dataclasses.dataclass
+class Encoder:
+  """Looks at file names only; remembers the sizes of batches and the texts."""
+
+  one: Callable[[pathlib.Path], dict[str, np.ndarray]] = encode
+  batches: list[int] = dataclasses.field(default_factory=list)
+  texts: list[str] = dataclasses.field(default_factory=list)
+
+  def read(self, video: pathlib.Path) -> pathlib.Path:
+    return video
+
+  def encode(self, clips: Sequence[pathlib.Path]) -> list[dict[str, np.ndarray]]:
+    self.batches.append(len(clips))
+    return [self.one(path) for path in clips]
+
+  def text(self, caption: str) -> np.ndarray:
+    self.texts.append(caption)
+    return np.full((3, 2), float(caption.removeprefix("number ") or 0))
 
 
-def features(media: pathlib.Path, out: pathlib.Path, encode=encode, **options):
+def codec(audio_bep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  assert audio_bep.shape[1:] == (2, SAMPLES) and audio_bep.dtype == np.float32
+  mean_betc = np.zeros((len(audio_bep), 2, 4, 3)) + audio_bep[:, :, :1, None]
+  return mean_betc, np.full_like(mean_betc, 0.1)
+
+
+def features(media: pathlib.Path, out: pathlib.Path, encoder: Encoder | None = None, **options):
   options = {"samples": SAMPLES, "sample_rate": RATE, "shard_count": 2, "config": CONFIG, **options}
-  return stage.encode_features(media, out, encode, **options)
+  return stage.encode_features(media, out, encoder or Encoder(), **options)
 
 
 @pytest.mark.parametrize("audio", ["int16", "float32"])
@@ -72,10 +92,12 @@ def test_from_media_to_batches(media, tmp_path, storage, audio):
   clips, latents = tmp_path / "clips", tmp_path / "latents"
   assert features(media, clips, storage=storage, audio=audio)["clips_out"] == 6
   assert stage.encode_latents(clips, latents, codec, config={"vae": 1})["clips_out"] == 6
-  fields = shards.read_features(latents)
-  assert {fields[name].dtype for name in ("clip", "sync", "text")} == {storage}
-  assert {fields[name].dtype for name in ("mean", "std", "spatial")} == {"float32"}
-  assert "audio" not in fields and "heat" not in fields
+  fields = layout.read_features(latents)
+  assert {fields[name].dtype for name in ("clip", "sync")} == {storage}
+  assert captions.Table(latents).tensor == tfrecord.Tensor(storage, (3, 2))
+  assert {fields[name].dtype for name in ("mean", "spatial")} == {"float32"}
+  assert fields["std"].dtype == "bfloat16"
+  assert not {"audio", "heat", "text"} & fields.keys()
   (batch,) = pipeline.loader(shards.paths(latents), batch_size=6, seed=0, epochs=1, shapes=SHAPES)
   (heard,) = pipeline.loader(
     shards.paths(clips),
@@ -95,13 +117,13 @@ def test_from_media_to_batches(media, tmp_path, storage, audio):
 
 
 def test_mirrored_features_are_stored(media, tmp_path):
-  def both(path: pathlib.Path, caption: str) -> dict[str, np.ndarray]:
-    plain = encode(path, caption)
+  def both(path: pathlib.Path) -> dict[str, np.ndarray]:
+    plain = encode(path)
     return {**plain, "clip_mirror_vf": -plain["clip_vf"], "sync_mirror_sf": -plain["sync_sf"]}
 
-  features(media, tmp_path / "clips", both)
-  fields = shards.read_features(tmp_path / "clips")
-  assert fields["clip_mirror"] == fields["clip"] == tfrecord.Tensor("float16", (5, 2))
+  features(media, tmp_path / "clips", Encoder(both))
+  fields = layout.read_features(tmp_path / "clips")
+  assert fields["clip_mirror"] == fields["clip"] == tfrecord.Tensor("bfloat16", (5, 2))
 
 
 def test_sound_beyond_full_scale_clips_in_16_bits(media, tmp_path):
@@ -147,44 +169,78 @@ def test_sound_within_the_video(tmp_path):
     assert isinstance(stream, av.AudioStream)
     stream.layout = "stereo"
     frame = av.AudioFrame.from_ndarray(
-      np.int16(sound(3, 3 * 4096) * 32768), format="s16p", layout="stereo"
+      (sound(3, 3 * 4096) * 32768).astype(np.int16), format="s16p", layout="stereo"
     )
     frame.sample_rate = RATE
     container.mux([*stream.encode(frame), *stream.encode(None)])
 
-  def no_caption(path: pathlib.Path, caption: str) -> dict[str, np.ndarray]:
-    assert caption == ""
-    return encode(path, "number 3")
-
-  features(media, tmp_path / "clips", no_caption)
+  encoder = Encoder()
+  features(media, tmp_path / "clips", encoder)
+  assert encoder.texts == [""]  # No caption beside it.
   batches = pipeline.loader(
     shards.paths(tmp_path / "clips"), batch_size=1, seed=0, epochs=1, kind="audio"
   )
   np.testing.assert_allclose(next(batches)["audio_bep"][0], sound(3), atol=2e-5)
 
 
+def test_a_text_is_encoded_once_however_many_clips_have_it(media, tmp_path):
+  for n in range(6):
+    (media / f"clip{n}.json").write_text(json.dumps({"caption": f"number {n % 2}"}))
+  encoder = Encoder()
+  features(media, tmp_path / "clips", encoder)
+  assert sorted(encoder.texts) == ["number 0", "number 1"]
+  stage.encode_latents(tmp_path / "clips", tmp_path / "latents", codec, config={})
+  for folder in ("clips", "latents"):
+    table = captions.Table(tmp_path / folder)
+    np.testing.assert_array_equal(table["number 1"].astype(np.float32), 1)
+
+
+def test_batches_change_no_byte_and_a_bad_clip_costs_no_other(media, tmp_path):
+  write_clip(media, 6, sound(6)[:1])  # Cannot be read.
+
+  def no_clip_4(path: pathlib.Path) -> dict[str, np.ndarray]:
+    if path.stem == "clip4":
+      raise ValueError("a black picture")
+    return encode(path)
+
+  contents = []
+  for batch in (1, 2, 8):
+    encoder, clips = Encoder(no_clip_4), tmp_path / f"clips{batch}"
+    stats = features(media, clips, encoder, batch=batch, shard_count=1)
+    assert stats["bad"] == {
+      "clip4": "ValueError: a black picture",
+      "clip6": "sound has 1 channels, not 2",
+    }
+    assert max(encoder.batches) == min(batch, 6)
+    latents = tmp_path / f"latents{batch}"
+    assert stage.encode_latents(clips, latents, codec, config={}, batch=batch)["clips_out"] == 5
+    folders = (clips, latents)
+    contents.append([path.read_bytes() for f in folders for path in shards.paths(f)])
+  assert contents[0] == contents[1] == contents[2]
+
+
 def test_an_edited_caption_remakes_its_shard_and_latents(media, tmp_path):
   clips, latents = tmp_path / "clips", tmp_path / "latents"
   calls: list[str] = []
 
-  def counted(path: pathlib.Path, caption: str) -> dict[str, np.ndarray]:
+  def counted(path: pathlib.Path) -> dict[str, np.ndarray]:
     calls.append(path.stem)
-    return encode(path, "number " + path.stem.removeprefix("clip"))
+    return encode(path)
 
-  def count_codec(audio_ep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def count_codec(audio_bep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     calls.append("codec")
-    return codec(audio_ep)
+    return codec(audio_bep)
 
   def run() -> list[str]:
     calls.clear()
-    features(media, clips, counted)
+    features(media, clips, Encoder(counted))
     stage.encode_latents(clips, latents, count_codec, config={})
     return sorted(calls)
 
   everything = run()
   assert len(everything) == 12
   assert run() == []
-  (media / "clip2.json").write_text(json.dumps({"caption": "edited"}))
+  (media / "clip2.json").write_text(json.dumps({"caption": "number 40"}))
   some = run()
   assert "clip2" in some and 0 < len(some) < 12
   assert some.count("codec") == len(some) / 2  # The same clips again, and no others.
@@ -209,11 +265,11 @@ def test_stage_two_wants_stage_one_finished(media, tmp_path):
 
 
 def test_missing_weights_end_the_stage(media, tmp_path):
-  def encode_without_weights(path: pathlib.Path, caption: str) -> dict[str, np.ndarray]:
+  def encode_without_weights(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise MissingAssetError("no weights")
 
   with pytest.raises(MissingAssetError):
-    features(media, tmp_path / "clips", encode_without_weights)
+    features(media, tmp_path / "clips", Encoder(encode_without_weights))
 
 
 def test_a_folder_without_videos(tmp_path):

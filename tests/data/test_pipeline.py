@@ -4,14 +4,17 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from data import pipeline, shards, tfrecord
+from data import captions, layout, pipeline, shards, tfrecord
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
 
@@ -40,7 +43,9 @@ def record(item: shards.Item) -> dict[str, np.ndarray | str]:
   for field in ("clip", "sync"):
     fields[f"{field}_mirror"] = np.full(SHAPES[field], 100 + n, np.float16)
     fields[field] = np.asarray(fields[field]).astype("float16")
-  fields["text"] = np.asarray(fields["text"]).astype("bfloat16")
+  del fields["text"]  # It stands in the table of captions, which are fewer than clips.
+  fields["caption"] = f"caption {n % 5}"
+  fields["spatial_mirror"] = np.float32(-n) * np.ones(SHAPES["spatial"], np.float32)
   fields["audio"] = np.full((2, 8), n * 256, np.int16) * np.array([[1], [-1]], np.int16)
   return fields
 
@@ -50,15 +55,20 @@ def built(tmp_path_factory) -> list[pathlib.Path]:
   folder = tmp_path_factory.mktemp("shards")
   items = [shards.Item(f"clip{i}", i) for i in range(CLIPS)]
   shards.build(items, record, folder, shards=3, config={})
+  named = [f"caption {i % 5}" for i in range(CLIPS)]
+  captions.build(named, text, folder, config={}, storage="bfloat16")
   return shards.paths(folder)
+
+
+def text(caption: str) -> np.ndarray:
+  return np.full(SHAPES["text"], float(caption.removeprefix("caption ")))
 
 
 @pytest.fixture
 def paths(built, tmp_path) -> list[pathlib.Path]:
   """A copy that a test may damage."""
-  for path in built[0].parent.iterdir():
-    (tmp_path / path.name).write_bytes(path.read_bytes())
-  return shards.paths(tmp_path)
+  shutil.copytree(built[0].parent, tmp_path / "shards")
+  return shards.paths(tmp_path / "shards")
 
 
 def damage(path: pathlib.Path, place: int) -> None:
@@ -96,14 +106,15 @@ def test_batches_keep_the_contract(built):
   np.testing.assert_array_equal(batch["weight_b"], 1)
   for name in schema.AXES.values():
     for row, n in zip(batch[name], numbers(batch), strict=True):
-      np.testing.assert_array_equal(np.floor(row), np.full_like(row, n))
+      number = n % 5 if name == "text_bwf" else n
+      np.testing.assert_array_equal(np.floor(row), np.full_like(row, number))
   np.testing.assert_array_equal(batch["mean_betc"][:, 1] - batch["mean_betc"][:, 0], 0.5)
 
 
 def test_audio_records(built):
   batch = next(pipeline.loader(built, batch_size=4, seed=0, kind="audio"))
   assert batch.keys() == {"id_b", "weight_b", "audio_bep"}
-  expected_b = np.float32(numbers(batch)) / 128
+  expected_b = np.array(numbers(batch), np.float32) / 128
   np.testing.assert_array_equal(batch["audio_bep"][:, 0, 3], expected_b)
   np.testing.assert_array_equal(batch["audio_bep"][:, 1, 3], -expected_b)
 
@@ -196,6 +207,7 @@ def test_batches_of_one(built):
 
 def test_one_clip_is_enough(tmp_path):
   shards.build([shards.Item("clip0", 0)], record, tmp_path, shards=2, config={})
+  captions.build(["caption 0"], text, tmp_path, config={}, storage="float32")
   batch = next(pipeline.loader(shards.paths(tmp_path), batch_size=3, seed=0))
   assert numbers(batch) == [0, 0, 0]
 
@@ -215,8 +227,7 @@ def test_mirroring_mirrors_everything_of_half_of_the_clips(built):
       assert np.all(b["sync_bsf"][row] == n + 100 * flip)
       for name in ("mean_betc", "std_betc"):
         np.testing.assert_array_equal(b[name][row], a[name][row][:: -1 if flip else 1])
-      signs_1k = np.array([[-1, 1, 1, -1, 1]] if flip else [[1, 1, 1, 1, 1]])
-      np.testing.assert_array_equal(b["spatial_bvk"][row], a["spatial_bvk"][row] * signs_1k)
+      np.testing.assert_array_equal(b["spatial_bvk"][row], a["spatial_bvk"][row] * (1 - 2 * flip))
       np.testing.assert_array_equal(b["text_bwf"][row], a["text_bwf"][row])
       left, right = heard["audio_bep"][row, :, 0]
       assert left == -right == (-1 if flip else 1) * n / 128
@@ -224,11 +235,6 @@ def test_mirroring_mirrors_everything_of_half_of_the_clips(built):
   # The coin is thrown anew each epoch, and by clip.
   assert sum(len(set(flips)) == 2 for flips in coins.values()) > CLIPS / 2
   assert len({tuple(flips) for flips in coins.values()}) > CLIPS / 2
-
-
-def test_mirror_signs_are_those_of_the_model():
-  spatial = pytest.importorskip("spatialv2a_jax.models.spatial")
-  np.testing.assert_array_equal(pipeline.MIRROR_SIGNS_K, np.asarray(spatial.MIRROR_SIGNS))
 
 
 def test_damaged_records_are_replaced_by_their_successor_and_named(paths):
@@ -253,6 +259,39 @@ def test_the_last_record_is_succeeded_by_the_first(paths):
   assert seen[-1] == seen[0]
 
 
+@settings(
+  max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(place=st.integers(0, 5), byte=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_flipped_bit_costs_one_record(paths, place, byte, bit):
+  """In the length, the checksums or the payload: found, named, skipped and counted once."""
+  offset, length = tfrecord.read_index(paths[0])[place].tolist()
+  whole = paths[0].read_bytes()
+  blob = bytearray(whole)
+  blob[offset + int(byte * (12 + length + 4))] ^= 1 << bit
+  paths[0].write_bytes(blob)
+  batches = pipeline.loader(paths, batch_size=CLIPS, seed=7, epochs=1)
+  (batch,) = batches
+  paths[0].write_bytes(whole)
+  assert batches.bad == {place: f"{paths[0]}: record {place}"}
+  assert len(set(numbers(batch))) == CLIPS - 1
+
+
+def test_a_damaged_text_ends_the_run(paths):
+  """No other text can stand in for it, and it would cost every clip with that caption."""
+  (table,) = shards.paths(paths[0].parent / "text")
+  damage(table, 2)
+  with pytest.raises(UserError, match=f"{table}: record 2 is damaged") as error:
+    list(pipeline.loader(paths, batch_size=CLIPS, seed=0, epochs=1))
+  assert not isinstance(error.value, tfrecord.CorruptRecordError)
+
+
+def test_the_table_of_texts_must_know_every_caption(paths):
+  captions.build(["caption 1"], text, paths[0].parent, config={}, storage="bfloat16")
+  with pytest.raises(UserError, match="text: it has no caption 'caption [0234]'"):
+    list(pipeline.loader(paths, batch_size=CLIPS, seed=0, epochs=1))
+
+
 def test_too_many_damaged_records_end_the_run(paths):
   for path in paths:
     damage(path, 0)
@@ -272,9 +311,9 @@ def test_a_wholly_damaged_dataset_does_not_loop(paths):
 
 
 def edit_features(folder: pathlib.Path, edit) -> None:
-  fields = shards.read_features(folder)
+  fields = layout.read_features(folder)
   edit(fields)
-  shards.write_features(folder, fields)
+  layout.write_features(folder, fields)
 
 
 @pytest.mark.parametrize(

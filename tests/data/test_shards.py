@@ -5,11 +5,12 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 
-from data import shards, tfrecord
+from data import layout, shards, tfrecord
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
 ITEMS = [shards.Item(f"clip{i}", i) for i in range(20)]
@@ -201,6 +202,66 @@ def test_shapes_must_agree_within_and_between_shards(tmp_path):
     shards.build(ITEMS[:4], maker, tmp_path / "between", shards=9, config={})
 
 
+def test_nan_may_stand_for_an_unknown_value(tmp_path):
+  def maker(item: shards.Item) -> shards.Record:
+    return {"score": np.array([np.nan, item.payload], np.float32)}
+
+  stats = shards.build(ITEMS, maker, tmp_path, shards=2, config={}, unknown=["score"])
+  assert not stats["bad"] and stats["clips_out"] == 20
+
+
+def test_splits_share_a_folder(tmp_path):
+  items = [item._replace(split="test" if item.payload < 6 else "train") for item in ITEMS]
+  build(tmp_path, items=items, shards={"train": 3, "test": 2}, name="mine", description="Clips.")
+  assert len(shards.paths(tmp_path)) == 3 and len(shards.paths(f"{tmp_path}:test")) == 2
+  assert sorted(ids(tmp_path)) == sorted(f"clip{i}" for i in range(6, 20))
+  test = tfrecord.TFRecordSource(shards.paths(f"{tmp_path}:test"))
+  assert len(test) == 6 and all("/mine-test.tfrecord-0000" in path for path in test.paths)
+  with pytest.raises(UserError, match="no split 'val', only test, train"):
+    shards.paths(f"{tmp_path}:val")
+
+
+def test_makers_of_batches_get_the_clips_of_a_shard(tmp_path):
+  """And what they yield in a clip's place is why it is bad."""
+
+  def make(items: Sequence[shards.Item]) -> Iterator[shards.Record | Exception]:
+    for item in items:
+      yield ValueError("odd") if item.payload % 2 else {"n": np.full(2, item.payload)}
+
+  stats = shards.build(ITEMS, make, tmp_path, shards=3, config={}, batched=True, max_bad=0.6)
+  assert stats["bad"] == {f"clip{i}": "ValueError: odd" for i in range(1, 20, 2)}
+  assert sorted(ids(tmp_path)) == sorted(f"clip{i}" for i in range(0, 20, 2))
+
+
+def test_what_tensorflow_datasets_is_told(tmp_path):
+  """The two files as it writes them itself, of which it needs no code of ours."""
+  items = [item._replace(split="test" if item.payload < 6 else "train") for item in ITEMS]
+  build(tmp_path, items=items, name="mine", description="Clips.")
+  info = json.loads((tmp_path / "dataset_info.json").read_text())
+  assert (info["name"], info["version"], info["fileFormat"]) == ("mine", "1.0.0", "tfrecord")
+  assert info["description"] == "Clips." and [s["name"] for s in info["splits"]] == [
+    "test",
+    "train",
+  ]
+  for split in info["splits"]:
+    template = split["filepathTemplate"]
+    counts = [int(length) for length in split["shardLengths"]]
+    for number, count in enumerate(counts):
+      fields = {"{DATASET}": "mine", "{SPLIT}": split["name"], "{FILEFORMAT}": "tfrecord"}
+      name = template.replace("{SHARD_X_OF_Y}", f"{number:05d}-of-{len(counts):05d}")
+      for field, value in fields.items():
+        name = name.replace(field, value)
+      assert len(tfrecord.read_index(tmp_path / name)) == count
+    files = tmp_path.glob(f"mine-{split['name']}.tfrecord-*-of-00003")
+    assert int(split["numBytes"]) == sum(path.stat().st_size for path in files)
+  features = json.loads((tmp_path / "features.json").read_text())
+  assert features["pythonClassName"].endswith("features_dict.FeaturesDict")
+  assert features["featuresDict"]["features"]["x"] == {
+    "pythonClassName": "tensorflow_datasets.core.features.tensor_feature.Tensor",
+    "tensor": {"dtype": "float16", "encoding": "bytes", "shape": {"dimensions": ["2", "3"]}},
+  }
+
+
 def test_duplicate_ids_are_refused(tmp_path):
   with pytest.raises(UserError, match="'clip1' occurs twice"):
     build(tmp_path, items=[*ITEMS, ITEMS[1]])
@@ -232,7 +293,7 @@ def test_a_missing_shard_or_manifest_is_named(tmp_path):
 def test_a_shard_without_its_own_sidecar_is_unfinished(tmp_path, monkeypatch):
   build(tmp_path, config={"a": 1})
   with monkeypatch.context() as patch:
-    patch.setattr(shards, "write_json", lambda path, content: (_ for _ in ()).throw(MemoryError))
+    patch.setattr(layout, "write_json", lambda path, content: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):  # The new shard is in place, its sidecar is not.
       build(tmp_path, config={"a": 2})
   again = Maker()

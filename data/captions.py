@@ -1,0 +1,101 @@
+"""Text features, stored once per distinct caption: a data set `text/` beside the shards of clips.
+
+A record's `id` is the caption. Readers join it to the `caption` of a clip.
+
+Axes: w text token, f feature.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from data import layout, shards, tfrecord
+from spatialv2a_jax.errors import UserError
+
+FOLDER, FIELD = "text", "text"
+PER_SHARD = 4096  # Captions; about 650 MB in 16 bits, with the text encoder of CLIP ViT-H.
+
+
+def build(
+  captions: Iterable[str],
+  encode: Callable[[str], np.ndarray],
+  clips: str | pathlib.Path,
+  *,
+  config: Mapping[str, Any],
+  storage: str,
+  name: str = shards.NAME,
+  part: tuple[int, int] = (0, 1),
+) -> None:
+  """Encodes each distinct caption once.
+
+  Args:
+    captions: of all clips, repeated as they come.
+    encode: caption -> `text_wf`.
+    clips: folder of the clips' shards.
+    config: what `encode` depends on.
+    storage: dtype of the features.
+    name: of the data set.
+    part: (i, n): this one of n calls that share the work.
+
+  Raises:
+    UserError: a caption that cannot be encoded, and as `shards.build`.
+  """
+  distinct = sorted(set(captions))
+  shards.build(
+    [shards.Item(caption, caption) for caption in distinct],
+    _Text(encode, storage),
+    pathlib.Path(clips) / FOLDER,
+    shards=-(-len(distinct) // PER_SHARD),
+    config={**config, "stage": "text", "storage": storage},
+    name=f"{name}_{FOLDER}",
+    description="Text features of the captions of the data set in the folder above.",
+    part=part,
+  )
+
+
+def copy(clips: str | pathlib.Path, out: str | pathlib.Path) -> None:
+  """Copies the table of one folder of clips to another of the same clips."""
+  target = pathlib.Path(out) / FOLDER
+  shutil.rmtree(target, ignore_errors=True)
+  shutil.copytree(pathlib.Path(clips) / FOLDER, target)
+
+
+class Table:
+  """Random access to the text features of captions; picklable."""
+
+  def __init__(self, clips: str | pathlib.Path):
+    """Reads which captions there are.
+
+    Raises:
+      UserError: the folder of clips has no finished table.
+    """
+    self.folder = pathlib.Path(clips) / FOLDER
+    paths = shards.paths(self.folder)
+    self.tensor = layout.read_features(self.folder)[FIELD]
+    self._source = tfrecord.TFRecordSource(paths)
+    known = [json.loads(shards.sidecar(path).read_text())["ids"] for path in paths]
+    self._place = {caption: i for i, caption in enumerate(sum(known, []))}
+
+  def __getitem__(self, caption: str) -> np.ndarray:
+    """Returns `text_wf` as stored; UserError if it is not there or damaged."""
+    if caption not in self._place:
+      raise UserError(f"{self.folder}: it has no caption {caption!r}; encode the clips again")
+    try:
+      raw = tfrecord.decode_example(self._source[self._place[caption]])
+    except tfrecord.CorruptRecordError as error:
+      raise UserError(str(error)) from error  # No neighbour can stand in for it.
+    return np.asarray(tfrecord.value_of(raw[FIELD], self.tensor))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+  encode: Callable[[str], np.ndarray]
+  storage: str
+
+  def __call__(self, item: shards.Item) -> shards.Record:
+    return {FIELD: self.encode(item.payload).astype(self.storage)}

@@ -1,0 +1,106 @@
+"""What stands beside shards so that others can read them: tensorflow-datasets' two JSON files.
+
+`features.json` names the fields of a record with their shapes and dtypes, `dataset_info.json` the
+splits and the number of records in each shard; `tfds.builder_from_directory` needs no more.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data import tfrecord
+from spatialv2a_jax import io
+from spatialv2a_jax.errors import UserError
+
+VERSION = "1.0.0"
+_CLASS = "tensorflow_datasets.core.features."
+
+
+def shard_name(name: str, split: str, number: int, count: int) -> str:
+  """Returns the file name of a shard, as the template in `dataset_info.json` has it."""
+  return f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
+
+
+def write_features(folder: str | pathlib.Path, fields: Mapping[str, tfrecord.Tensor]) -> None:
+  """Writes `features.json`, from which readers know the shapes and dtypes of all records."""
+  features: dict[str, Any] = {}
+  for name, (dtype, shape) in sorted(fields.items()):
+    if dtype == "text":
+      features[name] = {"pythonClassName": f"{_CLASS}text_feature.Text", "text": {}}
+    else:
+      tensor = {
+        "dtype": dtype,
+        "encoding": "bytes",
+        "shape": {"dimensions": [str(size) for size in shape]},
+      }
+      features[name] = {"pythonClassName": f"{_CLASS}tensor_feature.Tensor", "tensor": tensor}
+  write_json(
+    pathlib.Path(folder) / "features.json",
+    {
+      "featuresDict": {"features": features},
+      "pythonClassName": f"{_CLASS}features_dict.FeaturesDict",
+    },
+  )
+
+
+def read_features(folder: str | pathlib.Path) -> dict[str, tfrecord.Tensor]:
+  """Reads `features.json`.
+
+  Raises:
+    UserError: it is missing or says something else.
+  """
+  path = pathlib.Path(folder) / "features.json"
+  try:
+    features = json.loads(path.read_text())["featuresDict"]["features"]
+    return {
+      name: tfrecord.Tensor("text")
+      if "text" in feature
+      else tfrecord.Tensor(
+        feature["tensor"]["dtype"],
+        tuple(int(size) for size in feature["tensor"]["shape"].get("dimensions", ())),
+      )
+      for name, feature in features.items()
+    }
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{path}: cannot read it ({error}); it is written with the shards") from error
+
+
+def write_info(
+  folder: str | pathlib.Path,
+  name: str,
+  description: str,
+  splits: Mapping[str, Sequence[Mapping[str, int]]],
+) -> None:
+  """Writes `dataset_info.json`.
+
+  Args:
+    folder: of the shards.
+    name: of the data set, with which the file names begin.
+    description: what the data set is.
+    splits: of each split the shards in order, with their "records" and "bytes".
+  """
+  write_json(
+    pathlib.Path(folder) / "dataset_info.json",
+    {
+      "name": name,
+      "version": VERSION,
+      "description": description,
+      "fileFormat": "tfrecord",
+      "splits": [
+        {
+          "name": split,
+          "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+          "numBytes": str(sum(shard["bytes"] for shard in shards)),
+          "shardLengths": [str(shard["records"]) for shard in shards],
+        }
+        for split, shards in splits.items()
+      ],
+    },
+  )
+
+
+def write_json(path: str | pathlib.Path, content: Any) -> None:
+  """Writes JSON atomically, with sorted keys: equal contents are equal bytes."""
+  with io.atomic_path(path) as temporary:
+    pathlib.Path(temporary).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
