@@ -11,57 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from data import captions, layout, pipeline, shards, tfrecord
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
+from tests.loader_shards import CLIPS, SHAPES, build, damage, numbers, record, stream, text
 
-CLIPS = 22
-SHAPES = {
-  "mean": (2, 4, 3),
-  "std": (2, 4, 3),
-  "clip": (5, 2),
-  "sync": (6, 2),
-  "text": (3, 2),
-  "spatial": (5, 5),
-}
-NUMBER = {schema.clip_id(f"clip{i}"): i for i in range(CLIPS)}
 ROOT = pathlib.Path(pipeline.__file__).parents[1]
-
-
-def record(item: shards.Item) -> dict[str, np.ndarray | str]:
-  """Ears, mirrored features and clips all differ, and are exact in 16 bits."""
-  n = item.payload
-  fields: dict[str, np.ndarray | str] = {
-    field: np.full(shape, n, np.float32) for field, shape in SHAPES.items()
-  }
-  ears_e11 = np.array([0, 0.5], np.float32)[:, None, None]
-  for field in ("mean", "std"):
-    fields[field] = np.asarray(fields[field]) + ears_e11
-  for field in ("clip", "sync"):
-    fields[f"{field}_mirror"] = np.full(SHAPES[field], 100 + n, np.float16)
-    fields[field] = np.asarray(fields[field]).astype("float16")
-  del fields["text"]  # It stands in the table of captions, which are fewer than clips.
-  fields["caption"] = f"caption {n % 5}"
-  fields["spatial_mirror"] = np.float32(-n) * np.ones(SHAPES["spatial"], np.float32)
-  fields["audio"] = np.full((2, 8), n * 256, np.int16) * np.array([[1], [-1]], np.int16)
-  return fields
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> list[pathlib.Path]:
-  folder = tmp_path_factory.mktemp("shards")
-  items = [shards.Item(f"clip{i}", i) for i in range(CLIPS)]
-  shards.build(items, record, folder, shards=3, config={})
-  named = [f"caption {i % 5}" for i in range(CLIPS)]
-  captions.build(named, text, folder, config={}, storage="bfloat16")
-  return shards.paths(folder)
-
-
-def text(caption: str) -> np.ndarray:
-  return np.full(SHAPES["text"], float(caption.removeprefix("caption ")))
+  return build(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture
@@ -69,24 +30,6 @@ def paths(built, tmp_path) -> list[pathlib.Path]:
   """A copy that a test may damage."""
   shutil.copytree(built[0].parent, tmp_path / "shards")
   return shards.paths(tmp_path / "shards")
-
-
-def damage(path: pathlib.Path, place: int) -> None:
-  """Flips one bit in the payload of a record."""
-  offset, length = tfrecord.read_index(path)[place].tolist()
-  blob = bytearray(path.read_bytes())
-  blob[offset + 12 + length // 2] ^= 1
-  path.write_bytes(blob)
-
-
-def numbers(batch: dict[str, np.ndarray]) -> list[int]:
-  return [NUMBER[i] for i in batch["id_b"].tolist()]
-
-
-def stream(paths, steps: int, **options) -> list[int]:
-  """Which clips the first steps deliver, in order."""
-  batches = pipeline.loader(paths, **{"batch_size": 4, "seed": 7, **options})
-  return [n for batch in itertools.islice(batches, steps) for n in numbers(batch)]
 
 
 def assert_equal(one: list[dict[str, np.ndarray]], other: list[dict[str, np.ndarray]]) -> None:
@@ -235,79 +178,6 @@ def test_mirroring_mirrors_everything_of_half_of_the_clips(built):
   # The coin is thrown anew each epoch, and by clip.
   assert sum(len(set(flips)) == 2 for flips in coins.values()) > CLIPS / 2
   assert len({tuple(flips) for flips in coins.values()}) > CLIPS / 2
-
-
-def test_damaged_records_are_replaced_by_their_successor_and_named(paths):
-  place = len(tfrecord.read_index(paths[1])) - 1
-  before = tfrecord.TFRecordSource(paths)
-  record_number = len(tfrecord.read_index(paths[0])) + place
-  ids = [bytes(tfrecord.decode_example(before[i])["id"]).decode() for i in range(CLIPS)]
-  lost, successor = ids[record_number], ids[record_number + 1]
-  clean = stream(paths, 11)
-  damage(paths[1], place)
-  batches = pipeline.loader(paths, batch_size=4, seed=7)
-  seen = [n for batch in itertools.islice(batches, 11) for n in numbers(batch)]
-  assert seen == [
-    int((successor if f"clip{n}" == lost else f"clip{n}").removeprefix("clip")) for n in clean
-  ]
-  assert batches.bad == {record_number: f"{paths[1]}: record {place}"}
-
-
-def test_the_last_record_is_succeeded_by_the_first(paths):
-  damage(paths[2], len(tfrecord.read_index(paths[2])) - 1)
-  seen = stream(paths, 1, batch_size=CLIPS, seed=None)
-  assert seen[-1] == seen[0]
-
-
-@settings(
-  max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(place=st.integers(0, 5), byte=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_any_flipped_bit_costs_one_record(paths, place, byte, bit):
-  """In the length, the checksums or the payload: found, named, skipped and counted once."""
-  offset, length = tfrecord.read_index(paths[0])[place].tolist()
-  whole = paths[0].read_bytes()
-  blob = bytearray(whole)
-  blob[offset + int(byte * (12 + length + 4))] ^= 1 << bit
-  paths[0].write_bytes(blob)
-  batches = pipeline.loader(paths, batch_size=CLIPS, seed=7, epochs=1)
-  (batch,) = batches
-  paths[0].write_bytes(whole)
-  assert batches.bad == {place: f"{paths[0]}: record {place}"}
-  assert len(set(numbers(batch))) == CLIPS - 1
-
-
-def test_a_damaged_text_ends_the_run(paths):
-  """No other text can stand in for it, and it would cost every clip with that caption."""
-  (table,) = shards.paths(paths[0].parent / "text")
-  damage(table, 2)
-  with pytest.raises(UserError, match=f"{table}: record 2 is damaged") as error:
-    list(pipeline.loader(paths, batch_size=CLIPS, seed=0, epochs=1))
-  assert not isinstance(error.value, tfrecord.CorruptRecordError)
-
-
-def test_the_table_of_texts_must_know_every_caption(paths):
-  captions.build(["caption 1"], text, paths[0].parent, config={}, storage="bfloat16")
-  with pytest.raises(UserError, match="text: it has no caption 'caption [0234]'"):
-    list(pipeline.loader(paths, batch_size=CLIPS, seed=0, epochs=1))
-
-
-def test_too_many_damaged_records_end_the_run(paths):
-  for path in paths:
-    damage(path, 0)
-    damage(path, 2)
-  list(pipeline.loader(paths, batch_size=CLIPS, seed=0, epochs=1, max_bad=6))
-  with pytest.raises(UserError, match="damaged.*tfrecord") as error:
-    list(pipeline.loader(paths, batch_size=CLIPS, seed=0, epochs=1))
-  assert "\n" not in str(error.value)
-
-
-def test_a_wholly_damaged_dataset_does_not_loop(paths):
-  for path in paths:
-    for place in range(len(tfrecord.read_index(path))):
-      damage(path, place)
-  with pytest.raises(UserError, match="damaged"):
-    next(pipeline.loader(paths, batch_size=4, seed=0, max_bad=1000))
 
 
 def edit_features(folder: pathlib.Path, edit) -> None:
