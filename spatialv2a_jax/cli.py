@@ -152,6 +152,12 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--tolerance", type=number(float, 0), default=1e-4, help="of --check")
   p.set_defaults(run=run_convert)
 
+  p = command("export", "Write a network of a model folder in the layout of its upstream project.")
+  p.add_argument("source", metavar="SOURCE", help="as of convert")
+  p.add_argument("dir", metavar="DIR", help="model folder")
+  p.add_argument("--out", required=True, metavar="FILE.safetensors")
+  p.set_defaults(run=run_export)
+
   p = command("report", "Write one self-contained HTML page of generated clips or of a run.")
   p.add_argument("dir", metavar="DIR")
   p.add_argument("--out", required=True, metavar="FILE.html")
@@ -210,6 +216,13 @@ def run_convert(args: argparse.Namespace) -> int:
   if args.file is None or args.out is None:
     raise UserError("give FILE and --out DIR, or --check FILE")
   return convert.run(args.source, args.file, args.out, ears=args.ears)
+
+
+def run_export(args: argparse.Namespace) -> int:
+  """`spatialv2a export`."""
+  from spatialv2a_jax import convert
+
+  return convert.export(args.source, args.dir, args.out)
 
 
 def run_report(args: argparse.Namespace) -> int:

@@ -1,9 +1,11 @@
-"""Foreign checkpoints -> model folders: one table for each kind, one strict engine for all.
+"""Foreign checkpoints <-> model folders: one table for each kind, one strict engine for all.
 
-`run` converts a downloaded file, `check` compares a converted network with upstream's numbers.
+`run` converts a downloaded file, `check` compares a converted network with upstream's numbers, and
+`export` writes a network of a model folder with upstream's names and layouts.
 """
 
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from spatialv2a_jax import checkpoint, io
 from spatialv2a_jax.convert import (
@@ -127,6 +130,53 @@ def check(
     except KeyError as error:
       raise UserError(f"{golden} lacks the input in/{error.args[0]}") from None
   return int(failed)
+
+
+def export(source: str, folder: Path, out: Path) -> int:
+  """Writes a network of a model folder as upstream names and lays out its state dict.
+
+  What was folded when it was converted (weight norm, EDM2's normalisation, resized positions) is
+  taken apart again so that upstream computes the same; the metadata `rebuilt` lists those tensors.
+  All others come back bit for bit.
+
+  Args:
+    source: one of SOURCES.
+    folder: a model folder with that network.
+    out: safetensors file to write.
+
+  Returns:
+    The exit code 0.
+
+  Raises:
+    MissingAssetError: no such folder.
+    UserError: the folder lacks the network, or it is one that upstream does not have.
+  """
+  chosen = _source(source)
+  model = checkpoint.load_model(folder)
+  name = chosen.network
+  if name not in model.params:
+    raise UserError(f"{folder} has no network {name!r}, only {', '.join(sorted(model.params))}")
+  about = model.config.get(name, {})
+  try:
+    config = chosen.sizes(**{k: tuple(v) if isinstance(v, list) else v for k, v in about.items()})
+  except (TypeError, ValueError) as error:
+    raise UserError(f"{folder}/config.json describes no {name} of this version: {error}") from None
+  state, rebuilt = engine.export(chosen, config, model.params[name], f"{folder}/{name}")
+  origin = model.config.get(f"{name}_source", {})
+  licence = origin.get("licence", "that of its training") if isinstance(origin, dict) else ""
+  metadata = {
+    "format": "pt",
+    "upstream": chosen.upstream,
+    "licence": licence,
+    "rebuilt": json.dumps(rebuilt),
+    "note": chosen.note,
+  }
+  with io.atomic_path(out) as temporary:
+    save_file(state, temporary, metadata)
+  print(f"{out}: {len(state)} tensors, of which {len(rebuilt)} were folded and are rebuilt")
+  if chosen.note:
+    print(f"to load it: {chosen.note}")
+  return 0
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from spatialv2a_jax.convert.engine import (
+  WEIGHT,
   Outputs,
   Source,
   State,
@@ -18,7 +19,6 @@ from spatialv2a_jax.convert.engine import (
   copy,
   count,
   then,
-  transposed,
   under,
   weight_norm,
 )
@@ -48,8 +48,8 @@ def configure(state: State, *, base: vocoder.Config) -> vocoder.Config:
 def table(state: State, config: vocoder.Config) -> Table:
   """Returns the recipes."""
 
-  def conv(name, layout=transposed, bias=True):
-    kernel = {"kernel": then(weight_norm(state, name), layout)}
+  def conv(name, pattern=WEIGHT, bias=True):
+    kernel = {"kernel": then(weight_norm(state, name), pattern)}
     return kernel | ({"bias": copy(f"{name}.bias")} if bias else {})
 
   def snake(name):
@@ -61,7 +61,7 @@ def table(state: State, config: vocoder.Config) -> Table:
     **under("conv_post", conv("conv_post", bias=config.final_bias)),
   }
   for i in range(len(config.kernels)):  # Transposed convolutions are stored (in, out, taps).
-    recipes |= under(f"ups_{i}", conv(f"ups.{i}.0", lambda x: x.transpose(2, 0, 1)))
+    recipes |= under(f"ups_{i}", conv(f"ups.{i}.0", "i o k -> k i o"))
   for i in range(len(config.kernels) * len(config.block_kernels)):
     for j in range(len(config.dilations)):
       for part in ("convs1", "convs2"):
@@ -83,12 +83,15 @@ def _source(upstream: str, licence: str, base: vocoder.Config) -> Source:
     network="vocoder",
     upstream=upstream,
     licence=licence,
+    sizes=vocoder.Config,
     configure=functools.partial(configure, base=base),
     table=table,
     init=lambda config: vocoder.build(config).init,
     outputs=outputs,
     ignore=(r".*\.(upsample|downsample\.lowpass)\.filter",),  # A constant of the architecture.
     wrapper="generator",
+    note="the content of upstream's key 'generator', without the constant filters of the "
+    "activations: load it with strict=False, before remove_weight_norm()",
   )
 
 

@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from spatialv2a_jax.convert.engine import (
+  WEIGHT,
   Outputs,
   Source,
   State,
   Table,
+  arranged,
   copy,
   count,
   fused_attention,
   linear,
   norm,
   stack,
-  transposed,
   under,
 )
 from spatialv2a_jax.models import clip
@@ -60,7 +61,7 @@ def table(state: State, config: clip.Config) -> Table:
     return stack([block(f"{name}transformer.resblocks.{i}", heads) for i in range(layers)])
 
   image = {
-    "patch/kernel": copy("visual.conv1.weight", transposed),
+    "patch/kernel": arranged("visual.conv1.weight", WEIGHT),
     "class": copy("visual.class_embedding"),
     "positions": copy("visual.positional_embedding"),
     "project/kernel": copy("visual.proj"),
@@ -75,7 +76,7 @@ def table(state: State, config: clip.Config) -> Table:
     **under("norm", norm("ln_final")),
     **under("blocks", blocks("", config.text_layers, config.text_heads)),
   }
-  scale = {"logit_scale": copy("logit_scale", lambda x: x.reshape(1))}
+  scale = {"logit_scale": copy("logit_scale")}
   return under("image", image) | under("text", text) | scale
 
 
@@ -104,6 +105,7 @@ SOURCE = Source(
   network="clip",
   upstream="DFN5B-CLIP ViT-H/14 (huggingface.co/apple/DFN5B-CLIP-ViT-H-14-378)",
   licence="Apple's research licence: read it before passing the weights on",
+  sizes=clip.Config,
   configure=configure,
   table=table,
   init=lambda config: clip.build(config).init,

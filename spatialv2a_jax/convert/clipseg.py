@@ -7,17 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from spatialv2a_jax.convert.engine import (
+  WEIGHT,
   Leaf,
   Outputs,
   Source,
   State,
   Table,
+  arranged,
   copy,
   count,
   linear,
   norm,
+  separate_attention,
   stack,
-  transposed,
   under,
 )
 from spatialv2a_jax.models import localizer
@@ -79,21 +81,10 @@ def resized(positions: np.ndarray, grid: int) -> np.ndarray:
 
 def block(name: str, heads: int) -> Table:
   """Returns the recipes of one transformer layer."""
-
-  def qkv(*parts):  # Weights are (out, in), biases (out,).
-    split = [x.T.reshape(*x.shape[1:], heads, -1) for x in parts]
-    return np.stack(split, axis=-3)
-
-  def out(weight):
-    return weight.T.reshape(heads, -1, len(weight))
-
-  attention = f"{name}.self_attn"
-  three = [f"{attention}.{part}_proj" for part in "qkv"]
+  parts = [f"{part}_proj" for part in "qkv"]
+  attention = separate_attention(f"{name}.self_attn", heads, parts, "out_proj")
   return {
-    "attention/qkv/kernel": Leaf(tuple(f"{part}.weight" for part in three), qkv),
-    "attention/qkv/bias": Leaf(tuple(f"{part}.bias" for part in three), qkv),
-    "attention/out/kernel": copy(f"{attention}.out_proj.weight", out),
-    "attention/out/bias": copy(f"{attention}.out_proj.bias"),
+    **under("attention", attention),
     **under("norm1", norm(f"{name}.layer_norm1")),
     **under("norm2", norm(f"{name}.layer_norm2")),
     **under("mlp/up", linear(f"{name}.mlp.fc1")),
@@ -109,17 +100,20 @@ def table(state: State, config: localizer.Config) -> Table:
     return stack([block(f"clip.{name}.encoder.layers.{i}", heads) for i in range(layers)])
 
   def enlarge(name: str) -> Table:  # A transposed convolution's weight is (in, out, y, x).
-    kernel = copy(f"{name}.weight", lambda x: x.transpose(0, 2, 3, 1))
+    kernel = arranged(f"{name}.weight", "i o y x -> i y x o")
     return {"kernel": kernel, "bias": copy(f"{name}.bias")}
 
   vision, words = "clip.vision_model", "clip.text_model"
   image = {
-    "patch/kernel": copy(f"{vision}.embeddings.patch_embedding.weight", transposed),
+    "patch/kernel": arranged(f"{vision}.embeddings.patch_embedding.weight", WEIGHT),
     "class": copy(f"{vision}.embeddings.class_embedding"),
-    "positions": copy(
-      f"{vision}.embeddings.position_embedding.weight", lambda x: resized(x, config.grid)
+    "positions": Leaf(
+      (f"{vision}.embeddings.position_embedding.weight",),
+      lambda x: resized(x, config.grid),
+      lambda x: (x,),
+      exact=False,
     ),
-    "project/kernel": copy("clip.visual_projection.weight", transposed),
+    "project/kernel": arranged("clip.visual_projection.weight", WEIGHT),
     **under("norm_pre", norm(f"{vision}.pre_layrnorm")),  # So spelt upstream.
     **under("norm_post", norm(f"{vision}.post_layernorm")),
     **under("blocks", blocks("vision_model", config.image_layers, config.image_heads)),
@@ -127,7 +121,7 @@ def table(state: State, config: localizer.Config) -> Table:
   text = {
     "tokens": copy(f"{words}.embeddings.token_embedding.weight"),
     "positions": copy(f"{words}.embeddings.position_embedding.weight"),
-    "project/kernel": copy("clip.text_projection.weight", transposed),
+    "project/kernel": arranged("clip.text_projection.weight", WEIGHT),
     **under("norm", norm(f"{words}.final_layer_norm")),
     **under("blocks", blocks("text_model", config.text_layers, config.text_heads)),
   }
@@ -143,7 +137,7 @@ def table(state: State, config: localizer.Config) -> Table:
     decoder |= under(f"reduce_{i}", linear(f"decoder.reduces.{i}"))
     decoder |= under(f"block_{i}", block(f"decoder.layers.{i}", config.decoder_heads))
   parts = under("image", image) | under("text", text) | under("decoder", decoder)
-  return parts | {"logit_scale": copy("clip.logit_scale", lambda x: x.reshape(()))}
+  return parts | {"logit_scale": copy("clip.logit_scale")}
 
 
 def outputs(config: localizer.Config, params: Any, inputs: State) -> Outputs:
@@ -180,9 +174,11 @@ SOURCE = Source(
   network="clipseg",
   upstream="CLIPSeg (huggingface.co/CIDAS/clipseg-rd64-refined)",
   licence="Apache-2.0, by its model card",
+  sizes=localizer.Config,
   configure=configure,
   table=table,
   init=lambda config: localizer.build(config).init,
   outputs=outputs,
   ignore=(r".*\.position_ids",),
+  note="positions are those of 352 x 352 pixels: give the vision config image_size 352",
 )

@@ -1,7 +1,8 @@
-"""A foreign state dict -> our parameters, by a table with one recipe per leaf of ours. Strict.
+"""A foreign state dict <-> our parameters, by a table with one recipe per leaf of ours. Strict.
 
 Whatever does not match on either side (a key that nobody takes, a key that is missing, a shape
 that does not fit) is one error that lists all of it: a checkpoint converts completely or not.
+`export` reads the same table backwards.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import einops
 import flax.linen as nn
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from spatialv2a_jax.errors import UserError
 
 State = Mapping[str, np.ndarray]
 Outputs = dict[str, Callable[[], Any]]
+WEIGHT = "o i ... -> ... i o"  # Linear and convolution weights: PyTorch's -> ours.
 
 
 class Leaf(NamedTuple):
@@ -26,10 +29,14 @@ class Leaf(NamedTuple):
   Attributes:
     keys: foreign keys that it takes.
     layout: their arrays, float32, in that order -> our array.
+    inverse: our array -> their arrays; None if there is no way back.
+    exact: whether there and back is the same, bit for bit; else it only means the same.
   """
 
   keys: tuple[str, ...]
   layout: Callable[..., np.ndarray]
+  inverse: Callable[[np.ndarray], Sequence[np.ndarray]] | None = None
+  exact: bool = True
 
 
 Table = dict[str, Leaf]  # By our path, "block/kernel".
@@ -43,6 +50,7 @@ class Source:
     network: what our model folder calls it, as in `NETWORK.safetensors`.
     upstream: where the weights come from.
     licence: of the weights, for the record.
+    sizes: type of the sizes, a dataclass.
     configure: state dict -> sizes; raises KeyError for a key that it needs.
     table: (state dict, sizes) -> recipes.
     init: sizes -> the network's `init`, for the shapes that must come out.
@@ -50,11 +58,13 @@ class Source:
     ignore: patterns of whole foreign keys that carry nothing we need.
     wrapper: key under which files may hold the state dict.
     about: sizes -> entries of `config.json` beside the sizes.
+    note: what one must know to load an exported file upstream.
   """
 
   network: str
   upstream: str
   licence: str
+  sizes: Callable[..., Any]
   configure: Callable[[State], Any]
   table: Callable[[State, Any], Table]
   init: Callable[[Any], Callable[..., Any]]
@@ -62,6 +72,7 @@ class Source:
   ignore: tuple[str, ...] = ()
   wrapper: str = ""
   about: Callable[[Any], dict[str, Any]] = lambda config: {}
+  note: str = ""
 
 
 def convert(source: Source, state: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
@@ -110,7 +121,7 @@ def convert(source: Source, state: Mapping[str, Any], name: str) -> tuple[Any, d
     parts = [np.asarray(arrays[key], np.float32) for key in leaf.keys]
     try:
       params[path] = np.asarray(leaf.layout(*parts), np.float32, order="C")
-    except (ValueError, IndexError, TypeError):
+    except (ValueError, IndexError, TypeError, einops.EinopsError):
       problems["of another shape"].add(f"{', '.join(leaf.keys)} (for {path} {shape})")
       continue
     if params[path].shape != shape:
@@ -121,9 +132,70 @@ def convert(source: Source, state: Mapping[str, Any], name: str) -> tuple[Any, d
   return config, traverse_util.unflatten_dict(params, sep="/")
 
 
-def copy(key: str, layout: Callable[..., np.ndarray] = np.asarray) -> Leaf:
-  """Returns the recipe of a leaf that is one foreign array."""
-  return Leaf((key,), layout)
+class _Whole(dict):
+  """Stands for a state dict that has every key, as a new model of upstream's would."""
+
+  def __contains__(self, key: object) -> bool:
+    return True
+
+
+def export(
+  source: Source, config: Any, params: Mapping[str, Any], name: str
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """Returns the foreign state dict of our parameters, and which of its keys are not exact.
+
+  Args:
+    source: whose layout it takes.
+    config: sizes.
+    params: our parameters.
+    name: how messages call them.
+
+  Raises:
+    UserError: if a parameter has no counterpart, or no way back.
+  """
+  table = source.table(_Whole(), config)
+  ours: dict[str, Any] = {**traverse_util.flatten_dict(dict(params), sep="/")}
+  problems = {
+    "has no": set(table) - set(ours),
+    "has parameters unknown to it": set(ours) - set(table),
+    "has no way back of": {path for path, leaf in table.items() if leaf.inverse is None},
+  }
+  told = [f"{kind}: {', '.join(sorted(paths))}" for kind, paths in problems.items() if paths]
+  if told:
+    raise UserError(f"{name} does not fit {source.upstream}; it " + "; it ".join(told))
+  state, rebuilt = {}, []
+  for path, leaf in table.items():
+    assert leaf.inverse is not None
+    parts = leaf.inverse(np.asarray(ours[path], np.float32))
+    state |= {k: np.array(x, order="C") for k, x in zip(leaf.keys, parts, strict=True)}
+    rebuilt += [] if leaf.exact else leaf.keys
+  return state, sorted(rebuilt)
+
+
+def arranged(keys: str | tuple[str, ...], pattern: str, **sizes: int) -> Leaf:
+  """Returns the recipe of a leaf that holds the elements of foreign arrays in another order.
+
+  Args:
+    keys: one key, or several of arrays of one shape, which then have a leading axis in `pattern`.
+    pattern: of `einops.rearrange`, from theirs to ours.
+    **sizes: lengths of axes that the foreign shapes do not show.
+  """
+  theirs, ours = pattern.split("->")
+  names = (keys,) if isinstance(keys, str) else keys
+
+  def layout(*arrays):
+    return einops.rearrange(arrays[0] if isinstance(keys, str) else list(arrays), pattern, **sizes)
+
+  def inverse(array):
+    parts = einops.rearrange(array, f"{ours} -> {theirs}", **sizes)
+    return (parts,) if isinstance(keys, str) else tuple(parts)
+
+  return Leaf(names, layout, inverse)
+
+
+def copy(key: str) -> Leaf:
+  """Returns the recipe of a leaf that is one foreign array as it is."""
+  return arranged(key, "... -> ...")
 
 
 def under(prefix: str, table: Table) -> Table:
@@ -131,14 +203,9 @@ def under(prefix: str, table: Table) -> Table:
   return {f"{prefix}/{path}": leaf for path, leaf in table.items()}
 
 
-def transposed(weight: np.ndarray) -> np.ndarray:
-  """Returns a linear or convolution weight (out, in, *taps) as (*taps, in, out)."""
-  return weight.transpose(*range(2, weight.ndim), 1, 0)
-
-
 def linear(name: str, *, bias: bool = True) -> Table:
   """Returns kernel and bias of PyTorch's Linear or Conv (no transposed one)."""
-  table = {"kernel": copy(f"{name}.weight", transposed)}
+  table = {"kernel": arranged(f"{name}.weight", WEIGHT)}
   return table | ({"bias": copy(f"{name}.bias")} if bias else {})
 
 
@@ -158,7 +225,12 @@ def stack(tables: Sequence[Table]) -> Table:
       parts = zip(leaves, starts, counts, strict=True)
       return np.stack([leaf.layout(*arrays[at : at + n]) for leaf, at, n in parts])
 
-    return Leaf(tuple(key for leaf in leaves for key in leaf.keys), layout)
+    def inverse(array):
+      return [part for leaf, x in zip(leaves, array, strict=True) for part in leaf.inverse(x)]
+
+    keys = tuple(key for leaf in leaves for key in leaf.keys)
+    back = all(leaf.inverse for leaf in leaves)
+    return Leaf(keys, layout, inverse if back else None, all(leaf.exact for leaf in leaves))
 
   if len({frozenset(table) for table in tables}) != 1:
     raise ValueError("blocks that are stacked differ in their parts")
@@ -174,25 +246,40 @@ def count(state: State, pattern: str) -> int:
 def weight_norm(state: State, name: str) -> Leaf:
   """Returns the weight of a layer, with its weight norm (if any, in either spelling) folded.
 
-  w = g v / |v|, the norm over all axes but the first, also for transposed convolutions.
+  w = g v / |v|, the norm over all axes but the first, also for transposed convolutions. The way
+  back takes the weight as its own direction.
   """
 
+  def size(v):
+    return np.sqrt(np.square(v, dtype=np.float64).sum(tuple(range(1, v.ndim)), keepdims=True))
+
   def fold(g, v):
-    size = np.sqrt(np.square(v, dtype=np.float64).sum(tuple(range(1, v.ndim)), keepdims=True))
-    return (g * (v / size)).astype(np.float32)
+    return (g * (v / size(v))).astype(np.float32)
+
+  def unfold(w):
+    return size(w).astype(np.float32), w
 
   for g, v in (
     (f"{name}.weight_g", f"{name}.weight_v"),
     (f"{name}.parametrizations.weight.original0", f"{name}.parametrizations.weight.original1"),
   ):
     if g in state or v in state:
-      return Leaf((g, v), fold)
+      return Leaf((g, v), fold, unfold, exact=False)
   return copy(f"{name}.weight")
 
 
-def then(leaf: Leaf, layout: Callable[[np.ndarray], np.ndarray]) -> Leaf:
-  """Returns the recipe with one more step."""
-  return Leaf(leaf.keys, lambda *arrays: layout(leaf.layout(*arrays)))
+def then(leaf: Leaf, pattern: str) -> Leaf:
+  """Returns the recipe with one more step, a pattern of `einops.rearrange`."""
+  more, back = arranged("", pattern), leaf.inverse
+
+  def layout(*arrays):
+    return more.layout(leaf.layout(*arrays))
+
+  def inverse(array):
+    assert back is not None and more.inverse is not None
+    return back(*more.inverse(array))
+
+  return Leaf(leaf.keys, layout, None if back is None else inverse, leaf.exact)
 
 
 def fused_attention(
@@ -204,12 +291,24 @@ def fused_attention(
 ) -> Table:
   """Returns the recipes of a self-attention whose rows are all queries, then keys, then values."""
 
-  def split(x):  # (3 * d, in) or (3 * d,).
-    return x.T.reshape(*x.shape[1:], 3, heads, -1)
-
   return {
-    "qkv/kernel": copy(f"{name}.{qkv[0]}", split),
-    "qkv/bias": copy(f"{name}.{qkv[1]}", split),
-    "out/kernel": copy(f"{name}.{out}.weight", lambda x: x.T.reshape(heads, -1, len(x))),
-    "out/bias": copy(f"{name}.{out}.bias"),
+    "qkv/kernel": arranged(f"{name}.{qkv[0]}", "(j h k) i -> i j h k", j=3, h=heads),
+    "qkv/bias": arranged(f"{name}.{qkv[1]}", "(j h k) -> j h k", j=3, h=heads),
+    **attention_output(f"{name}.{out}", heads),
   }
+
+
+def separate_attention(name: str, heads: int, parts: Sequence[str], out: str) -> Table:
+  """Returns the recipes of a self-attention with a layer each for queries, keys and values."""
+  weights, biases = (tuple(f"{name}.{p}.{kind}" for p in parts) for kind in ("weight", "bias"))
+  return {
+    "qkv/kernel": arranged(weights, "j (h k) i -> i j h k", h=heads),
+    "qkv/bias": arranged(biases, "j (h k) -> j h k", h=heads),
+    **attention_output(f"{name}.{out}", heads),
+  }
+
+
+def attention_output(name: str, heads: int) -> Table:
+  """Returns the recipes of the projection after a self-attention."""
+  kernel = arranged(f"{name}.weight", "o (h k) -> h k o", h=heads)
+  return {"out/kernel": kernel, "out/bias": copy(f"{name}.bias")}

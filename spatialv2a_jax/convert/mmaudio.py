@@ -13,19 +13,19 @@ import numpy as np
 
 from spatialv2a_jax import flow
 from spatialv2a_jax.convert.engine import (
-  Leaf,
+  WEIGHT,
   Outputs,
   Source,
   State,
   Table,
+  arranged,
   copy,
   count,
   linear,
   stack,
-  then,
-  transposed,
   under,
 )
+from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import flow_net
 
 # Width, blocks in all, latent channels, version 2.
@@ -70,41 +70,38 @@ def variant(config: flow_net.Config) -> str:
 def table(state: State, config: flow_net.Config) -> Table:
   """Returns the recipes of the one-ear network."""
   del state
+  if config.ears != 1 or config.spatial:
+    raise UserError("MMAudio has one ear and no spatial condition; a network with them stays here")
   width, heads = config.width, config.heads
-  k = width // heads
 
   def mlp(name: str) -> Table:
-    def gates(w1, w3):
-      return np.stack([transposed(w1), transposed(w3)], axis=-2)
-
+    gates = f"{name}.w1.weight", f"{name}.w3.weight"
     return {
-      "up/kernel": Leaf((f"{name}.w1.weight", f"{name}.w3.weight"), gates),
-      "down/kernel": copy(f"{name}.w2.weight", transposed),
+      "up/kernel": arranged(gates, "g o i ... -> ... i g o"),
+      "down/kernel": arranged(f"{name}.w2.weight", WEIGHT),
     }
 
   def mod(name: str) -> Table:
-    both = linear(f"{name}.adaLN_modulation.1")
+    name = f"{name}.adaLN_modulation.1"
     return {
-      "kernel": then(both["kernel"], lambda x: x.reshape(width, -1, width)),
-      "bias": then(both["bias"], lambda x: x.reshape(-1, width)),
+      "kernel": arranged(f"{name}.weight", "(n o) i -> i n o", o=width),
+      "bias": arranged(f"{name}.bias", "(n o) -> n o", o=width),
     }
 
   def stream(name: str, pre_only: bool = False) -> Table:
-    qkv = linear(f"{name}.attn.qkv")  # Output channels are (head, channel, {q, k, v}).
-    parts = {
-      "qkv/kernel": then(
-        qkv["kernel"], lambda x: x.reshape(width, heads, k, 3).transpose(0, 3, 1, 2)
-      ),
-      "qkv/bias": then(qkv["bias"], lambda x: x.reshape(heads, k, 3).transpose(2, 0, 1)),
+    qkv, out = f"{name}.attn.qkv", f"{name}.linear1"
+    parts = {  # Output channels of the first are (head, channel, {q, k, v}).
+      "qkv/kernel": arranged(f"{qkv}.weight", "(h k j) i -> i j h k", h=heads, j=3),
+      "qkv/bias": arranged(f"{qkv}.bias", "(h k j) -> j h k", h=heads, j=3),
       "q_norm/scale": copy(f"{name}.attn.q_norm.weight"),
       "k_norm/scale": copy(f"{name}.attn.k_norm.weight"),
       **under("mod", mod(name)),
     }
     if pre_only:
       return parts
-    out = linear(f"{name}.linear1")
-    out["kernel"] = then(out["kernel"], lambda x: x.reshape(*x.shape[:-2], heads, k, width))
-    return parts | under("out", out) | under("mlp", mlp(f"{name}.ffn"))
+    parts["out/kernel"] = arranged(f"{out}.weight", "o (h k) ... -> ... h k o", h=heads)
+    parts["out/bias"] = copy(f"{out}.bias")
+    return parts | under("mlp", mlp(f"{name}.ffn"))
 
   def joint(i: int) -> Table:
     name, last = f"joint_blocks.{i}", i == config.joint_depth - 1
@@ -120,9 +117,9 @@ def table(state: State, config: flow_net.Config) -> Table:
 
   dense = 2 if config.v2 else 1  # Version 2 has an activation between the two.
   condition = {
-    "null_clip": copy("empty_clip_feat", np.ravel),
-    "null_sync": copy("empty_sync_feat", np.ravel),
-    "sync_pos": copy("sync_pos_emb", lambda x: x[0, 0]),
+    "null_clip": arranged("empty_clip_feat", "1 f -> f"),
+    "null_sync": arranged("empty_sync_feat", "1 f -> f"),
+    "sync_pos": arranged("sync_pos_emb", "1 1 s f -> s f"),
     **under("clip", project("clip", dense)),
     **under("sync", project("sync", 2)),
     **under("text", project("text", dense)),
@@ -133,8 +130,8 @@ def table(state: State, config: flow_net.Config) -> Table:
   branch = stack([stream(f"fused_blocks.{i}") for i in range(config.ear_depth)])
   final = under("mod", mod("final_layer")) | under("conv", linear("final_layer.conv"))
   recipes = {
-    "frozen/latent_mean": copy("latent_mean", np.ravel),
-    "frozen/latent_std": copy("latent_std", np.ravel),
+    "frozen/latent_mean": arranged("latent_mean", "1 1 c -> c"),
+    "frozen/latent_std": arranged("latent_std", "1 1 c -> c"),
     "frozen/null_text": copy("empty_string_feat"),
     **under("condition", condition),
     **under("time/first", linear("t_embed.mlp.0")),
@@ -272,6 +269,7 @@ SOURCE = Source(
   network="flow",
   upstream="MMAudio (github.com/hkchengrex/MMAudio)",
   licence="CC-BY-NC-4.0: not for commercial use",
+  sizes=flow_net.Config,
   configure=configure,
   table=table,
   init=lambda config: flow_net.build(config).init,

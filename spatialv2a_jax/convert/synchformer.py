@@ -8,14 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from spatialv2a_jax.convert.engine import (
   Outputs,
   Source,
   State,
   Table,
-  copy,
+  arranged,
   count,
   fused_attention,
   linear,
@@ -60,12 +59,12 @@ def table(state: State, config: synchformer.Config) -> Table:
   last = f"{PREFIX}spatial_attn_agg"
   return {
     **under("patch", linear(f"{PREFIX}patch_embed_3d.proj")),
-    "class": copy(f"{PREFIX}cls_token", np.ravel),
-    "places": copy(f"{PREFIX}pos_embed", lambda x: x[0]),
-    "times": copy(f"{PREFIX}temp_embed", lambda x: x[0]),
+    "class": arranged(f"{PREFIX}cls_token", "1 1 d -> d"),
+    "places": arranged(f"{PREFIX}pos_embed", "1 p d -> p d"),
+    "times": arranged(f"{PREFIX}temp_embed", "1 t d -> t d"),
     **under("blocks", stack([block(i) for i in range(config.layers)])),
     **under("norm", norm(f"{PREFIX}norm")),
-    "summary_class": copy(f"{last}.cls_token", np.ravel),
+    "summary_class": arranged(f"{last}.cls_token", "1 1 d -> d"),
     **under("summary/attention", fused_attention(f"{last}.self_attn", config.heads)),
     **under("summary/norm1", norm(f"{last}.norm1")),
     **under("summary/norm2", norm(f"{last}.norm2")),
@@ -92,9 +91,11 @@ SOURCE = Source(
   network="synchformer",
   upstream="Synchformer (github.com/v-iashin/Synchformer, as released with MMAudio)",
   licence="MIT",
+  sizes=synchformer.Config,
   configure=configure,
   table=table,
   init=lambda config: synchformer.build(config).init,
   outputs=outputs,
   ignore=(r"(?!vfeat_extractor\.).*", r"vfeat_extractor\.patch_embed\.proj\..*"),
+  note="the visual encoder alone, without its unused 2-D patch embedding: load with strict=False",
 )

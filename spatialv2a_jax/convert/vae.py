@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from spatialv2a_jax.convert.engine import Outputs, Source, State, Table, copy, transposed
+from spatialv2a_jax.convert.engine import (
+  WEIGHT,
+  Leaf,
+  Outputs,
+  Source,
+  State,
+  Table,
+  arranged,
+  copy,
+)
 from spatialv2a_jax.models import vae
 
 
@@ -31,15 +40,33 @@ def table(state: State, config: vae.Config) -> Table:
     key = re.sub(r"(down|up)_(\d)_(block|downsample|upsample)_", r"\1.\2.\3.", name)
     key = key.replace("/", ".").replace(".kernel", ".weight")
     if part == "frozen":
-      recipes[path] = copy(key, np.ravel)
+      recipes[path] = arranged(key, "1 m 1 -> m")
+    elif not path.endswith("/kernel"):
+      recipes[path] = copy(f"{part}.{key}")
+    elif config.folded:
+      recipes[path] = Leaf((f"{part}.{key}",), fold, unfold, exact=False)
     else:
-      recipes[path] = copy(f"{part}.{key}", fold if path.endswith("/kernel") else np.asarray)
+      recipes[path] = arranged(f"{part}.{key}", WEIGHT)
   return recipes
 
 
 def fold(weight: np.ndarray) -> np.ndarray:
-  """Returns our kernel of a raw weight (out, in, taps)."""
-  return np.asarray(vae.fold(jnp.asarray(transposed(weight))))
+  """Returns our kernel, as `models.vae.fold` does, of a raw weight (out, in, taps)."""
+  bias = vae.EPS * np.sqrt(weight[0].size)
+  size = np.sqrt(np.square(weight, dtype=np.float64).sum(axis=(1, 2), keepdims=True))
+  return (weight / (bias + size)).transpose(2, 1, 0)
+
+
+def unfold(kernel: np.ndarray) -> tuple[np.ndarray]:
+  """Returns the raw weight that folds to a kernel: each output regains its size.
+
+  A norm of s folds to n = s / (s + bias), so that bias / (1 - n) is what it was divided by. Where
+  n rounds to 1, the weight was far larger than the bias and any large size will do.
+  """
+  bias = vae.EPS * np.sqrt(kernel[..., 0].size)
+  norm = np.sqrt(np.square(kernel, dtype=np.float64).sum(axis=(0, 1)))
+  size = bias / np.maximum(1 - norm, 1e-6)
+  return ((kernel * size).astype(np.float32).transpose(2, 1, 0),)
 
 
 def outputs(config: vae.Config, params: Any, inputs: State) -> Outputs:
@@ -63,6 +90,7 @@ SOURCE = Source(
   network="vae",
   upstream="MMAudio's mel VAE (github.com/hkchengrex/MMAudio)",
   licence="CC-BY-NC-4.0: not for commercial use",
+  sizes=vae.Config,
   configure=configure,
   table=table,
   init=lambda config: vae.build(config).init,

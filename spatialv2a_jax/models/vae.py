@@ -19,7 +19,7 @@ from jax import Array
 
 from spatialv2a_jax.models.layers import logical
 
-_EPS = 1e-4
+EPS = 1e-4
 _BRANCH = 0.3  # Weight of a residual branch in `mp_sum`.
 _CLAMP = 256.0
 _LEVELS = (1, 2, 4)
@@ -62,7 +62,7 @@ class Vae(NamedTuple):
 def normalize(x: Array, axes: tuple[int, ...] = (-1,)) -> Array:
   """Divides by the root mean square over `axes`, plus 1e-4."""
   square = jnp.mean(jnp.square(x.astype(jnp.float32)), axes, keepdims=True)
-  return (x / (_EPS + jnp.sqrt(square))).astype(x.dtype)
+  return (x / (EPS + jnp.sqrt(square))).astype(x.dtype)
 
 
 def fold(kernel: Array) -> Array:

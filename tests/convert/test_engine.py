@@ -22,6 +22,7 @@ def source(**changes):
     "network": "toy",
     "upstream": "Toy",
     "licence": "none",
+    "sizes": int,
     "configure": lambda state: len(state["fc.weight"]),
     "table": table,
     "init": init,
@@ -62,7 +63,7 @@ def test_all_that_does_not_match_is_told_at_once():
 
 def test_leaves_of_ours_without_a_recipe_and_recipes_without_a_leaf_are_told():
   def table(state, config):
-    kernel = engine.copy("fc.weight", engine.transposed)
+    kernel = engine.arranged("fc.weight", engine.WEIGHT)
     return {"up/kernel": kernel, "up/more": engine.copy("gain")}
 
   with pytest.raises(UserError) as caught:
