@@ -1,0 +1,301 @@
+"""What a compiled program costs one device: matrix FLOPs, collectives, cycles, memory traffic.
+
+All numbers count loops as often as they run (see `launch.hlo`).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from launch import hlo
+from launch.hlo import Instruction, Module, Op
+
+COLLECTIVES = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+  "ragged-all-to-all",
+)
+# Instructions that move nothing themselves; what a loop or a call moves is counted inside it.
+_FREE = {
+  "after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element", "opt-barrier",
+  "parameter", "partition-id", "replica-id", "tuple", "while",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """Collectives of one kind and payload, as one device sees them in one step.
+
+  Attributes:
+    kind: such as "all-reduce".
+    count: how often one runs.
+    bytes: sum of their payloads: what goes in, or for an all-gather what comes out.
+  """
+
+  kind: str
+  count: int
+  bytes: int
+
+
+def collectives(module: Module) -> dict[str, Collective]:
+  """Returns the collectives of a step by kind, asynchronous and fused ones included.
+
+  A `-start` counts, its `-done` does not; so does one inside a fusion, once per run of the fusion.
+  An all-reduce that a fusion turns into a reduce-scatter counts as one.
+  """
+  found: dict[str, Collective] = {}
+  for op in hlo.walk(module):
+    kind = op.instruction.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES:
+      continue
+    payload = _payload(op, kind)
+    if kind == "all-reduce" and any("all-reduce-scatter" in name for name in op.inside):
+      kind = "reduce-scatter"
+    old = found.get(kind, Collective(kind, 0, 0))
+    found[kind] = Collective(kind, old.count + op.times, old.bytes + op.times * payload)
+  return dict(sorted(found.items()))
+
+
+def _payload(op: Op, kind: str) -> int:
+  if kind != "all-gather":
+    return sum(op.computation[name].bytes for name in op.instruction.operands)
+  arrays = op.instruction.leaves
+  if op.instruction.opcode == "all-gather-start":  # Holds the operands, then the results.
+    n = len(op.instruction.operands)
+    arrays = arrays[n : 2 * n]
+  return sum(map(hlo.size, arrays))
+
+
+def host_transfers(module: Module) -> list[str]:
+  """Returns the instructions that talk to the host while a step runs, callbacks included."""
+  found = []
+  for op in hlo.walk(module):
+    i = op.instruction
+    target = i.attribute(r'custom_call_target="([^"]*)"') or ""
+    talks = (
+      i.opcode in ("infeed", "outfeed")
+      or "is_host_transfer=true" in i.attributes
+      or "callback" in target
+      or target in ("MoveToHost", "MoveToDevice")
+    )
+    if talks:
+      found.append(i.name)
+  return found
+
+
+def aliased_bytes(module: Module) -> int:
+  """Returns the bytes of donated arguments whose buffers results reuse."""
+  entry = module.computations[module.entry]
+  parameters = {i.operands[0]: i for i in entry.values() if i.opcode == "parameter"}
+  reused = re.findall(r": \((\d+), \{[\d, ]*\}, (?:may|must)-alias\)", module.header)
+  return sum(parameters[number].bytes for number in reused)
+
+
+def flops(module: Module) -> int:
+  """Returns the FLOPs of matrix products and convolutions; padding does not count."""
+  return sum(op.times * instruction_flops(op) for op in hlo.walk(module))
+
+
+def instruction_flops(op: Op) -> int:
+  """Returns the matrix FLOPs of one run of one instruction, 0 for all others."""
+  i = op.instruction
+  if i.opcode == "dot":
+    return _dot(op, _dimensions(i, "lhs_contracting_dims"))
+  if i.opcode == "convolution":
+    return _convolution(op)
+  if i.opcode == "custom-call":
+    target = i.attribute(r'custom_call_target="([^"]*)"') or ""
+    if "$matmul" in target or "$gemm" in target or "matmul" in target:
+      return _dot(op, _dimensions(i, "lhs_contracting_dimensions"))
+    if target.startswith("__cudnn$conv"):
+      return _cudnn(op, target)
+    if target.startswith("__cudnn$fmha"):
+      return _attention(op, target)
+  return 0
+
+
+def _dimensions(instruction: Instruction, name: str) -> tuple[int, ...]:
+  found = instruction.attribute(name + r'"?[=:][\[{]([\d,"]*)[\]}]') or ""
+  return tuple(int(n) for n in re.findall(r"\d+", found))
+
+
+def _shape(op: Op, operand: int) -> tuple[int, ...]:
+  return op.computation[op.instruction.operands[operand]].leaves[0][1]
+
+
+def _dot(op: Op, contracted: tuple[int, ...]) -> int:
+  lhs = _shape(op, 0)
+  return 2 * math.prod(op.instruction.leaves[0][1]) * math.prod(lhs[n] for n in contracted)
+
+
+def _window(instruction: Instruction, dims: int) -> dict[str, tuple]:
+  text = instruction.attribute(r"window=\{([^}]*)\}") or ""
+  fields = dict(field.split("=") for field in text.split())
+
+  def numbers(name, default):
+    if name not in fields:
+      return (default,) * dims
+    return tuple(int(n) for n in fields[name].split("x"))
+
+  pads = fields["pad"].split("x") if "pad" in fields else ["0_0"] * dims
+  return {
+    "size": numbers("size", 1),
+    "stride": numbers("stride", 1),
+    "pad": tuple(int(pad.split("_")[0]) for pad in pads),
+    "lhs": numbers("lhs_dilate", 1),
+    "rhs": numbers("rhs_dilate", 1),
+  }
+
+
+def _labels(instruction: Instruction) -> tuple[str, str, str]:
+  text = instruction.attribute(r"dim_labels=([\w?]+_[\w?]+->[\w?]+)")
+  assert text is not None
+  inputs, output = text.split("->")
+  lhs, rhs = inputs.split("_")
+  return lhs, rhs, output
+
+
+def _convolution(op: Op) -> int:
+  """Counts multiplications with elements that exist: neither padding nor holes of dilation."""
+  lhs_labels, rhs_labels, out_labels = _labels(op.instruction)
+  lhs, rhs, out = _shape(op, 0), _shape(op, 1), op.instruction.leaves[0][1]
+  spatial = sorted(label for label in out_labels if label.isdigit())
+  window = _window(op.instruction, len(spatial))
+  total = 2 * rhs[rhs_labels.index("i")]
+  total *= out[out_labels.index("b")] * out[out_labels.index("f")]
+  for n, label in enumerate(spatial):
+    at = np.arange(out[out_labels.index(label)])[:, None] * window["stride"][n]
+    at = at + np.arange(window["size"][n])[None] * window["rhs"][n] - window["pad"][n]
+    inside = (at >= 0) & (at % window["lhs"][n] == 0)
+    total *= int((inside & (at // window["lhs"][n] < lhs[lhs_labels.index(label)])).sum())
+  return total
+
+
+def _cudnn(op: Op, target: str) -> int:
+  """FLOPs of cuDNN's convolutions, whose operands and results trade places with the direction."""
+  _, rhs_labels, out_labels = _labels(op.instruction)
+  result = op.instruction.leaves[0][1]
+  if "BackwardInput" in target:
+    kernel, output = _shape(op, 1), _shape(op, 0)
+  elif "BackwardFilter" in target:
+    kernel, output = result, _shape(op, 1)
+  else:
+    kernel, output = _shape(op, 1), result
+  return 2 * math.prod(kernel) * math.prod(output) // output[out_labels.index("f")]
+
+
+def _attention(op: Op, target: str) -> int:
+  """FLOPs of cuDNN's fused attention: two products forward, five backward (one recomputed)."""
+  (b, t, h, k), (_, s, _, _) = _shape(op, 0), _shape(op, 1)
+  return (10 if "Backward" in target else 4) * b * h * t * s * k
+
+
+def cycles(module: Module) -> dict[str, int]:
+  """Returns the TPU compiler's estimated cycles, by whether a matrix unit is at work.
+
+  Collectives and asynchronous copies carry no estimate: their time is not in it.
+  """
+  total = {"matrix": 0, "other": 0}
+  for op, estimate in _estimated(module):
+    total["matrix" if _multiplies(module, op.instruction) else "other"] += op.times * estimate
+  return total
+
+
+def cycles_by_scope(module: Module, depth: int = 12) -> list[tuple[str, int]]:
+  """Returns the estimated cycles of the parts of the source, dearest first."""
+  total: dict[str, int] = {}
+  for op, estimate in _estimated(module):
+    scope = scope_name(op.instruction.scope)
+    total[scope] = total.get(scope, 0) + op.times * estimate
+  return sorted(total.items(), key=lambda item: -item[1])[:depth]
+
+
+def scope_name(scope: str) -> str:
+  """Shortens a source path to the names of layers and the direction of the pass."""
+  back = "backward" if "transpose(jvp" in scope else "forward" if "jvp" in scope else "update"
+  again = " again" if "rematted_computation" in scope or "remat" in scope else ""
+  names = re.findall(r"(?<=/)[A-Za-z_]\w*(?=/)", re.sub(r"\w+\((.*?)\)", r"\1", scope))
+  skip = {"while", "body", "closed_call", "checkpoint", "cond", "rematted_computation", "jvp"}
+  return f"{back}{again} " + "/".join(n for n in names if n not in skip)
+
+
+def _estimated(module: Module) -> Iterator[tuple[Op, int]]:
+  for op in hlo.walk(module):
+    if not op.inside and (text := op.instruction.attribute(r'estimated_cycles":"(\d+)"')):
+      yield op, int(text)
+
+
+def _multiplies(module: Module, instruction: Instruction) -> bool:
+  if instruction.opcode in ("dot", "convolution"):
+    return True
+  callee = instruction.attribute(r"calls=%([\w.\-]+)")
+  if instruction.opcode != "fusion" or callee is None:
+    return False
+  return any(_multiplies(module, inner) for inner in module.computations[callee].values())
+
+
+def roofline_seconds(module: Module, peak_flops: float, bytes_per_second: float) -> float:
+  """Returns the time if each kernel ran at the matrix peak or at the speed of memory.
+
+  A lower bound, for targets whose compiler gives no cycles. Collectives are not in it.
+  """
+  total = 0.0
+  for op in hlo.walk(module):
+    opcode = op.instruction.opcode
+    if not op.inside and opcode not in _FREE and not opcode.endswith("-done"):
+      busy = kernel_flops(module, op) / peak_flops
+      total += op.times * max(busy, traffic(module, op) / bytes_per_second)
+  return total
+
+
+def kernel_flops(module: Module, op: Op) -> int:
+  """Returns the matrix FLOPs of one run of a kernel, those inside a fusion included."""
+  callee = op.instruction.attribute(r"calls=%([\w.\-]+)")
+  if op.instruction.opcode not in ("fusion", "async-start") or callee is None:
+    return instruction_flops(op)
+  return sum(inner.times * instruction_flops(inner) for inner in hlo.walk(module, callee))
+
+
+def traffic(module: Module, op: Op) -> int:
+  """Returns the bytes that one run of a kernel reads and writes; slices count, not their source."""
+  i = op.instruction
+  if i.opcode.removesuffix("-start") in COLLECTIVES:
+    return 0
+  callee = i.attribute(r"calls=%([\w.\-]+)") if i.opcode == "fusion" else None
+  body = module.computations[callee] if callee else {i.name: i}
+  source = body if callee else op.computation
+  written = 0
+  updated = set()
+  for result in _results(body):
+    if result.opcode == "dynamic-update-slice":
+      written += source[result.operands[1]].bytes
+      updated.add(result.operands[0])
+    else:
+      written += result.bytes
+  if not callee:
+    if i.opcode in ("dynamic-slice", "gather"):
+      return 2 * i.bytes
+    return written + sum(op.computation[name].bytes for name in i.operands if name not in updated)
+  read = 0
+  for parameter in body.values():
+    if parameter.opcode != "parameter" or parameter.name in updated:
+      continue
+    users = [user for user in body.values() if parameter.name in user.operands]
+    sliced = (u.opcode == "dynamic-slice" and u.operands[0] == parameter.name for u in users)
+    if users and all(sliced):
+      read += sum(user.bytes for user in users)
+    else:
+      read += parameter.bytes
+  return written + read
+
+
+def _results(body: hlo.Computation) -> Iterable[Instruction]:
+  root = next((i for i in body.values() if i.root), next(iter(body.values())))
+  return [body[name] for name in root.operands] if root.opcode == "tuple" else [root]

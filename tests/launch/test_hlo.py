@@ -1,0 +1,173 @@
+"""The reader of compiled programs, on programs whose cost is known in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from launch import hlo, hlo_cost
+from spatialv2a_jax import sharding
+
+
+def compiled(function, *shapes, **kwargs):
+  arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return hlo.parse(jax.jit(function, **kwargs).lower(*arguments).compile().as_text())
+
+
+def chain(x, weights):
+  return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+
+def test_a_scanned_product_counts_once_per_turn():
+  module = compiled(chain, (16, 32), (5, 32, 32))
+  assert hlo_cost.flops(module) == 5 * 2 * 16 * 32 * 32
+  assert not hlo.unknown_loops(module)
+
+
+def test_its_gradient_costs_twice_as_much_again():
+  module = compiled(jax.grad(lambda w, x: chain(x, w).sum()), (5, 32, 32), (16, 32))
+  assert hlo_cost.flops(module) == 5 * 3 * 2 * 16 * 32 * 32
+
+
+def test_loops_in_loops_multiply():
+  def nested(x, weights):
+    return jax.lax.scan(lambda x, _: (chain(x, weights), None), x, None, length=3)[0]
+
+  assert hlo_cost.flops(compiled(nested, (8, 16), (4, 16, 16))) == 3 * 4 * 2 * 8 * 16 * 16
+
+
+def convolution(x, kernel, **options):
+  numbers = ("NWC", "WIO", "NWC")
+  defaults = {"window_strides": (1,), "padding": "SAME", "dimension_numbers": numbers}
+  return jax.lax.conv_general_dilated(x, kernel, **defaults | options)
+
+
+@pytest.mark.parametrize(
+  "options, pairs",
+  [
+    ({}, 3 * 20 - 2),  # The outer taps miss at both ends.
+    ({"window_strides": (2,)}, 3 * 10 - 1),
+    ({"rhs_dilation": (2,)}, 3 * 20 - 4),
+    (
+      {"lhs_dilation": (2,), "padding": [(1, 1)]},
+      58,
+    ),  # Output 39: an even one meets one element, an odd one two.
+  ],
+)
+def test_a_convolution_counts_what_exists(options, pairs):
+  module = compiled(lambda x, k: convolution(x, k, **options), (2, 20, 8), (3, 8, 16))
+  assert hlo_cost.flops(module) == pytest.approx(2 * 2 * pairs * 8 * 16, rel=0.02)
+
+
+def test_batched_products():
+  module = compiled(lambda q, k: jnp.einsum("bthk,bshk->bhts", q, k), (2, 7, 3, 8), (2, 9, 3, 8))
+  assert hlo_cost.flops(module) == 2 * 2 * 3 * 7 * 9 * 8
+
+
+def test_the_reduction_of_a_gradient_has_its_bytes():
+  mesh = sharding.make_mesh(8, 1, 1)
+  whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+  gradient = jax.grad(lambda w, x: chain(x, w).sum())
+  module = compiled(
+    gradient, (5, 32, 32), (16, 32), in_shardings=(whole, rows), out_shardings=whole
+  )
+  found = hlo_cost.collectives(module)
+  assert set(found) == {"all-reduce"}
+  # Inside the loop, and so five times a fifth.
+  assert found["all-reduce"].bytes == 5 * 32 * 32 * 4
+  assert found["all-reduce"].count in (1, 5)
+
+
+def test_a_gather_counts_what_comes_out():
+  mesh = sharding.make_mesh(1, 8, 1)
+  split, whole = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P())
+  module = compiled(lambda x: 2 * x, (16, 32), in_shardings=split, out_shardings=whole)
+  found = hlo_cost.collectives(module)
+  assert (found["all-gather"].count, found["all-gather"].bytes) == (1, 16 * 32 * 4)
+
+
+def test_donated_bytes_and_callbacks_are_seen():
+  kept = compiled(lambda a, b: (a + b[0], b * 2), (8, 8), (4, 8, 8), donate_argnums=1)
+  assert hlo_cost.aliased_bytes(kept) == 4 * 8 * 8 * 4
+  assert not hlo_cost.host_transfers(kept)
+
+  def talkative(x):
+    jax.debug.callback(lambda x: None, x.sum())
+    return 2 * x
+
+  assert hlo_cost.host_transfers(compiled(talkative, (8,)))
+
+
+# As the TPU compiler prints it: no trip count, a product written as a convolution, cycles.
+TPU = """\
+HloModule jit_f, is_scheduled=true, input_output_alias={ {}: (0, {}, may-alias) }
+
+%body (p: (s32[], bf16[64,128], bf16[7,128,128])) -> (s32[], bf16[64,128], bf16[7,128,128]) {
+  %p = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)S(1)}, bf16[7,128,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p), index=1
+  %w = bf16[7,128,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%p), index=2
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  %y = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} fusion(%w, %x, %i), kind=kOutput, calls=%product, metadata={op_name="jit(f)/jvp()/while/body/block/dot_general"}, backend_config={"window_config":{"estimated_cycles":"100"}}
+  ROOT %out = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)S(1)}, bf16[7,128,128]{2,1,0:T(8,128)(2,1)}) tuple(%next, %y, %w)
+}
+
+%product (p0: bf16[7,128,128], p1: bf16[64,128], p2: s32[]) -> bf16[64,128] {
+  %p0 = bf16[7,128,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %p2 = s32[]{:T(128)} parameter(2)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = bf16[1,128,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p0, %p2, %zero, %zero), dynamic_slice_sizes={1,128,128}
+  %k = bf16[128,128]{1,0:T(8,128)(2,1)} bitcast(%slice)
+  ROOT %c = bf16[64,128]{1,0:T(8,128)(2,1)} convolution(%p1, %k), dim_labels=bf_io->bf
+}
+
+%test (p: (s32[], bf16[64,128], bf16[7,128,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %p = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)S(1)}, bf16[7,128,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[64,128], b: bf16[7,128,128]) -> bf16[64,128] {
+  %a = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[7,128,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %start = s32[]{:T(128)} constant(START)
+  %s = s32[]{:T(128)} copy(%start)
+  %t = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}, /*index=2*/bf16[7,128,128]{2,1,0:T(8,128)(2,1)}) tuple(%s, %a, %b)
+  %loop = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}, bf16[7,128,128]{2,1,0:T(8,128)(2,1)}) while(%t), condition=%test, body=%body
+  ROOT %r = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("start, turns", [(0, 7), (2, 5)])
+def test_a_tpu_loop_is_read_from_its_counter(start, turns):
+  module = hlo.parse(TPU.replace("START", str(start)))
+  assert hlo_cost.flops(module) == turns * 2 * 64 * 128 * 128
+  assert hlo_cost.cycles(module) == {"matrix": turns * 100, "other": 0}
+  assert hlo_cost.cycles_by_scope(module) == [("forward block", turns * 100)]
+  assert hlo_cost.aliased_bytes(module) == 64 * 128 * 2
+  # The loop reads one layer's weights a turn, not all seven.
+  moved = turns * (2 * 64 * 128 + 128 * 128) * 2
+  assert hlo_cost.roofline_seconds(module, 1e30, 1.0) == pytest.approx(moved, rel=0.01)
+  assert not hlo.unknown_loops(module)
+
+
+def test_a_loop_that_tells_nothing_is_named():
+  text = TPU.replace("direction=LT", "direction=NE")
+  assert hlo.unknown_loops(hlo.parse(text.replace("START", "0"))) == ["loop"]
+
+
+def test_what_is_no_program_is_refused():
+  with pytest.raises(ValueError, match="no ENTRY"):
+    hlo.parse("HloModule nothing")
+
+
+def test_sizes_of_types():
+  printed = "(f32[2,3]{1,0}, pred[5], bf16[4], /*index=3*/s32[], f8e4m3fn[8], u4[3], token[])"
+  sizes = [hlo.size(leaf) for leaf in hlo.leaves(printed)]
+  np.testing.assert_array_equal(sizes, [24, 5, 8, 4, 8, 2, 0])
