@@ -53,7 +53,7 @@ def convolution(x, kernel, **options):
     (
       {"lhs_dilation": (2,), "padding": [(1, 1)]},
       58,
-    ),  # Output 39: an even one meets one element, an odd one two.
+    ),
   ],
 )
 def test_a_convolution_counts_what_exists(options, pairs):
