@@ -76,9 +76,10 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
   c.accumulate = 1
 
   # `-1` takes what is left; `rules` are fields of `sharding.Rules` ("": not split).
+  # `zero`: optimiser and averages split over these mesh axes (ZeRO-1).
   # 7 heads split over 1 or 7 devices only: prefer `fsdp`.
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
-  c.rules = dict(width="fsdp", heads="tensor", ffn="tensor")
+  c.rules = dict(width="fsdp", heads="tensor", ffn="tensor", zero="data")
   c.every = dict(log=50, eval=5_000, checkpoint=1_000, keep=50_000)
 
   if variant == "smoke":

@@ -51,7 +51,7 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
 
   # `-1` takes what is left; `rules` are fields of `sharding.Rules` ("": not split).
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
-  c.rules = dict(width="fsdp", heads="tensor", ffn="tensor")
+  c.rules = dict(width="fsdp", heads="tensor", ffn="tensor", zero="")
   c.every = dict(log=100, eval=0, checkpoint=1_000, keep=0)
 
   if variant == "smoke":

@@ -276,9 +276,14 @@ class _Evaluation:
         key=jax.random.key(self.config["seed"]),
         mesh=self.mesh,
         rules=self.rules,
-        layout=jax.tree.map(lambda x: x.sharding, state),
+        layout=_averages(jax.tree.map(lambda x: x.sharding, state)),
       )
     return self.step
+
+
+def _averages(layout: train_step.State) -> train_step.State:
+  """Returns a layout whose parameters lie where the averages do, which are what is evaluated."""
+  return layout.replace(params=layout.ema)  # pyright: ignore
 
 
 def _gather(tree: Any) -> Any:

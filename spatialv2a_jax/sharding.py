@@ -37,6 +37,9 @@ class Rules:
     mod: outputs of the modulation layers.
     latent: latent channels.
     vocab: rows of an embedding table.
+    zero: no name of an axis, but the mesh axes that also split what belongs to the optimiser (its
+      moments and the average of the parameters), which the devices of those axes would otherwise
+      all hold and all compute (ZeRO-1, arXiv 1910.02054).
   """
 
   act_batch: Axes = ("data", "fsdp")
@@ -51,6 +54,7 @@ class Rules:
   mod: Axes = None
   latent: Axes = None
   vocab: Axes = None
+  zero: Axes = None
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -64,7 +68,7 @@ class Rules:
     Raises:
       ValueError: if a name is unknown, or if two names would use one mesh axis.
     """
-    known = [field.name for field in dataclasses.fields(self)]
+    known = [field.name for field in dataclasses.fields(self) if field.name != "zero"]
     if unknown := [name for name in names if name is not None and name not in known]:
       raise ValueError(f"unknown logical axes {unknown}, have: {known}")
     axes = tuple(None if name is None else getattr(self, name) for name in names)
@@ -113,7 +117,13 @@ def make_mesh(
   return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
 
 
-def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+# Loops run over these axes: split over devices, every turn would fetch its part from one of them.
+_LOOPED = ("layers", "ear")
+# Leaves below this size are cheaper to hold whole than to gather.
+_SMALL = 2**16
+
+
+def shardings(boxed: Any, mesh: Mesh, rules: Rules, *, zero: bool = False) -> Any:
   """Returns a `NamedSharding` for each leaf of a tree of boxed parameters.
 
   A leaf without axis names (biases, norms, counters) is replicated, and so is a dimension of
@@ -123,6 +133,8 @@ def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
     boxed: tree of arrays or shapes, some in `nn.Partitioned` boxes that name their axes.
     mesh: where the leaves will live.
     rules: meaning of the axis names.
+    zero: splits leaves of 64 KiB and more further, over the mesh axes of `rules.zero`: each takes
+      the largest dimension that it divides. Leaves that have none stay as they are.
 
   Raises:
     UserError: naming the parameter, if a dimension does not divide by its mesh axes.
@@ -142,15 +154,79 @@ def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
     names = [None if size == 1 else axis for axis, size in zip(leaf.names, shape, strict=True)]
     spec = rules.spec(*names)
     for size, axis, entry in zip(shape, names, spec, strict=True):
-      parts = int(np.prod([mesh.shape[m] for m in _mesh_axes(entry)]))
+      parts = _parts(mesh, entry)
       if size % parts:
         raise UserError(
           f"{name}: axis {axis} of size {size} does not divide by the {parts} devices of mesh "
           f"axis {entry}; change the mesh, or leave rule {axis} empty"
         )
+    if zero and leaf.value.size * leaf.value.dtype.itemsize >= _SMALL:
+      spec = _split_further(spec, names, shape, mesh, rules)
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+
+
+def _parts(mesh: Mesh, entry: Axes) -> int:
+  return int(np.prod([mesh.shape[axis] for axis in _mesh_axes(entry)]))
+
+
+def _split_further(spec: P, names: Sequence[str | None], shape, mesh: Mesh, rules: Rules) -> P:
+  entries = [_mesh_axes(entry) for entry in spec]
+  for axis in _mesh_axes(rules.zero):
+    if any(axis in entry for entry in entries):
+      continue
+    parts = [mesh.shape[axis] * _parts(mesh, entry) for entry in entries]
+    fits = [i for i, size in enumerate(shape) if size % parts[i] == 0 and names[i] not in _LOOPED]
+    if fits and mesh.shape[axis] > 1:
+      best = max(fits, key=lambda i: shape[i] // parts[i])
+      entries[best] = (*entries[best], axis)
+  return P(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
+
+
+def check_split(params: Any, layout: Any, mesh: Mesh, *, share: float = 0.02) -> None:
+  """Refuses a layout that leaves much of a large model whole on an `fsdp` mesh.
+
+  Args:
+    params: shapes of the parameters, plain.
+    layout: their shardings.
+    mesh: where they live.
+    share: of the bytes that may stay whole; models below 64 MiB are not looked at.
+
+  Raises:
+    UserError: naming the largest parameters that `fsdp` does not split.
+  """
+  if mesh.shape["fsdp"] == 1:
+    return
+  sizes = {}
+  for (path, x), sharding in zip(
+    jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(layout), strict=True
+  ):
+    split = any("fsdp" in _mesh_axes(entry) for entry in sharding.spec)
+    sizes[parameter_name(path)] = (x.size * x.dtype.itemsize, split)
+  total = sum(size for size, _ in sizes.values())
+  whole = sorted(((size, name) for name, (size, split) in sizes.items() if not split), reverse=True)
+  part = sum(size for size, _ in whole) / max(total, 1)
+  if total >= 2**26 and part > share:
+    shown = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for size, name in whole[:3])
+    raise UserError(
+      f"mesh axis fsdp={mesh.shape['fsdp']} leaves {100 * part:.0f} % of the parameters whole on "
+      f"every device, such as {shown}; give a rule fsdp (rules.width=fsdp), or set mesh.fsdp=1"
+    )
+
+
+def table(tree: Any) -> list[str]:
+  """Returns one line per leaf of a tree of arrays or shapes: name, shape, dtype, spec."""
+
+  def entry(axes):
+    return "+".join(_mesh_axes(axes)) or "-"
+
+  lines = []
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    spec = (*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec)))
+    shape, split = ",".join(map(str, x.shape)), ",".join(map(entry, spec))
+    lines.append(f"{parameter_name(path)} {x.dtype}[{shape}] ({split})")
+  return lines
 
 
 def unboxed(tree: Any) -> Any:
