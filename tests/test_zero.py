@@ -28,8 +28,10 @@ def prepare(rules, shape=(8, 1, 1)):
     toy_init, {"mean": np.zeros(8, np.float32)}, optimizer, jax.random.key(0), mesh, rules
   )
   loss = functools.partial(toy_loss, constrain=sharding.constrainer(mesh, rules))
-  options = dict(key=jax.random.key(1), mesh=mesh, rules=rules, layout=layout)
-  step = train_step.make_train_step(loss, optimizer, ema=optim.Ema(decay=0.5), **options)
+  step = train_step.make_train_step(
+    loss, optimizer, key=jax.random.key(1), mesh=mesh, rules=rules, layout=layout,
+    ema=optim.Ema(decay=0.5),
+  )  # fmt: skip
   batch = sharding.global_batch(toy_batch(0), mesh, rules, 8)
   return create(), abstract, step, batch
 
