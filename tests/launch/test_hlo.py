@@ -13,7 +13,8 @@ from spatialv2a_jax import sharding
 
 def compiled(function, *shapes, **kwargs):
   arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  return hlo.parse(jax.jit(function, **kwargs).lower(*arguments).compile().as_text())
+  text = jax.jit(function, **kwargs).lower(*arguments).compile().as_text()
+  return hlo.parse(text or "")
 
 
 def chain(x, weights):
