@@ -173,19 +173,25 @@ def paths(folder: str | pathlib.Path) -> list[pathlib.Path]:
     UserError: the folder has no `manifest.json` or no such split, or a shard of it is missing.
   """
   folder, _, split = str(folder).partition(":")
-  manifest = pathlib.Path(folder) / "manifest.json"
-  try:
-    listed = json.loads(manifest.read_text())["shards"]
-    names = [shard["file"] for shard in listed if shard["split"] == (split or SPLIT)]
-  except (OSError, ValueError, KeyError) as error:
-    raise UserError(f"{manifest}: cannot read it ({error}); finish building the shards") from error
-  if not names:
-    have = ", ".join(sorted({shard["split"] for shard in listed}))
-    raise UserError(f"{folder}: it has no split {split or SPLIT!r}, only {have}; give DIR:SPLIT")
-  found = [manifest.parent / name for name in names]
+  listed, split = splits(folder), split or SPLIT
+  if split not in listed:
+    raise UserError(f"{folder}: it has no split {split!r}, only {', '.join(listed)}; see DIR:SPLIT")
+  found = [pathlib.Path(folder) / name for name in listed[split]]
   missing = [path.name for path in found if not path.exists()]
   if missing:
     raise UserError(f"{folder}: {len(missing)} shards are missing, the first is {missing[0]}")
+  return found
+
+
+def splits(folder: str | pathlib.Path) -> dict[str, list[str]]:
+  """Returns the file names of the shards of each split; UserError as `paths`."""
+  manifest = pathlib.Path(folder) / "manifest.json"
+  found: dict[str, list[str]] = {}
+  try:
+    for shard in json.loads(manifest.read_text())["shards"]:
+      found.setdefault(shard["split"], []).append(shard["file"])
+  except (OSError, ValueError, KeyError) as error:
+    raise UserError(f"{manifest}: cannot read it ({error}); finish building the shards") from error
   return found
 
 
