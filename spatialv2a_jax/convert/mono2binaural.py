@@ -1,0 +1,189 @@
+"""PseudoBinaural's three networks -> `models.mono2binaural`, running statistics included.
+
+Upstream saves each network by itself: `visual_SUFFIX.pth`, `audio_SUFFIX.pth` and, with APNet or
+AssoConv, `fusion_SUFFIX.pth`. Together their keys begin with `visual.`, `audio.`, `apnet.` and
+`assoconv.`.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spatialv2a_jax.convert import files
+from spatialv2a_jax.convert.engine import (
+  STATS,
+  Outputs,
+  Source,
+  State,
+  Table,
+  copy,
+  count,
+  linear,
+  norm,
+  under,
+)
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.models import mono2binaural, resnet
+
+_VISUAL, _AUDIO = "visual.feature_extraction", "audio.audionet"
+_NORMED = "audio.audionet_convlayer1.1.weight"  # There with batch norm only.
+
+
+def read(path: str | pathlib.Path) -> dict[str, Any]:
+  """Reads one file of all networks, or `audio_SUFFIX.pth` and its companions beside it.
+
+  Raises:
+    MissingAssetError: no such file, or no visual network beside it.
+    UserError: not an audio network, or a fusion network of neither kind.
+  """
+  path = pathlib.Path(path)
+  state = files.read(path)
+  if any(key.startswith("visual.") for key in state):
+    return state
+  if not path.name.startswith("audio"):
+    raise UserError(f"{path}: give audio_SUFFIX.pth; visual_ and fusion_SUFFIX.pth lie beside it")
+  joined = {f"audio.{key}": value for key, value in state.items()}
+  visual = files.read(path.with_name("visual" + path.name.removeprefix("audio")))
+  joined |= {f"visual.{key}": value for key, value in visual.items()}
+  fusion = path.with_name("fusion" + path.name.removeprefix("audio"))
+  if fusion.is_file():
+    state = files.read(fusion)
+    head = "apnet" if any(key.startswith("fusion1.") for key in state) else "assoconv"
+    joined |= {f"{head}.{key}": value for key, value in state.items()}
+  return joined
+
+
+def configure(state: State) -> mono2binaural.Config:
+  """Returns the sizes; the picture's are those that fit the U-Net, twice as wide as high."""
+  width = state[f"{_AUDIO}_convlayer1.0.weight"].shape[0]
+  seen = state[f"{_AUDIO}_upconvlayer1.0.weight"].shape[0] - 8 * width
+  rows = round((seen / mono2binaural.SQUEEZED / 2) ** 0.5)
+  return mono2binaural.Config(
+    width=width,
+    planes=state[f"{_VISUAL}.0.weight"].shape[0],
+    rows=resnet.STRIDE * rows,
+    columns=resnet.STRIDE * 2 * rows,
+    norm="batch" if _NORMED in state else "instance",
+    **{head: count(state, rf"({head})\.") > 0 for head in mono2binaural.HEADS},
+  )
+
+
+def table(state: State, config: mono2binaural.Config) -> Table:
+  """Returns the recipes."""
+  del state
+  recipes = under("visual", _resnet()) | under("audio", _unet(config.norm))
+  if config.apnet:
+    recipes |= under("apnet", _head("apnet", 4, config.norm))
+  if config.assoconv:
+    recipes |= under("assoconv", _head("assoconv", 1, config.norm))
+  moving = ("mean", "var")
+  stats = {path: leaf for path, leaf in recipes.items() if path.rpartition("/")[2] in moving}
+  plain = {path: leaf for path, leaf in recipes.items() if path not in stats}
+  return plain | under(STATS, stats)
+
+
+def _batch_norm(key: str) -> Table:
+  moving = {"mean": copy(f"{key}.running_mean"), "var": copy(f"{key}.running_var")}
+  return norm(key) | moving
+
+
+def _resnet() -> Table:
+  recipes = under("stem", linear(f"{_VISUAL}.0", bias=False))
+  recipes |= under("stem_norm", _batch_norm(f"{_VISUAL}.1"))
+  for stage in range(resnet.STAGES):
+    for i in range(resnet.BLOCKS):
+      key, block = f"{_VISUAL}.{4 + stage}.{i}", {}
+      for part in ("1", "2"):
+        block |= under(f"conv{part}", linear(f"{key}.conv{part}", bias=False))
+        block |= under(f"norm{part}", _batch_norm(f"{key}.bn{part}"))
+      if stage and not i:
+        block |= under("skip", linear(f"{key}.downsample.0", bias=False))
+        block |= under("skip_norm", _batch_norm(f"{key}.downsample.1"))
+      recipes |= under(f"stage{stage}_block{i}", block)
+  return recipes
+
+
+def _unet(kind: str) -> Table:
+  recipes = under("squeeze", linear("audio.conv1x1.0"))
+  recipes |= under("squeeze_norm", _batch_norm("audio.conv1x1.1"))
+  for level in range(len(mono2binaural.ENCODER)):
+    key = f"{_AUDIO}_convlayer{level + 1}"
+    recipes |= under(f"down{level}", linear(f"{key}.0")) | _norm(f"down{level}", f"{key}.1", kind)
+  for level in range(len(mono2binaural.DECODER)):
+    key = f"{_AUDIO}_upconvlayer{level + 1}"
+    recipes |= under(f"up{level}", _up(f"{key}.0")) | _norm(f"up{level}", f"{key}.1", kind)
+  return recipes | under("out", _up(f"{_AUDIO}_upconvlayer5.0"))
+
+
+def _head(name: str, levels: int, kind: str) -> Table:
+  recipes = under("left", _up(f"{name}.lastconv_left.0"))
+  recipes |= under("right", _up(f"{name}.lastconv_right.0"))
+  for level in range(levels):
+    key = f"{name}.fusion{level + 1 if levels > 1 else ''}.channel_mapping_conv_w"
+    recipes |= under(
+      f"fuse{level}", {"kernel": copy(f"{key}.weight", _flat), "bias": copy(f"{key}.bias")}
+    )
+  for level in range(levels - 1):
+    key = f"{name}.fusion_upconv{level + 1}"
+    recipes |= under(f"up{level}", _up(f"{key}.0")) | _norm(f"up{level}", f"{key}.1", kind)
+  return recipes
+
+
+def _norm(name: str, key: str, kind: str) -> Table:
+  return under(f"{name}_norm/batch", _batch_norm(key)) if kind == "batch" else {}
+
+
+def _up(key: str) -> Table:
+  return {"kernel": copy(f"{key}.weight", _turned), "bias": copy(f"{key}.bias")}
+
+
+def _turned(weight: np.ndarray) -> np.ndarray:
+  """Returns the kernel of `mono2binaural.Up` of a transposed convolution's (in, out, 4, 4)."""
+  return weight.transpose(2, 3, 0, 1)[::-1, ::-1]
+
+
+def _flat(weight: np.ndarray) -> np.ndarray:
+  return weight[:, :, 0].T
+
+
+def outputs(config: mono2binaural.Config, params: Any, inputs: State) -> Outputs:
+  """Returns the predictions by upstream's names, channels before bins and rows."""
+  net = mono2binaural.build(config)
+  done: dict[str, Any] = {}
+
+  def prediction(name: str) -> Any:
+    if not done:
+      weights = {key: part for key, part in params.items() if key != STATS}
+      mix, image = (jnp.asarray(np.moveaxis(inputs[n], 1, -1)) for n in ("audio_mix", "image"))
+      done.update(jax.jit(net.apply)(weights, params[STATS], mix, image)[0])
+    return jnp.moveaxis(done[name], -1, 1)
+
+  names = {
+    "visual_features": "features",
+    "mask_prediction": "mask",
+    "binaural_spectrogram": "difference",
+    **{f"{h}_{side}": f"{h}_{side}" for h in config.heads for side in ("left", "right")},
+  }
+  known: Outputs = {ours: (lambda name=name: prediction(name)) for ours, name in names.items()}
+  return known | {"audio_gt": lambda: inputs["audio_diff"][:, :, : mono2binaural.BINS - 1]}
+
+
+def _init(config: mono2binaural.Config) -> Any:
+  net = mono2binaural.build(config)
+  return lambda key: {**net.init(key), STATS: net.init_stats()}
+
+
+SOURCE = Source(
+  network="mono2binaural",
+  upstream="PseudoBinaural (github.com/SheldonTsui/PseudoBinaural_CVPR2021)",
+  licence="none stated upstream: ask its authors; ResNet-18 began with ImageNet weights",
+  configure=configure,
+  table=table,
+  init=_init,
+  outputs=outputs,
+  ignore=(r".*\.num_batches_tracked", r".*\.channel_mapping_conv_b\.(weight|bias)"),
+  read=read,
+)
