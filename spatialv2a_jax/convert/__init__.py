@@ -23,6 +23,7 @@ from spatialv2a_jax.convert import (
   engine,
   files,
   mmaudio,
+  mono2binaural,
   synchformer,
   vae,
 )
@@ -36,6 +37,7 @@ SOURCES: dict[str, engine.Source] = {
   "bigvgan": bigvgan.V1,
   "bigvgan_v2": bigvgan.V2,
   "vae": vae.SOURCE,
+  "mono2binaural": mono2binaural.SOURCE,
 }
 TOLERANCE = 1e-4
 Path = str | pathlib.Path
@@ -63,9 +65,9 @@ def run(source: str, file: Path, out: Path, *, ears: int = 1) -> int:
   chosen = _source(source)
   if ears != 1 and source != "mmaudio":
     raise UserError(f"--ears is for mmaudio, {source} has none")
-  state = files.read(file)
+  state = chosen.read(file)
   config, params = engine.convert(chosen, state, str(file))
-  stats: dict[str, Any] = {}
+  stats: dict[str, Any] = params.pop(engine.STATS, {})
   if ears == 2:
     config, params, stats = mmaudio.two_ears(config, params, jax.random.key(0))
   name = chosen.network
@@ -161,7 +163,8 @@ def export(source: str, folder: Path, out: Path) -> int:
     config = chosen.sizes(**{k: tuple(v) if isinstance(v, list) else v for k, v in about.items()})
   except (TypeError, ValueError) as error:
     raise UserError(f"{folder}/config.json describes no {name} of this version: {error}") from None
-  state, rebuilt = engine.export(chosen, config, model.params[name], f"{folder}/{name}")
+  params = model.params[name] | ({engine.STATS: model.stats[name]} if chosen.stats else {})
+  state, rebuilt = engine.export(chosen, config, params, f"{folder}/{name}")
   origin = model.config.get(f"{name}_source", {})
   licence = origin.get("licence", "that of its training") if isinstance(origin, dict) else ""
   metadata = {

@@ -16,8 +16,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from spatialv2a_jax.convert import files
 from spatialv2a_jax.errors import UserError
 
+STATS = "stats"  # Above the paths of running statistics, which a model folder keeps apart.
 State = Mapping[str, np.ndarray]
 Outputs = dict[str, Callable[[], Any]]
 WEIGHT = "o i ... -> ... i o"  # Linear and convolution weights: PyTorch's -> ours.
@@ -59,6 +61,8 @@ class Source:
     wrapper: key under which files may hold the state dict.
     about: sizes -> entries of `config.json` beside the sizes.
     note: what one must know to load an exported file upstream.
+    stats: whether upstream's state dict holds running statistics; their paths begin with STATS.
+    read: path -> content, where upstream spreads a network over several files.
   """
 
   network: str
@@ -73,6 +77,8 @@ class Source:
   wrapper: str = ""
   about: Callable[[Any], dict[str, Any]] = lambda config: {}
   note: str = ""
+  stats: bool = False
+  read: Callable[[Any], dict[str, Any]] = files.read
 
 
 def convert(source: Source, state: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:

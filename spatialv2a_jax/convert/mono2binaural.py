@@ -15,10 +15,12 @@ import numpy as np
 from spatialv2a_jax.convert import files
 from spatialv2a_jax.convert.engine import (
   STATS,
+  Leaf,
   Outputs,
   Source,
   State,
   Table,
+  arranged,
   copy,
   count,
   linear,
@@ -123,9 +125,8 @@ def _head(name: str, levels: int, kind: str) -> Table:
   recipes |= under("right", _up(f"{name}.lastconv_right.0"))
   for level in range(levels):
     key = f"{name}.fusion{level + 1 if levels > 1 else ''}.channel_mapping_conv_w"
-    recipes |= under(
-      f"fuse{level}", {"kernel": copy(f"{key}.weight", _flat), "bias": copy(f"{key}.bias")}
-    )
+    kernel = arranged(f"{key}.weight", "d i 1 -> i d")
+    recipes |= under(f"fuse{level}", {"kernel": kernel, "bias": copy(f"{key}.bias")})
   for level in range(levels - 1):
     key = f"{name}.fusion_upconv{level + 1}"
     recipes |= under(f"up{level}", _up(f"{key}.0")) | _norm(f"up{level}", f"{key}.1", kind)
@@ -137,16 +138,15 @@ def _norm(name: str, key: str, kind: str) -> Table:
 
 
 def _up(key: str) -> Table:
-  return {"kernel": copy(f"{key}.weight", _turned), "bias": copy(f"{key}.bias")}
+  """Returns the recipes of a transposed convolution, which `mono2binaural.Up` turns round."""
 
+  def turn(weight_iokk: np.ndarray) -> np.ndarray:
+    return weight_iokk.transpose(2, 3, 0, 1)[::-1, ::-1]
 
-def _turned(weight: np.ndarray) -> np.ndarray:
-  """Returns the kernel of `mono2binaural.Up` of a transposed convolution's (in, out, 4, 4)."""
-  return weight.transpose(2, 3, 0, 1)[::-1, ::-1]
+  def back(kernel_kkio: np.ndarray) -> tuple[np.ndarray]:
+    return (kernel_kkio[::-1, ::-1].transpose(2, 3, 0, 1),)
 
-
-def _flat(weight: np.ndarray) -> np.ndarray:
-  return weight[:, :, 0].T
+  return {"kernel": Leaf((f"{key}.weight",), turn, back), "bias": copy(f"{key}.bias")}
 
 
 def outputs(config: mono2binaural.Config, params: Any, inputs: State) -> Outputs:
@@ -180,10 +180,14 @@ SOURCE = Source(
   network="mono2binaural",
   upstream="PseudoBinaural (github.com/SheldonTsui/PseudoBinaural_CVPR2021)",
   licence="none stated upstream: ask its authors; ResNet-18 began with ImageNet weights",
+  sizes=mono2binaural.Config,
   configure=configure,
   table=table,
   init=_init,
   outputs=outputs,
   ignore=(r".*\.num_batches_tracked", r".*\.channel_mapping_conv_b\.(weight|bias)"),
+  note="the content of visual_, audio_ and fusion_SUFFIX.pth, whose keys lack the first word here; "
+  "without the layers that upstream never uses (channel_mapping_conv_b): load with strict=False",
+  stats=True,
   read=read,
 )

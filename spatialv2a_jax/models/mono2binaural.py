@@ -13,7 +13,7 @@ the picture's features.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,10 @@ from jax import Array
 from spatialv2a_jax.models import layers, resnet
 from spatialv2a_jax.models.resnet import BatchNorm, Conv, ResNet18
 
-BINS, FRAMES = 257, 64  # Of one window: 0.63 s at 16 kHz. The last bin, Nyquist's, is not predicted.
+BINS, FRAMES = (
+  257,
+  64,
+)  # Of one window: 0.63 s at 16 kHz. The last bin, Nyquist's, is not predicted.
 SQUEEZED = 8  # Channels to which the picture's features are reduced for the U-Net.
 ENCODER, DECODER = (1, 2, 4, 8, 8), (8, 4, 2, 1)  # Channels of the levels, in widths.
 HEADS = ("apnet", "assoconv")
@@ -137,13 +140,13 @@ class Up(nn.Module):
   """
 
   features: int
-  init: Any = _small
+  kernel_init: Any = _small
 
   @nn.compact
   def __call__(self, x_bfti: Array) -> Array:
     """Returns [b, 2 f, 2 t, o]."""
     b, f, t, i = x_bfti.shape
-    kernel, bias = _kernel_and_bias(self, self.init, i, self.features)
+    kernel, bias = _kernel_and_bias(self, self.kernel_init, i, self.features)
     kernel = kernel.reshape(2, 2, 2, 2, i, -1).transpose(0, 2, 4, 1, 3, 5)  # Phases go last.
     padded = jnp.pad(x_bfti, [(0, 0), (1, 1), (1, 1), (0, 0)])
     y = _dense_2x2(padded, kernel.reshape(2, 2, i, -1)).reshape(b, f + 1, t + 1, 2, 2, -1)
@@ -181,7 +184,7 @@ class AudioNet(nn.Module):
       x = Down(multiple * width, name=f"down{level}")(x)
       x = nn.leaky_relu(Norm(norm, self.train, name=f"down{level}_norm")(x), 0.2)
       skips.append(x)
-    seen = Conv(SQUEEZED, 1, bias=True, init=_small, name="squeeze")(seen_byxd)
+    seen = Conv(SQUEEZED, 1, bias=True, kernel_init=_small, name="squeeze")(seen_byxd)
     seen = nn.relu(BatchNorm(self.train, name="squeeze_norm")(seen))
     seen_bd = seen.transpose(0, 3, 1, 2).reshape(len(seen), -1)
     seen = jnp.broadcast_to(seen_bd[:, None, None], (*x.shape[:3], seen_bd.shape[1]))
@@ -288,10 +291,11 @@ def build(config: Config, constrain: layers.Constrain = layers.unconstrained) ->
   def apply(
     params: Any, stats: Any, mix_bftz: Array, image_byxc: Array, train: bool = False
   ) -> tuple[dict[str, Array], Any]:
-    variables = {"params": params, "stats": stats}
-    run = functools.partial(Net(config, train).apply, mutable=["stats"] if train else False)
-    out = run(variables, constrain(mix_bftz, "act_batch", None, None, None), image_byxc)
-    predictions, new = out if train else (out, {"stats": stats})
+    mix_bftz = constrain(mix_bftz, "act_batch", None, None, None)
+    run = functools.partial(Net(config, train).apply, {"params": params, "stats": stats})
+    if not train:
+      return cast(Any, run(mix_bftz, image_byxc)), stats
+    predictions, new = cast(Any, run(mix_bftz, image_byxc, mutable=["stats"]))
     return predictions, new["stats"]
 
   return Mono2Binaural(init, init_stats, apply)

@@ -33,7 +33,7 @@ class Conv(nn.Module):
     stride: of the output.
     padding: zeros around.
     bias: adds a bias.
-    init: of the kernel [size, size, i, o].
+    kernel_init: of the kernel [size, size, i, o].
   """
 
   features: int
@@ -41,13 +41,13 @@ class Conv(nn.Module):
   stride: int = 1
   padding: int = 0
   bias: bool = False
-  init: Any = _kaiming
+  kernel_init: Any = _kaiming
 
   @nn.compact
   def __call__(self, x_byxi: Array) -> Array:
     """Returns [b, y / stride, x / stride, o]."""
     shape = (self.size, self.size, x_byxi.shape[-1], self.features)
-    kernel = self.param("kernel", logical(self.init, None, None, None, None), shape)
+    kernel = self.param("kernel", logical(self.kernel_init, None, None, None, None), shape)
     y = jax.lax.conv_general_dilated(
       x_byxi,
       kernel,
@@ -130,7 +130,7 @@ class ResNet18(nn.Module):
     x /= jnp.asarray(STD).reshape(1, 1, 1, 3)
     x = Conv(self.planes, 7, 2, 3, name="stem")(x)
     x = nn.relu(BatchNorm(self.train, name="stem_norm")(x))
-    x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+    x = nn.max_pool(jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)]), (3, 3), (2, 2))  # x is >= 0.
     for stage in range(STAGES):
       for i in range(BLOCKS):
         stride = 2 if stage and not i else 1
