@@ -9,10 +9,14 @@ format, `data.layout`), `stats.json` and `manifest.json` describe them.
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
 import pathlib
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple, cast
@@ -20,10 +24,12 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from data import layout, tfrecord
+from spatialv2a_jax import io
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
 NAME, SPLIT = "spatialv2a", "train"
 MIN_BAD = 5  # Bad clips that never stop a build, however small it is.
+DESCRIPTIONS = ("features.json", "dataset_info.json", "stats.json", "manifest.json")
 
 Record = Mapping[str, np.ndarray | str]
 
@@ -62,13 +68,18 @@ class _OneByOne:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
+class Job:
+  """One shard to make: where, of which clips in which order, and under which configuration."""
+
   path: pathlib.Path
   split: str
   items: Sequence[Item]
   config_hash: str
   max_bad: int
   unknown: Collection[str]
+
+
+Runner = Callable[[Sequence[Job], Maker], Iterable[Mapping[str, Any]]]
 
 
 def build(
@@ -86,6 +97,7 @@ def build(
   max_bad: float = 0.01,
   unknown: Collection[str] = (),
   progress: Callable[[int, int, int], None] | None = None,
+  runner: Runner | None = None,
 ) -> dict[str, Any]:
   """Makes a record of every item and writes them to shards, with manifest and statistics.
 
@@ -106,6 +118,7 @@ def build(
     max_bad: share of bad clips at which to give up; five are always tolerated.
     unknown: fields in which NaN stands for an unknown value; elsewhere it makes a clip a bad one.
     progress: called with (shards done, shards, bad clips).
+    runner: calls `make_shard` on each job elsewhere, instead of on `jobs` processes here.
 
   Returns:
     The statistics, as in `stats.json`: "clips_in", "clips_out", "bad" {id: reason}, and "complete"
@@ -129,7 +142,7 @@ def build(
     slices[int(_md5(item), 16) % count].append(item)
   limit = max(MIN_BAD, int(max_bad * len(ids)))
   work = [
-    _Job(
+    Job(
       out / layout.shard_name(name, split, number, len(slices)),
       split,
       sorted(items_of, key=_md5),
@@ -143,7 +156,10 @@ def build(
   mine = work[part[0] :: part[1]]
   done, bad = 0, {}
   make = cast(Maker, make_record if batched else _OneByOne(cast(Any, make_record)))
-  for info in _run(mine, make, jobs):
+  if part == (0, 1):  # Else another part may be writing them at this moment.
+    for file in DESCRIPTIONS:
+      io.remove_leftovers(out / file)
+  for info in (runner or functools.partial(_run, jobs=jobs))(mine, make):
     done, bad = done + 1, {**bad, **info["bad"]}
     if progress:
       progress(done, len(mine), len(bad))
@@ -201,16 +217,25 @@ _make: Maker  # Of a worker process: sent once, not with every shard.
 def _start_worker(make: Maker) -> None:
   global _make
   _make = make
+  threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _work(job: _Job) -> dict[str, Any]:
-  return _make_shard(job, _make)
+def _end_with_parent() -> None:
+  """Ends this process if its parent is killed; it would wait for work forever."""
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
-def _run(work: Sequence[_Job], make: Maker, jobs: int) -> Iterator[dict[str, Any]]:
+def _work(job: Job) -> dict[str, Any]:
+  return make_shard(job, _make)
+
+
+def _run(work: Sequence[Job], make: Maker, jobs: int) -> Iterator[dict[str, Any]]:
   """Yields the sidecars of shards as they are finished."""
   if jobs == 1:
-    yield from (_make_shard(job, make) for job in work)
+    yield from (make_shard(job, make) for job in work)
     return
   # Spawned, not forked: a fork of a process with JAX threads can hang.
   context = multiprocessing.get_context("spawn")
@@ -230,11 +255,13 @@ def _run(work: Sequence[_Job], make: Maker, jobs: int) -> Iterator[dict[str, Any
       pool.shutdown(cancel_futures=True)
 
 
-def _make_shard(job: _Job, make: Maker) -> dict[str, Any]:
+def make_shard(job: Job, make: Maker) -> dict[str, Any]:
   """Writes one shard and its sidecar, unless they are there already."""
   known = _valid(job)
   if known is not None:
     return known
+  for path in (job.path, tfrecord.index_path(job.path), sidecar(job.path)):
+    io.remove_leftovers(path)
   # Without its sidecar a shard counts as unfinished, so this one goes first and comes last.
   sidecar(job.path).unlink(missing_ok=True)
   ids: list[str] = []
@@ -273,7 +300,7 @@ def _make_shard(job: _Job, make: Maker) -> dict[str, Any]:
   return info
 
 
-def _valid(job: _Job) -> dict[str, Any] | None:
+def _valid(job: Job) -> dict[str, Any] | None:
   """Returns the sidecar of a finished shard of the same clips and configuration."""
   try:
     info = json.loads(sidecar(job.path).read_text())
@@ -289,7 +316,7 @@ def _valid(job: _Job) -> dict[str, Any] | None:
 
 def _finish(
   out: pathlib.Path,
-  made: Sequence[tuple[_Job, dict[str, Any]]],
+  made: Sequence[tuple[Job, dict[str, Any]]],
   about: Mapping[str, Any],
   stats: Mapping[str, Any],
 ) -> None:

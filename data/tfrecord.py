@@ -265,13 +265,14 @@ def _end(index_r2: np.ndarray) -> int:
   return int(index_r2[-1].sum()) + HEADER + FOOTER if len(index_r2) else 0
 
 
-def _index_path(path: str | pathlib.Path) -> pathlib.Path:
+def index_path(path: str | pathlib.Path) -> pathlib.Path:
+  """Returns the sidecar of a shard that holds the offsets of its records."""
   return pathlib.Path(f"{path}.index")
 
 
 def _load_index(path: str | pathlib.Path) -> np.ndarray | None:
   try:
-    with open(_index_path(path), "rb") as file:
+    with open(index_path(path), "rb") as file:
       index_r2 = np.load(file, allow_pickle=False)
   except (OSError, ValueError, EOFError):
     return None
@@ -279,7 +280,7 @@ def _load_index(path: str | pathlib.Path) -> np.ndarray | None:
 
 
 def _write_index(path: str | pathlib.Path, index_r2: np.ndarray) -> None:
-  with io.atomic_path(_index_path(path)) as temporary, open(temporary, "wb") as file:
+  with io.atomic_path(index_path(path)) as temporary, open(temporary, "wb") as file:
     np.save(file, index_r2)
 
 

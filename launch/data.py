@@ -1,7 +1,8 @@
 """`python -m launch.data COMMAND`: makes data sets.
 
 `scenes` draws procedural clips (video, stereo sound, truth) from a seed; no download, no JAX.
-`encode` makes training shards out of such a folder, or of one's own videos.
+`encode` makes training shards out of such a folder, or of one's own videos. `vggsound` filters
+videos and places their sound at two ears.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from data import scenes
+from launch import vggsound
 from spatialv2a_jax import logbook
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.spatial import hrtf
@@ -112,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   commands = parser.add_subparsers(dest="command", required=True)
   add_scenes(commands)
   add_encode(commands)
+  vggsound.add_arguments(commands)
   args = parser.parse_args(argv)
   try:
     return args.run(args)

@@ -10,6 +10,7 @@ from spatialv2a_jax.io.files import (
   file_hash,
   list_media,
   probe,
+  remove_leftovers,
 )
 from spatialv2a_jax.io.mux import remux, write_video
 from spatialv2a_jax.io.video import View, Window, iter_views, read_video, read_views
@@ -29,6 +30,7 @@ __all__ = [
   "read_audio",
   "read_video",
   "read_views",
+  "remove_leftovers",
   "remux",
   "write_audio",
   "write_video",

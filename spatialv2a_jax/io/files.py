@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import pathlib
+import re
 import secrets
 from collections.abc import Collection, Iterator
 from fractions import Fraction
@@ -94,6 +95,16 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     raise
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+  """Removes what `atomic_path(path)` leaves where its process is killed; nobody may be writing."""
+  path = pathlib.Path(path)
+  name = re.compile(re.escape(f".{path.stem[:80]}.") + "[0-9a-f]{8}" + re.escape(path.suffix))
+  if path.parent.is_dir():
+    for entry in os.scandir(path.parent):
+      if name.fullmatch(entry.name):
+        pathlib.Path(entry.path).unlink(missing_ok=True)
 
 
 def check_writable(folder: str | os.PathLike) -> None:

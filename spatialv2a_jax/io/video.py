@@ -207,6 +207,7 @@ def iter_views(
   overlap_s: float | Fraction = 0,
   start: float | Fraction = 0,
   duration: float | Fraction | None = None,
+  threads: int = 0,
 ) -> Iterator[Window]:
   """Decodes a video once and yields it window by window, holding no more than one window.
 
@@ -221,6 +222,7 @@ def iter_views(
     overlap_s: seconds that neighbouring windows share.
     start: seconds into the video.
     duration: seconds to read at most; None to read to the end.
+    threads: that decode; 0 takes as many as there are cores, 1 leaves those to other processes.
 
   Raises:
     UserError: unreadable or damaged file, no video stream, or nothing after `start`.
@@ -250,6 +252,7 @@ def iter_views(
   with open_media(path) as container:
     stream = video_stream(container, path)
     stream.thread_type = "AUTO"
+    stream.codec_context.thread_count = threads
     last_frame = None
     for time, length, frame in timed_frames(container, stream, path, start):
       pixels: dict[str, np.ndarray] = {}
@@ -287,6 +290,7 @@ def read_views(
   views: Mapping[str, View],
   start: float | Fraction = 0,
   duration: float | Fraction | None = None,
+  threads: int = 0,
 ) -> dict[str, np.ndarray]:
   """Several views of one stretch of a video from a single decoding pass.
 
@@ -295,7 +299,7 @@ def read_views(
   Returns:
     View name -> uint8 [v, y, x, 3]; fewer frames than `duration` asks for if the video is shorter.
   """
-  (window,) = iter_views(path, views, start=start, duration=duration)
+  (window,) = iter_views(path, views, start=start, duration=duration, threads=threads)
   return window.frames
 
 
@@ -307,7 +311,8 @@ def read_video(
   crop: int | None = None,
   start: float | Fraction = 0,
   duration: float | Fraction | None = None,
+  threads: int = 0,
 ) -> np.ndarray:
   """One view of a video as uint8 RGB [v, y, x, 3]; see `View` and `iter_views`."""
   view = View(fps, size, short_side, crop)
-  return read_views(path, {"view": view}, start, duration)["view"]
+  return read_views(path, {"view": view}, start, duration, threads)["view"]

@@ -1,0 +1,275 @@
+"""Which clips there are: a list of ids with label and split, held against a folder of videos.
+
+A list is CSV or TSV: with a header, the columns `id`, `label` and `split` (the last two may be
+missing); without one, those three in this order, or VGGSound's own four: YouTube id, start in
+seconds, label, split.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from spatialv2a_jax import io
+from spatialv2a_jax.errors import UserError
+
+SPLIT = "train"
+CLIPS_PER_SHARD = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One line of a list.
+
+  Attributes:
+    id: of the clip.
+    label: what is heard; the caption of the clip.
+    split: such as "train".
+    names: file names without suffix under which the clip may be found, the best first.
+  """
+
+  id: str
+  label: str
+  split: str
+  names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+  """A file to make a record of.
+
+  Attributes:
+    id, label, split: as in the list.
+    path: of the file.
+    name: the path below the folder of videos.
+    stamp: changes when the file does.
+    listed: whether the id is in the list.
+  """
+
+  id: str
+  label: str
+  split: str
+  path: str
+  name: str
+  stamp: str
+  listed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+  """A list and a folder brought together.
+
+  Attributes:
+    clips: the files, by id; those that no line names come with `listed` false.
+    missing: ids of the list without a file.
+    duplicates: files left out because another has the same id.
+    sizes: how many ids the list has in each split.
+  """
+
+  clips: tuple[Clip, ...]
+  missing: tuple[str, ...]
+  duplicates: tuple[str, ...]
+  sizes: Mapping[str, int]
+
+  def shards(self, clips_per_shard: int = CLIPS_PER_SHARD) -> dict[str, int]:
+    """Returns the number of shards of each split: a power of two that depends on the list alone.
+
+    For all of VGGSound these are 1024 for training and 128 for testing.
+    """
+    wanted = {split: -(-size // clips_per_shard) for split, size in self.sizes.items()}
+    return {split: 1 << (count - 1).bit_length() for split, count in wanted.items()}
+
+  def coverage(self) -> dict[str, Any]:
+    """Returns how much of the list is in the folder, for JSON."""
+    listed = sum(self.sizes.values())
+    unlisted = [clip.name for clip in self.clips if not clip.listed]
+    found = len(self.clips) - len(unlisted)
+    return {
+      "listed": listed,
+      "found": found,
+      "share": found / listed if listed else None,
+      "missing": list(self.missing),
+      "unlisted": unlisted,
+      "duplicates": list(self.duplicates),
+    }
+
+
+def read(videos: str | pathlib.Path, labels: str | pathlib.Path | None) -> Catalogue:
+  """Brings a folder of videos and a list together.
+
+  Args:
+    videos: folder of videos at any depth; hidden files and folders are passed over.
+    labels: the list; None takes every video for training, labelled by the "caption" in
+      `<id>.json` beside it, if there is one.
+
+  Raises:
+    UserError: no such folder, no videos in it, or a bad list.
+  """
+  files, duplicates = _files(pathlib.Path(videos))
+  if labels is None:
+    entries = [Entry(name, _caption(path), SPLIT, (name,)) for name, path in files.items()]
+  else:
+    entries = read_list(labels)
+  clips, missing = [], []
+  for entry in entries:
+    name = next((name for name in entry.names if name in files), None)
+    if name is None:
+      missing.append(entry.id)
+    else:
+      clips.append(_clip(entry, files.pop(name), videos))
+  splits = {entry.split for entry in entries}
+  spare = SPLIT if SPLIT in splits else min(splits, default=SPLIT)
+  for name, path in files.items():
+    clips.append(_clip(Entry(name, "", spare, ()), path, videos, listed=False))
+  taken: dict[str, Clip] = {}
+  for clip in clips:
+    if taken.setdefault(clip.id, clip) is not clip:
+      duplicates.append(clip.name)
+  sizes = {split: sum(entry.split == split for entry in entries) for split in sorted(splits)}
+  return Catalogue(
+    tuple(sorted(taken.values(), key=lambda clip: clip.id)),
+    tuple(sorted(missing)),
+    tuple(sorted(duplicates)),
+    sizes,
+  )
+
+
+def read_list(path: str | pathlib.Path) -> list[Entry]:
+  """Reads a list of ids.
+
+  Raises:
+    UserError: no such file, another number of columns, an id that occurs twice, or no ids.
+  """
+  path = pathlib.Path(path)
+  try:
+    text = path.read_text(encoding="utf-8-sig")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"--labels {path}: cannot read it ({error})") from None
+  delimiter = "\t" if "\t" in text.split("\n", 1)[0] else ","
+  rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if row]
+  head = [name.strip().lower() for name in rows[0]] if rows else []
+  if "id" in head or not rows:
+    entries = [_titled(dict(zip(head, row, strict=False)), path) for row in rows[1:]]
+  else:
+    entries = _untitled(rows, path)
+  if not entries:
+    raise UserError(f"--labels {path}: it lists no clips")
+  seen: set[str] = set()
+  for entry in entries:
+    if entry.id in seen:
+      raise UserError(f"--labels {path}: id {entry.id!r} occurs twice")
+    if not re.fullmatch(r"\w+", entry.split):
+      raise UserError(f"--labels {path}: split {entry.split!r} of {entry.id!r} is no word")
+    seen.add(entry.id)
+  return entries
+
+
+def slice_of(clip_id: str, shards: int) -> int:
+  """Returns the number of the slice, and shard, that a clip belongs to."""
+  return int(hashlib.md5(clip_id.encode()).hexdigest(), 16) % shards
+
+
+def read_table(path: str | pathlib.Path | None, flag: str) -> dict[str, dict[str, float]]:
+  """Reads numbers per clip: CSV or TSV with a column `id`; empty cells are left out.
+
+  Args:
+    path: the file; None is an empty table.
+    flag: the option that named it, for errors.
+
+  Raises:
+    UserError: no such file, no column `id`, or a cell that is no number.
+  """
+  if path is None:
+    return {}
+  try:
+    text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{flag} {path}: cannot read it ({error})") from None
+  delimiter = "\t" if "\t" in text.split("\n", 1)[0] else ","
+  reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
+  if "id" not in (reader.fieldnames or ()):
+    raise UserError(f"{flag} {path}: its first line names no column id")
+  try:
+    return {
+      row["id"]: {name: float(cell) for name, cell in row.items() if name != "id" and cell}
+      for row in reader
+    }
+  except (TypeError, ValueError) as error:
+    raise UserError(f"{flag} {path}: every cell beside id is a number ({error})") from None
+
+
+def _titled(row: Mapping[str, str], path: pathlib.Path) -> Entry:
+  name = row["id"].strip()
+  if not name:
+    raise UserError(f"--labels {path}: a line has no id")
+  return Entry(name, (row.get("label") or "").strip(), (row.get("split") or SPLIT).strip(), (name,))
+
+
+def _untitled(rows: Sequence[Sequence[str]], path: pathlib.Path) -> list[Entry]:
+  widths = {len(row) for row in rows}
+  if widths == {3}:
+    return [_titled({"id": row[0], "label": row[1], "split": row[2]}, path) for row in rows]
+  if widths != {4} or not all(row[1].strip().isdigit() for row in rows):
+    raise UserError(
+      f"--labels {path}: want a header with id, label, split, or VGGSound's four columns:"
+      " YouTube id, start in seconds, label, split"
+    )
+  once = _once(row[0].strip() for row in rows)
+  return [
+    _vggsound(row[0].strip(), int(row[1]), row[2].strip(), row[3].strip(), once) for row in rows
+  ]
+
+
+def _vggsound(video: str, start: int, label: str, split: str, once: set[str]) -> Entry:
+  """Files go by `<YouTube id>_<start, six digits>`, or by what common downloaders write."""
+  name = f"{video}_{start:06d}"
+  end = start + 10
+  others = [f"{video}_{start}", f"{video}_{start}_{end}", f"{video}_{start}000_{end}000"]
+  return Entry(name, label, split, (name, *others, *([video] if video in once else [])))
+
+
+def _once(names: Iterable[str]) -> set[str]:
+  counts: dict[str, int] = {}
+  for name in names:
+    counts[name] = counts.get(name, 0) + 1
+  return {name for name, count in counts.items() if count == 1}
+
+
+def _files(folder: pathlib.Path) -> tuple[dict[str, pathlib.Path], list[str]]:
+  """Returns the videos by stem, and those whose stem another one has."""
+  if not folder.is_dir():
+    raise UserError(f"--videos {folder}: no such folder")
+  found: dict[str, pathlib.Path] = {}
+  duplicates = []
+  for parent, folders, names in os.walk(folder):
+    folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for name in sorted(names):
+      path = pathlib.Path(parent, name)
+      if name.startswith(".") or path.suffix.lower() not in io.VIDEO_EXTENSIONS:
+        continue
+      if found.setdefault(path.stem, path) is not path:
+        duplicates.append(str(path.relative_to(folder)))
+  if not found:
+    raise UserError(f"--videos {folder}: no videos in it ({' '.join(sorted(io.VIDEO_EXTENSIONS))})")
+  return found, duplicates
+
+
+def _caption(path: pathlib.Path) -> str:
+  try:
+    return str(json.loads(path.with_suffix(".json").read_text()).get("caption") or "")
+  except (OSError, ValueError, AttributeError):
+    return ""
+
+
+def _clip(
+  entry: Entry, path: pathlib.Path, videos: str | pathlib.Path, listed: bool = True
+) -> Clip:
+  stat = path.stat()
+  name = path.relative_to(videos).as_posix()
+  stamp = f"{stat.st_size} {stat.st_mtime_ns} {entry.label} {listed}"
+  return Clip(entry.id, entry.label, entry.split, str(path), name, stamp, listed)

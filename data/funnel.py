@@ -1,0 +1,150 @@
+"""What became of every clip, and what each stage cost: the reports of a build."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data import catalogue, filters, layout, shards, stages
+from spatialv2a_jax import io
+
+ALL_OF_VGGSOUND = 199_000
+_FILES = ("coverage.json", "funnel.json", "funnel.txt", "throughput.json")
+
+
+def write(
+  out: pathlib.Path, known: catalogue.Catalogue, work: Sequence[shards.Item], whole: bool = True
+) -> dict[str, Any]:
+  """Writes the four reports of a build, of as many slices as are done.
+
+  Args:
+    out: folder of the build.
+    known: list and folder.
+    work: the clips of the build.
+    whole: nobody else works on the build: leftovers and files of other settings are removed.
+
+  Returns:
+    The content of `funnel.json`.
+  """
+  names = {item.payload.slice_name for item in work}
+  if whole:
+    for name in _FILES:
+      io.remove_leftovers(out / name)
+    _tidy(out, names)
+  infos = [_json(path) for path in sorted((out / "raw").glob("*.tfrecord-*.json"))]
+  made = {name for info in infos for name in info.get("ids", ())}
+  bad = {name: why for info in infos for name, why in info.get("bad", {}).items()}
+  funnel = count(known, made, bad)
+  layout.write_json(out / "coverage.json", known.coverage())
+  layout.write_json(out / "funnel.json", funnel)
+  with io.atomic_path(out / "funnel.txt") as temporary:
+    pathlib.Path(temporary).write_text(table(funnel) + "\n")
+  clocks = [_json(out / "slices" / name / "seconds.json") for name in sorted(names)]
+  layout.write_json(out / "throughput.json", throughput(clocks))
+  return funnel
+
+
+def count(known: catalogue.Catalogue, made: set[str], bad: Mapping[str, str]) -> dict[str, Any]:
+  """Returns how many clips were kept, and which were dropped for which reason.
+
+  Args:
+    known: list and folder.
+    made: ids of the records.
+    bad: "reason: detail" of each dropped clip.
+  """
+  drops = {}
+  for name, why in sorted(bad.items()):
+    reason, _, detail = why.partition(": ")
+    reason, detail = (reason, detail) if reason in filters.REASONS else ("failed", why)
+    drops[name] = {"reason": reason, "stage": filters.REASONS[reason][0], "detail": detail}
+  reasons = {reason: 0 for reason in filters.REASONS}
+  for drop in drops.values():
+    reasons[drop["reason"]] += 1
+  failures = sum(reasons[reason] for reason in filters.FAILURES)
+  return {
+    "listed": sum(known.sizes.values()),
+    "missing": len(known.missing),
+    "files": len(known.clips),
+    "kept": len(made),
+    "dropped": reasons,
+    "waiting": len(known.clips) - len(made) - len(drops),
+    "failures": failures,
+    "clips": drops,
+  }
+
+
+def table(funnel: Mapping[str, Any]) -> str:
+  """Returns the funnel as text: from listed to kept, every reason with its number."""
+  rows = [
+    ("listed", funnel["listed"], ""),
+    ("  missing", -funnel["missing"], "in the list, not in the folder"),
+    ("files", funnel["files"], ""),
+  ]
+  for reason, (stage, text) in filters.REASONS.items():
+    if funnel["dropped"][reason]:
+      rows.append((f"  {reason}", -funnel["dropped"][reason], f"{text} ({stage})"))
+  if funnel["waiting"]:
+    rows.append(("  waiting", -funnel["waiting"], "in slices that are not done"))
+  rows.append(("kept", funnel["kept"], ""))
+  width = max(len(f"{number:,}") for _, number, _ in rows)
+  return "\n".join(f"{name:<12} {number:>{width},}  {text}".rstrip() for name, number, text in rows)
+
+
+def throughput(clocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns of each stage clips per second of one core, the slowest, and hours for VGGSound.
+
+  Args:
+    clocks: "seconds" and "clips" by stage, of each slice.
+  """
+  table = {}
+  for stage in stages.STAGES:
+    clips = sum(clock.get("clips", {}).get(stage, 0) for clock in clocks)
+    seconds = sum(clock.get("seconds", {}).get(stage, 0.0) for clock in clocks)
+    rate = clips / seconds if seconds else None
+    table[stage] = {"clips": clips, "core_seconds": seconds, "clips_per_core_second": rate}
+  total = sum(row["core_seconds"] for row in table.values())
+  clips = max(row["clips"] for row in table.values())
+  slowest = max(stages.STAGES, key=lambda stage: table[stage]["core_seconds"])
+  return {
+    "stages": table,
+    "bottleneck": slowest if total else None,
+    "clips_per_core_second": clips / total if total else None,
+    "core_hours_for_199000_clips": ALL_OF_VGGSOUND * total / clips / 3600 if clips else None,
+  }
+
+
+def speed(out: pathlib.Path) -> str:
+  """Returns one line on the speed of a build."""
+  found = _json(out / "throughput.json")
+  if not found.get("bottleneck"):
+    return "no clip was processed"
+  per_stage = ", ".join(
+    f"{stage} {row['clips_per_core_second']:.3g}"
+    for stage, row in found["stages"].items()
+    if row["clips_per_core_second"]
+  )
+  return (
+    f"clips per second and core: {found['clips_per_core_second']:.3g} ({per_stage}); bottleneck:"
+    f" {found['bottleneck']}; {found['core_hours_for_199000_clips']:.0f} core hours for"
+    f" {ALL_OF_VGGSOUND:,} clips"
+  )
+
+
+def _tidy(out: pathlib.Path, names: set[str]) -> None:
+  """Removes slices and shards of an earlier cut of the same folder."""
+  for folder in (out / "slices").glob("*-of-*"):
+    if folder.name not in names:
+      shutil.rmtree(folder)
+  current = {shard["file"] for shard in _json(out / "raw" / "manifest.json").get("shards", ())}
+  for path in (out / "raw").glob("*.tfrecord-*") if current else ():
+    shard = path.name.removesuffix(".index").removesuffix(".json")
+    if shard not in current:
+      path.unlink()
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError):
+    return {}

@@ -1,0 +1,163 @@
+"""From the sound of a file and where its picture moves to the sound at two ears.
+
+Axes: e channel or ear (0 left, 1 right), p audio sample, v frame at 8 fps, n frame at 25 fps,
+y image row, x image column.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from data import filters
+from spatialv2a_jax import io, localizers, schema
+from spatialv2a_jax.spatial import hrtf, spatializer
+
+SMOOTH_S = 0.375  # Standard deviation: a source does not jump, a localizer does.
+FULL_SCALE = 32767 / 32768
+SEEN = 0.5  # Heat from which on a pixel belongs to the source, as in the descriptors.
+REVERSED = -0.5  # Correlation of level difference and picture that says left is right.
+_LEAST_SWING_DEG, _LEAST_SWING_DB, _LEAST_FRAMES = 5.0, 1.0, 16
+
+
+def locate(path: str, seconds: float, localizer: str) -> dict[str, Any]:
+  """Looks where the picture of a file says that it sounds.
+
+  Args:
+    path: a video of `seconds` or more, or a little less: its last frame is then held.
+    seconds: length of the clip.
+    localizer: as for `localizers.heat`.
+
+  Returns:
+    "azimuth_deg", a number per frame at 8 fps, left positive, to 0.01 degrees, and "located", 1
+    where something was found; azimuth is 0 elsewhere.
+
+  Raises:
+    UserError: a damaged file, or a bad localizer.
+  """
+  frames = io.read_video(path, schema.SYNC_FPS, localizers.FRAME_SIZE, duration=seconds, threads=1)
+  wanted = schema.whole_frames(seconds, schema.SYNC_FPS)
+  frames = np.concatenate([frames, np.repeat(frames[-1:], max(0, wanted - len(frames)), axis=0)])
+  motion_nyx = localizers.residual_motion(frames[:wanted].astype(np.float32) / 255)
+  heat_vyx = localizers.heat(localizer, motion_nyx, schema.whole_frames(seconds, schema.CLIP_FPS))
+  seen_vx = np.any(heat_vyx >= SEEN, axis=1)
+  first_v = np.argmax(seen_vx, axis=1)
+  end_v = seen_vx.shape[1] - np.argmax(seen_vx[:, ::-1], axis=1)
+  located_v = seen_vx.any(axis=1)
+  centre_v = (first_v + end_v) / seen_vx.shape[1] - 1  # The descriptor S_h.
+  azimuth_v = np.where(located_v, -0.5 * schema.HFOV_DEG * centre_v, 0.0)
+  return {
+    "azimuth_deg": (np.round(azimuth_v, 2) + 0.0).tolist(),
+    "located": located_v.astype(int).tolist(),
+  }
+
+
+def smooth(azimuth_v: Sequence[float], located_v: Sequence[int]) -> np.ndarray:
+  """Returns a track float64 [v] without jumps: frames in which nothing was found take no part.
+
+  Gaps are bridged and the ends held; all zero where nothing was ever found.
+  """
+  weight_v = np.asarray(located_v, np.float64)
+  if not weight_v.any():
+    return np.zeros(len(weight_v))
+  seen_v = np.flatnonzero(weight_v)
+  bridged_v = np.interp(np.arange(len(weight_v)), seen_v, np.asarray(azimuth_v)[seen_v])
+  sigma = SMOOTH_S * schema.CLIP_FPS
+  return ndimage.gaussian_filter1d(bridged_v, sigma, mode="nearest")
+
+
+def agreement(audio_ep: np.ndarray, sample_rate: int, azimuth_v: np.ndarray) -> float:
+  """Returns how well recorded stereo follows the picture: correlation of level and azimuth.
+
+  Args:
+    audio_ep: [2, p].
+    sample_rate: Hz.
+    azimuth_v: smoothed track, left positive.
+
+  Returns:
+    Pearson's r of level difference (left over right, dB) and azimuth over the frames that sound;
+    NaN where either stays in its place: then nothing can be said.
+  """
+  size = sample_rate // schema.CLIP_FPS
+  count = min(len(azimuth_v), audio_ep.shape[1] // size)
+  frame_evp = audio_ep[:, : count * size].reshape(2, count, size).astype(np.float64)
+  power_ev = np.mean(frame_evp**2, axis=2) + 1e-12
+  total_v = power_ev.sum(axis=0)
+  loud_v = total_v > max(1e-6, 1e-4 * total_v.max(initial=0))
+  level_v = 10 * np.log10(power_ev[0] / power_ev[1])[loud_v]
+  azimuth_v = azimuth_v[:count][loud_v]
+  if loud_v.sum() < _LEAST_FRAMES or np.std(azimuth_v) < _LEAST_SWING_DEG:
+    return math.nan
+  if np.std(level_v) < _LEAST_SWING_DB:
+    return math.nan
+  return float(np.corrcoef(level_v, azimuth_v)[0, 1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+  """Sound at two ears and how it came about.
+
+  Attributes:
+    audio_ep: float32 [2, p], within full scale.
+    spatializer: "recorded" where the file's own two channels were kept, else the renderer.
+    hrtf: identity of the head that rendered, "" if none did.
+    gain_db: by how much both ears were turned down to stay within full scale, 0 or negative.
+    agreement: of the file's own two channels with the picture, NaN if unknown.
+  """
+
+  audio_ep: np.ndarray
+  spatializer: str
+  hrtf: str
+  gain_db: float
+  agreement: float
+
+
+class Placer:
+  """Puts the sound of a file where its picture moves, unless it was recorded in true stereo."""
+
+  def __init__(self, name: str, sample_rate: int, keep_stereo: bool = True):
+    """Loads the head.
+
+    Args:
+      name: as for `spatializer.load`.
+      sample_rate: Hz.
+      keep_stereo: leave recordings alone that have two true channels.
+
+    Raises:
+      UserError: another name, or a bad file.
+    """
+    self.render, self.keep_stereo = spatializer.load(name, sample_rate), keep_stereo
+    # Where a file of filters lay is none of the record's business; the head's hash says what it is.
+    self.label = f"{name.partition(':')[0]}:{self.head.name}" if ":" in name else name
+
+  @property
+  def head(self) -> hrtf.Hrtf:
+    """Whose ears hear."""
+    return self.render.head
+
+  def __call__(self, audio_ep: np.ndarray, layout: str, azimuth_v: np.ndarray) -> Placed:
+    """Places one clip.
+
+    Args:
+      audio_ep: [e, p] the file's sound.
+      layout: of `filters.layout_of`.
+      azimuth_v: smoothed track at 8 fps, degrees, left positive.
+    """
+    agrees = math.nan
+    if layout == "stereo":
+      agrees = agreement(audio_ep, self.head.sample_rate, azimuth_v)
+      if self.keep_stereo and not agrees <= REVERSED:
+        return _placed(audio_ep, "recorded", "", agrees)
+    mono_p = filters.mono(audio_ep, layout).astype(np.float32)
+    track = ((np.arange(len(azimuth_v)) + 0.5) / schema.CLIP_FPS, azimuth_v)
+    return _placed(self.render(mono_p, track), self.label, self.head.hash, agrees)
+
+
+def _placed(audio_ep: np.ndarray, label: str, head: str, agrees: float) -> Placed:
+  peak = float(np.abs(audio_ep).max())
+  gain = min(1.0, FULL_SCALE / peak) if peak else 1.0
+  kept_ep = (audio_ep * np.float32(gain)).astype(np.float32)
+  return Placed(kept_ep, label, head, 20 * math.log10(gain) + 0.0, agrees)

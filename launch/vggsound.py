@@ -1,0 +1,183 @@
+"""What `python -m launch.data vggsound` does: a folder of videos to shards of binaural sound."""
+
+import argparse
+import os
+import pathlib
+import re
+import sys
+
+from data import catalogue, filters, funnel, quality, shards, stages
+from spatialv2a_jax import io, logbook, schema
+from spatialv2a_jax.errors import MissingAssetError, UserError
+
+_NAMED = 20  # Dropped clips that are printed; all are in funnel.json.
+
+
+def add_arguments(commands) -> None:
+  """Adds the arguments of `vggsound`."""
+  p = commands.add_parser(
+    "vggsound",
+    help="Make shards of binaural sound of a folder of videos.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    allow_abbrev=False,
+  )
+  p.add_argument("--videos", required=True, type=pathlib.Path, metavar="DIR", help="at any depth")
+  p.add_argument(
+    "--labels", type=pathlib.Path, metavar="FILE",
+    help="CSV or TSV with id, label, split, or VGGSound's own; without it, all videos",
+  )  # fmt: skip
+  p.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR")
+  p.add_argument(
+    "--spatializer", default="sphere", metavar="NAME", help="sphere, sofa:FILE or paper"
+  )
+  p.add_argument(
+    "--stereo", choices=("keep", "render"), default="keep", help="what to do with true stereo"
+  )
+  p.add_argument("--audio", choices=sorted(schema.AUDIO), default="16k", help="rate of the sound")
+  p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes")
+  p.add_argument(
+    "--slice", type=_part, default="0/1", metavar="I/N", help="make only slices I, I + N, ..."
+  )
+  p.add_argument("--beam", metavar="RUNNER", help="run as a Beam pipeline, such as DirectRunner")
+  p.add_argument("--beam-option", action="append", default=[], metavar="KEY=VALUE")
+  p.add_argument("--clips-per-shard", type=int, default=catalogue.CLIPS_PER_SHARD, metavar="N")
+  p.add_argument("--max-failures", type=float, default=0.01, help="share of unreadable clips")
+  limits = filters.Limits()
+  p.add_argument("--seconds", type=float, default=limits.seconds, help="length of a clip")
+  p.add_argument("--tolerance", type=float, default=limits.tolerance_s, help="seconds short of it")
+  p.add_argument("--silence", type=float, default=limits.silence, help="share that drops a clip")
+  p.add_argument(
+    "--quality-scores", type=pathlib.Path, metavar="FILE",
+    help="CSV with id, CE, CU, PC, PQ of Audiobox Aesthetics",
+  )  # fmt: skip
+  p.add_argument(
+    "--quality-weights", type=pathlib.Path, metavar="FILE",
+    help="its checkpoint.pt, to score the clips here",
+  )  # fmt: skip
+  p.add_argument(
+    "--least-quality", type=_pairs, default=limits.quality, metavar="CE=X,CU=Y,PQ=Z",
+    help="scores below drop a clip",
+  )  # fmt: skip
+  p.add_argument(
+    "--tags", type=pathlib.Path, metavar="FILE", help="CSV with id and a column per tag"
+  )
+  p.add_argument(
+    "--most-tag", type=_pairs, default=(), metavar="speech=X,music=Y",
+    help="tags above drop a clip",
+  )  # fmt: skip
+  p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+  """Builds what is not there yet; 0 if all is well, 1 if too many clips could not be read.
+
+  Raises:
+    UserError: bad arguments, list or folder, or no clip that could be used.
+    MissingAssetError: weights or a package are not there.
+  """
+  settings, judge = _settings(args), None
+  if args.quality_weights:
+    judge = quality.Aesthetics(args.quality_weights)
+  runner = _beam(args)
+  config = {**settings.config(), "judge": judge.identity if judge else None}
+  known = catalogue.read(args.videos, args.labels)
+  scores = (
+    catalogue.read_table(args.quality_scores, "--quality-scores") if args.quality_scores else {}
+  )
+  tags = catalogue.read_table(args.tags, "--tags") if args.tags else {}
+  io.check_writable(args.out)
+  if not scores and judge is None:
+    print("quality filter: off, scores are NaN (give --quality-scores or --quality-weights)")
+  counts = known.shards(args.clips_per_shard)
+  work = stages.items(known, counts, scores, tags)
+  whole = args.slice == (0, 1)
+  with logbook.Progress(sum(counts.values()), "slices", unit="slice") as progress:
+    try:
+      stats = shards.build(
+        work,
+        stages.Slice(args.out / "slices", settings, judge),
+        args.out / "raw",
+        shards=counts,
+        config=config,
+        batched=True,
+        name=stages.NAME,
+        description="Videos with sound at two ears, by their pictures (arXiv 2601.15017).",
+        jobs=args.jobs,
+        part=args.slice,
+        max_bad=1.0,  # Dropping is the work of this command; failures are capped below.
+        unknown=stages.UNKNOWN,
+        progress=lambda *_: progress.advance(),
+        runner=runner,
+      )
+    finally:
+      found = funnel.write(args.out, known, work, whole)
+  print(funnel.table(found))
+  named = [f"{name}: {drop['reason']}, {drop['detail']}" for name, drop in found["clips"].items()]
+  print("\n".join(named[:_NAMED]))
+  if len(named) > _NAMED:
+    print(f"... and {len(named) - _NAMED} more in {args.out / 'funnel.json'}")
+  print(funnel.speed(args.out))
+  state = "complete" if stats["complete"] else "not complete: run the other slices"
+  print(f"{args.out / 'raw'}: {found['kept']} clips in {sum(counts.values())} shards, {state}")
+  limit = max(shards.MIN_BAD, int(args.max_failures * len(known.clips)))
+  if found["failures"] > limit:
+    print(
+      f"launch.data vggsound: {found['failures']} clips could not be read, more than {limit}"
+      " (--max-failures); see funnel.json",
+      file=sys.stderr,
+    )
+    return 1
+  return 0
+
+
+def _settings(args: argparse.Namespace) -> stages.Settings:
+  for flag in ("jobs", "clips_per_shard"):
+    if getattr(args, flag) < 1:
+      raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
+  if not 1 <= args.seconds <= 600 or not 0 <= args.tolerance < args.seconds:
+    raise UserError(f"--seconds {args.seconds:g} --tolerance {args.tolerance:g}: give 1 to 600 s")
+  if not 0 < args.silence <= 1:
+    raise UserError(f"--silence {args.silence:g}: give a share above 0, up to 1")
+  unknown = [axis for axis, _ in args.least_quality if axis not in filters.AXES]
+  if unknown:
+    raise UserError(f"--least-quality: no axis {unknown[0]!r}, have {', '.join(filters.AXES)}")
+  if args.most_tag and not args.tags:
+    raise UserError("--most-tag needs --tags FILE")
+  return stages.Settings(
+    filters.Limits(
+      args.seconds, args.tolerance, args.silence, tuple(args.least_quality), tuple(args.most_tag)
+    ),
+    args.audio,
+    "motion",
+    args.spatializer,
+    args.stereo == "keep",
+  )
+
+
+def _beam(args: argparse.Namespace) -> shards.Runner | None:
+  if args.beam is None:
+    if args.beam_option:
+      raise UserError("--beam-option needs --beam RUNNER")
+    return None
+  try:
+    from data import beam
+  except ImportError as error:
+    raise MissingAssetError(
+      f"--beam needs Apache Beam ({error}); pip install spatialv2a_jax[beam]"
+    ) from None
+  return beam.runner(args.beam, args.beam_option)
+
+
+def _part(text: str) -> tuple[int, int]:
+  match = re.fullmatch(r"(\d+)/(\d+)", text)
+  if not match or not int(match[1]) < int(match[2]):
+    raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
+  return int(match[1]), int(match[2])
+
+
+def _pairs(text: str) -> tuple[tuple[str, float], ...]:
+  try:
+    pairs = [part.split("=") for part in text.split(",")]
+    return tuple((name.strip(), float(value)) for name, value in pairs)
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER,NAME=NUMBER") from None

@@ -1,0 +1,118 @@
+"""Lists of ids against folders of videos."""
+
+import pathlib
+
+import pytest
+
+from data import catalogue
+from spatialv2a_jax.errors import UserError
+
+
+def touch(folder: pathlib.Path, *names: str) -> pathlib.Path:
+  for name in names:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+  return folder
+
+
+def listed(folder: pathlib.Path, text: str, name: str = "list.csv") -> pathlib.Path:
+  path = folder / name
+  path.write_text(text)
+  return path
+
+
+def test_any_nesting_and_what_the_list_and_the_folder_lack(tmp_path):
+  videos = touch(
+    tmp_path / "v", "a.mp4", "x/y/b.MKV", "x/b.mp4", "x/extra.webm", ".hidden/c.mp4", "notes.txt",
+    "x/._a.mp4",
+  )  # fmt: skip
+  labels = listed(tmp_path, "split,id,label\ntrain,a,dog\ntest,b,cat\ntest,c,owl\n")
+  known = catalogue.read(videos, labels)
+  assert [(clip.id, clip.label, clip.split, clip.listed) for clip in known.clips] == [
+    ("a", "dog", "train", True),
+    ("b", "cat", "test", True),
+    ("extra", "", "train", False),
+  ]
+  assert known.clips[1].name == "x/b.mp4"  # The first by name, whatever order the disk has.
+  assert known.coverage() == {
+    "listed": 3, "found": 2, "share": pytest.approx(2 / 3), "missing": ["c"],
+    "unlisted": ["x/extra.webm"], "duplicates": ["x/y/b.MKV"],
+  }  # fmt: skip
+
+
+def test_vggsounds_own_list(tmp_path):
+  videos = touch(
+    tmp_path / "v", "---g-f_I2yQ_000001.mp4", "--0PQM4-hqg_30.mp4", "once.mp4", "twice.mp4",
+    "ms_4000_14000.mp4",
+  )  # fmt: skip
+  rows = [
+    '---g-f_I2yQ,1,people marching,test', '--0PQM4-hqg,30,"waterfall, burbling",train',
+    "once,7,dog,train", "twice,1,dog,train", "twice,2,dog,train", "ms,4,cat,train",
+  ]  # fmt: skip
+  known = catalogue.read(videos, listed(tmp_path, "\n".join(rows)))
+  found = {clip.id: (clip.label, clip.name) for clip in known.clips if clip.listed}
+  assert found == {
+    "---g-f_I2yQ_000001": ("people marching", "---g-f_I2yQ_000001.mp4"),
+    "--0PQM4-hqg_000030": ("waterfall, burbling", "--0PQM4-hqg_30.mp4"),
+    "once_000007": ("dog", "once.mp4"),
+    "ms_000004": ("cat", "ms_4000_14000.mp4"),
+  }
+  assert known.missing == ("twice_000001", "twice_000002")  # Nobody knows which of the two it is.
+
+
+def test_tab_separated_and_without_a_header(tmp_path):
+  videos = touch(tmp_path / "v", "a.mp4", "b.mp4")
+  for text in ("id\tlabel\tsplit\na\tdog, barking\ttrain\n", "a\tdog, barking\ttrain\n"):
+    (clip, _) = catalogue.read(videos, listed(tmp_path, text, "l.tsv")).clips
+    assert (clip.id, clip.label, clip.split) == ("a", "dog, barking", "train")
+
+
+def test_without_a_list_every_video_is_taken_with_its_caption(tmp_path):
+  videos = touch(tmp_path / "v", "a.mp4", "b.mp4")
+  (videos / "a.json").write_text('{"caption": "a bell"}')
+  (videos / "b.json").write_text("broken")
+  known = catalogue.read(videos, None)
+  assert [(c.id, c.label, c.split, c.listed) for c in known.clips] == [
+    ("a", "a bell", "train", True), ("b", "", "train", True),
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("text", "why"),
+  [
+    ("id,label\na,x\na,y\n", "'a' occurs twice"),
+    ("id,label\n", "lists no clips"),
+    ("", "lists no clips"),
+    ("a,b\n", "four columns"),
+    ("a,soon,dog,train\n", "four columns"),
+    ("id,split\na,of hand\n", "'of hand' of 'a' is no word"),
+  ],
+)
+def test_lists_that_cannot_be_meant(tmp_path, text, why):
+  videos = touch(tmp_path / "v", "a.mp4")
+  with pytest.raises(UserError, match=why):
+    catalogue.read(videos, listed(tmp_path, text))
+
+
+def test_folders_that_cannot_be_meant(tmp_path):
+  with pytest.raises(UserError, match="no such folder"):
+    catalogue.read(tmp_path / "no", None)
+  with pytest.raises(UserError, match="no videos"):
+    catalogue.read(tmp_path, None)
+
+
+def test_shards_follow_from_the_list_alone():
+  sizes = {"train": 183_971, "test": 15_446, "tiny": 7}
+  known = catalogue.Catalogue((), (), (), sizes)
+  assert known.shards() == {"train": 1024, "test": 128, "tiny": 1}
+  assert known.shards(2)["tiny"] == 4
+
+
+def test_tables_of_numbers(tmp_path):
+  table = listed(tmp_path, "id,CE,PQ\na,3.5,\nb,1,2\n")
+  assert catalogue.read_table(table, "--tags") == {"a": {"CE": 3.5}, "b": {"CE": 1.0, "PQ": 2.0}}
+  with pytest.raises(UserError, match="--tags .*no column id"):
+    catalogue.read_table(listed(tmp_path, "CE\n1\n"), "--tags")
+  with pytest.raises(UserError, match="every cell beside id is a number"):
+    catalogue.read_table(listed(tmp_path, "id,CE\na,good\n"), "--tags")

@@ -1,0 +1,83 @@
+"""Placing sound where the picture moves."""
+
+import numpy as np
+import pytest
+
+from data import spatialise
+from spatialv2a_jax.spatial import hrtf
+from tests.data import clips
+from tests.data.clips import RATE, noise
+
+SECONDS = 4.0
+STILL = np.zeros(32)
+
+
+@pytest.mark.parametrize(("column", "degrees"), [(0.2, 36), (0.5, 0), (0.8, -36)])
+def test_the_picture_says_where(tmp_path, column, degrees):
+  found = spatialise.locate(str(clips.write(tmp_path / "a.mp4", column=column)), 1.0, "motion")
+  assert len(found["azimuth_deg"]) == len(found["located"]) == 8 and all(found["located"])
+  assert np.mean(found["azimuth_deg"]) == pytest.approx(degrees, abs=3)
+
+
+def test_a_video_a_little_short_holds_its_last_frame(tmp_path):
+  found = spatialise.locate(str(clips.write(tmp_path / "a.mp4", 0.96)), 1.0, "motion")
+  assert len(found["azimuth_deg"]) == 8
+
+
+def test_a_track_has_no_jumps_and_bridges_gaps():
+  jumping = np.where(np.arange(80) < 40, -50.0, 50.0)
+  track = spatialise.smooth(jumping, np.ones(80))
+  assert np.abs(np.diff(track)).max() < 15 and track[0] == -50 and track[-1] == 50
+  located = np.ones(80)
+  located[10:70] = 0
+  bridged = spatialise.smooth(np.where(located, jumping, 0.0), located)
+  assert (
+    np.all(np.diff(bridged) >= -1e-9) and abs(bridged[0] + 50) < 0.01
+  )  # Zeros of gaps take no part.
+  assert not spatialise.smooth(jumping, np.zeros(80)).any()
+
+
+def test_motion_makes_no_clicks():
+  """A tone stays a tone: its second difference is bounded by its own curvature."""
+  hertz, jumping = 400.0, np.where(np.arange(32) // 8 % 2, 55.0, -55.0)
+  mono_p = np.sin(2 * np.pi * hertz * np.arange(SECONDS * RATE) / RATE).astype(np.float32)
+  track = spatialise.smooth(jumping, np.ones(32))
+  for name in ("sphere", "paper"):
+    place = spatialise.Placer(name, RATE)
+    heard_ep = place(mono_p[None] * 0.2, "mono", track).audio_ep
+    inner_ep = heard_ep[:, 800:-800].astype(np.float64)  # Away from the tone's own onset.
+    curve_ep = np.abs(np.diff(inner_ep, 2, axis=1))
+    assert curve_ep.max() < 1.1 * (2 * np.pi * hertz / RATE) ** 2 * np.abs(inner_ep).max()
+    level_eq = np.square(inner_ep).reshape(2, -1, 800).sum(2)
+    assert np.ptp(10 * np.log10(level_eq[0] / level_eq[1])) > 1  # It did move.
+
+
+def test_mono_is_rendered_to_the_side_of_the_picture():
+  place = spatialise.Placer("sphere", RATE)
+  placed = place(noise(SECONDS)[None], "mono", STILL + 40)
+  assert placed.spatializer == "sphere" and placed.hrtf == hrtf.sphere(RATE).hash
+  left, right = np.square(placed.audio_ep).sum(1)
+  assert 10 * np.log10(left / right) > 6 and placed.gain_db == 0
+
+
+def test_true_stereo_stays_as_it_is_unless_asked_or_turned_round():
+  mono_p, swing = noise(SECONDS), 50 * np.sin(np.arange(32) / 3)
+  heard_ep = spatialise.Placer("sphere", RATE)(mono_p[None], "mono", swing).audio_ep
+  keep, render = spatialise.Placer("sphere", RATE), spatialise.Placer("sphere", RATE, False)
+  kept = keep(heard_ep, "stereo", swing)
+  assert kept.spatializer == "recorded" and kept.hrtf == "" and kept.agreement > 0.9
+  np.testing.assert_array_equal(kept.audio_ep, heard_ep)
+  turned = keep(heard_ep[::-1], "stereo", swing)
+  assert turned.spatializer == "sphere" and turned.agreement < -0.9
+  assert render(heard_ep, "stereo", swing).spatializer == "sphere"
+  still = keep(heard_ep, "stereo", STILL)  # A picture that says nothing contradicts nothing.
+  assert still.spatializer == "recorded" and np.isnan(still.agreement)
+
+
+def test_full_scale_is_kept_with_both_ears_turned_down_alike():
+  loud_ep = np.stack([noise(SECONDS, level=0.5), noise(SECONDS, 1, 0.25)])
+  placed = spatialise.Placer("sphere", RATE)(loud_ep, "stereo", STILL)
+  peak = np.abs(loud_ep).max()
+  assert peak > 1 and np.abs(placed.audio_ep).max() == pytest.approx(32767 / 32768, abs=1e-6)
+  assert placed.gain_db == pytest.approx(-20 * np.log10(peak), abs=0.01)
+  np.testing.assert_allclose(placed.audio_ep * peak, loud_ep, atol=1e-4)

@@ -1,0 +1,165 @@
+"""`python -m launch.data vggsound`, from files to shards."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from data import filters, layout, pipeline, shards, stages, tfrecord
+from launch import data as command
+from tests.data import clips
+from tests.data.clips import RATE
+
+GOOD = ("left", "middle", "right")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> pathlib.Path:
+  """Three good clips and one of every way to be bad."""
+  folder = tmp_path_factory.mktemp("videos")
+  (folder / "deep" / "er").mkdir(parents=True)
+  for n, (name, column) in enumerate(zip(GOOD, (0.2, 0.5, 0.8), strict=True)):
+    clips.write(folder / "deep" / f"{name}.mp4", seed=n, column=column)
+  clips.write(folder / "deep" / "er" / "short.mp4", 0.8)
+  clips.write(folder / "silent.mp4", audio_ep=np.zeros((2, RATE), np.float32))
+  clips.write(folder / "mute.mp4", sound=False)
+  clips.write(folder / "speech.mp4")
+  clips.write(folder / "poor.mp4")
+  clips.write(folder / "unlisted.mp4")
+  blob = clips.write(folder / "cut.mp4").read_bytes()
+  (folder / "cut.mp4").write_bytes(blob[: len(blob) // 2])
+  (folder / "empty.mp4").touch()
+  names = (*GOOD, "short", "silent", "mute", "speech", "poor", "cut", "empty", "gone")
+  lines = [f"{name},{name} label,{'test' if name == 'right' else 'train'}" for name in names]
+  (folder / "labels.csv").write_text("id,label,split\n" + "\n".join(lines))
+  (folder / "scores.csv").write_text("id,CE,CU,PC,PQ\npoor,4,4,4,3.5\nleft,4,5,3,6\n")
+  (folder / "tags.csv").write_text("id,speech\nspeech,0.9\nleft,0.1\n")
+  return folder
+
+
+def arguments(videos: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
+  return [
+    "vggsound", "--videos", str(videos), "--labels", str(videos / "labels.csv"), "--out", str(out),
+    "--seconds", "1", "--clips-per-shard", "4", "--jobs", "1", "--quality-scores",
+    str(videos / "scores.csv"), "--tags", str(videos / "tags.csv"), "--most-tag", "speech=0.5",
+    *more,
+  ]  # fmt: skip
+
+
+def built(videos: pathlib.Path, out: pathlib.Path, *more: str) -> pathlib.Path:
+  assert command.main(arguments(videos, out, *more)) == 0
+  return out
+
+
+@pytest.fixture(scope="module")
+def out(videos, tmp_path_factory) -> pathlib.Path:
+  return built(videos, tmp_path_factory.mktemp("build") / "out")
+
+
+def records(out: pathlib.Path, split: str = "train") -> dict[str, dict]:
+  fields = layout.read_features(out / "raw")
+  source = tfrecord.TFRecordSource(shards.paths(f"{out / 'raw'}:{split}"))
+  decoded = (tfrecord.decode_example(source[i]) for i in range(len(source)))
+  rows = [{name: tfrecord.value_of(raw[name], fields[name]) for name in raw} for raw in decoded]
+  return {row["id"]: row for row in rows}
+
+
+def digests(out: pathlib.Path) -> dict[str, str]:
+  """The shards, by name."""
+  files = (out / "raw").glob("*.tfrecord-?????-of-?????")
+  return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_every_clip_has_one_fate(out):
+  funnel = json.loads((out / "funnel.json").read_text())
+  assert {name: drop["reason"] for name, drop in funnel["clips"].items()} == {
+    "short": "short", "silent": "silent", "mute": "no_sound", "speech": "tag", "poor": "quality",
+    "cut": "unreadable", "empty": "unreadable", "unlisted": "unlisted",
+  }  # fmt: skip
+  assert set(funnel["dropped"]) == set(filters.REASONS)
+  assert (funnel["listed"], funnel["missing"], funnel["files"], funnel["kept"]) == (11, 1, 11, 3)
+  assert funnel["kept"] + sum(funnel["dropped"].values()) == funnel["files"]
+  table = (out / "funnel.txt").read_text().splitlines()
+  assert table[0].split() == ["listed", "11"] and table[-1].split() == ["kept", "3"]
+  assert json.loads((out / "coverage.json").read_text())["missing"] == ["gone"]
+
+
+def test_records_say_what_was_done(out):
+  train = records(out)
+  assert set(train) == {"left", "middle"} and set(records(out, "test")) == {"right"}
+  left = train["left"]
+  assert left["caption"] == left["label"] == "left label" and left["video"] == "deep/left.mp4"
+  assert left["audio"].shape == (2, RATE) and left["audio"].dtype == np.int16
+  assert left["layout"] == "dual_mono" and left["spatializer"] == "sphere"
+  np.testing.assert_array_equal(left["aes"], np.float32([4, 5, 3, 6]))
+  assert np.isnan(train["middle"]["aes"]).all()
+  right = records(out, "test")["right"]
+  level = stages.CUES.index("ild_clip_db")
+  assert left["cues"][level] > 4 and right["cues"][level] < -4
+  assert left["azimuth"].mean() > 20 and right["azimuth"].mean() < -20
+
+
+def test_the_shards_can_be_trained_on(out):
+  (batch,) = pipeline.loader(
+    shards.paths(out / "raw"), batch_size=2, seed=0, epochs=1, kind="audio",
+    shapes={"audio": (2, RATE)},
+  )  # fmt: skip
+  assert batch["audio_bep"].shape == (2, 2, RATE)
+
+
+def test_a_second_run_changes_nothing_and_looks_at_no_file(videos, out, monkeypatch):
+  before = {path: path.stat().st_mtime_ns for path in out.glob("raw/*.tfrecord-*")}
+  monkeypatch.setattr(filters, "probe", lambda *_: pytest.fail("probed again"))
+  built(videos, out)
+  assert {path: path.stat().st_mtime_ns for path in out.glob("raw/*.tfrecord-*")} == before
+
+
+def test_other_limits_need_no_second_look(videos, out, tmp_path, monkeypatch):
+  """Measurements are kept, decisions are made again."""
+  copy = tmp_path / "copy"
+  shutil.copytree(out, copy)
+  monkeypatch.setattr(filters, "probe", lambda *_: pytest.fail("probed again"))
+  monkeypatch.setattr(filters, "measure", lambda *_: pytest.fail("measured again"))
+  built(videos, copy, "--least-quality", "PQ=1")
+  assert json.loads((copy / "funnel.json").read_text())["dropped"]["quality"] == 0
+  assert "poor" in records(copy)
+
+
+def test_parts_make_the_same_bytes(videos, out, tmp_path, capsys):
+  parts = tmp_path / "parts"
+  built(videos, parts, "--slice", "1/2")
+  assert "not complete" in capsys.readouterr().out
+  assert not (parts / "raw" / "manifest.json").exists()
+  built(videos, parts, "--slice", "0/2")
+  assert digests(parts) == digests(out) and len(digests(out)) == 5
+  names = sorted(str(path.relative_to(out)) for path in out.rglob("*"))
+  assert sorted(str(path.relative_to(parts)) for path in parts.rglob("*")) == names
+
+
+def test_too_many_unreadable_files_are_said_by_the_exit_code(tmp_path, capsys):
+  for n in range(6):
+    (tmp_path / f"{n}.mp4").write_bytes(b"no video")
+  clips.write(tmp_path / "good.mp4")
+  given = ["vggsound", "--videos", str(tmp_path), "--out", str(tmp_path / "out"), "--seconds", "1"]
+  assert command.main([*given, "--jobs", "1"]) == 1
+  assert "6 clips could not be read, more than 5" in capsys.readouterr().err
+  assert len(records(tmp_path / "out")) == 1
+  assert command.main([*given, "--jobs", "1", "--max-failures", "0.9"]) == 0
+
+
+@pytest.mark.parametrize(
+  ("more", "code", "why"),
+  [
+    (["--spatializer", "moon"], 2, "moon"),
+    (["--silence", "2"], 2, "--silence 2"),
+    (["--least-quality", "XX=1"], 2, "no axis 'XX'"),
+    (["--quality-weights", "no.pt"], 3, "no.pt: no such file"),
+    (["--beam-option", "a=b"], 2, "--beam-option needs --beam"),
+  ],
+)
+def test_mistakes_are_said_before_the_work_starts(videos, tmp_path, capsys, more, code, why):
+  assert command.main(arguments(videos, tmp_path / "out", *more)) == code
+  assert why in capsys.readouterr().err and not (tmp_path / "out").exists()
