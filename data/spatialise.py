@@ -6,10 +6,10 @@ y image row, x image column.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from data import filters
@@ -55,7 +55,7 @@ def locate(path: str, seconds: float, localizer: str) -> dict[str, Any]:
   }
 
 
-def smooth(azimuth_v: Sequence[float], located_v: Sequence[int]) -> np.ndarray:
+def smooth(azimuth_v: ArrayLike, located_v: ArrayLike) -> np.ndarray:
   """Returns a track float64 [v] without jumps: frames in which nothing was found take no part.
 
   Gaps are bridged and the ends held; all zero where nothing was ever found.
