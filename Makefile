@@ -39,8 +39,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## timings, printed as tables
+bench: $(VENV)/.dev  ## timings, printed as tables; PyTorch is installed for the comparison
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.against_torch
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_out

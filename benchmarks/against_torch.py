@@ -67,7 +67,7 @@ class Flow:
     self.params = jax.device_put(self.params)
     batch = schema.synthetic_batch(schema.feature_shapes(config["seconds"], AUDIO, **sizes), 1, seed=0)
     names = ("clip_bvf", "sync_bsf", "text_bwf", "spatial_bvk")
-    self.cond = {name: np.asarray(batch[name]) for name in names}
+    self.cond: Any = {name: np.asarray(batch[name]) for name in names}
     self.frames = schema.lengths(config["seconds"], AUDIO).latent
     shape = (2, 1, 2, self.frames, AUDIO.latent_channels)
     self.x_betc, self.target_betc = np.random.default_rng(1).standard_normal(shape, np.float32)

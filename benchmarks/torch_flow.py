@@ -138,7 +138,7 @@ class JointBlock(nn.Module):
     """Returns the three kinds of tokens."""
     b, ears, frames, _ = x_betd.shape
     x = x_betd.flatten(0, 1)
-    audio_mods = [m.repeat_interleave(ears, 0) for m in self.audio.modulation(c_btd)]
+    audio_mods = tuple(m.repeat_interleave(ears, 0) for m in self.audio.modulation(c_btd))
     clip_mods, text_mods = self.clip.modulation(g_b1d), self.text.modulation(g_b1d)
     audio = [  # The ears' frames side by side: [b, h, e t, k].
       y.unflatten(0, (b, ears)).transpose(1, 2).flatten(2, 3)
