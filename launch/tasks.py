@@ -100,7 +100,12 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
 
   def values():
     if config["init_from"]:
-      return _model_folder(config["init_from"], "flow").params["flow"]
+      start = _model_folder(config["init_from"], "flow")
+      ears = start.config["flow"].get("ears", 2)
+      if ears != sizes.ears:
+        again = f"convert its source again with --ears {sizes.ears}"
+        raise UserError(f"config.init_from: {config['init_from']} has ears={ears}; {again}")
+      return start.params["flow"]
     mean_c, std_c = latent_statistics(itertools.islice(source(0), config["data"]["statistics"]))
     null = features.encode_text("", encoders)
     return {"frozen": {"latent_mean": mean_c, "latent_std": std_c, "null_text": null}}

@@ -268,7 +268,13 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
     c_btd = g_b1d + prepared["sync_btd"]
     if c.spatial:
       c_btd += prepared["spatial_btd"]
-    x_betd = jnp.asarray(audio_net.apply({"params": params["audio"]}, x_betc), jnp.float32)
+
+    def project(x):
+      return jnp.asarray(audio_net.apply({"params": params["audio"]}, x), jnp.float32)
+
+    # Apart as in the joint blocks, for the rounding of a row can depend on the rows beside it.
+    ears = jnp.split(x_betc, c.ears, axis=1) if unroll else [x_betc]
+    x_betd = jnp.concatenate([project(x) for x in ears], axis=1)
     mids = {"time": time_bd, "audio": x_betd}
     if c.ears == 2:
       x_betd += params["ear_embedding"][None, :, None]

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = [
   ("tiny", "demo", "smoke"),
   ("vae_tiny", "demo", "smoke"),
-  ("small_16k", "paper", "smoke"),
+  ("small_16k", "paper", "mmaudio", "smoke"),
   ("small_44k", "full", "smoke"),
   ("medium_44k", "full", "smoke"),
   ("large_44k", "full", "v2", "smoke"),
@@ -52,7 +52,7 @@ def test_every_config_builds_its_model_and_optimizer(name, variant):
   batch = next(task.batches(0))
   assert len(batch["weight_b"]) == 2
   # What the file says of its cost is what it builds.
-  before = "v2: " if variant == "v2" else ""
+  before = f"{variant}: " if f"({variant}: " in _doc(name) else ""
   if stated := re.search(before + "([0-9,.]+) M parameters", _doc(name)):
     count = sum(x.size for x in jax.tree.leaves(shapes)) / 1e6
     assert variant == "smoke" or float(stated[1].replace(",", "")) == round(count, 1)
