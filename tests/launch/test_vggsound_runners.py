@@ -1,0 +1,117 @@
+"""The same shards whoever makes them: one process, several, Beam, or a build that is killed."""
+
+import hashlib
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data import shards
+from launch import data as command
+from tests.data import clips
+
+ROOT = pathlib.Path(shards.__file__).parents[1]
+CLIPS = 12
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> pathlib.Path:
+  folder = tmp_path_factory.mktemp("videos")
+  for n in range(CLIPS):
+    clips.write(folder / f"clip{n}.mp4", 0.8 if n == 3 else 1.0, seed=n, column=0.1 + 0.07 * n)
+  (folder / "broken.mp4").write_bytes(b"no video")
+  return folder
+
+
+def arguments(videos: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
+  given = ["--videos", str(videos), "--out", str(out), "--seconds", "1", "--clips-per-shard", "2"]
+  return ["vggsound", *given, *more]
+
+
+@pytest.fixture(scope="module")
+def alone(videos, tmp_path_factory) -> pathlib.Path:
+  out = tmp_path_factory.mktemp("alone") / "out"
+  assert command.main(arguments(videos, out, "--jobs", "1")) == 0
+  return out
+
+
+def start(*args: str) -> subprocess.Popen:
+  path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+  return subprocess.Popen(
+    [sys.executable, "-m", "launch.data", *args],
+    env={**os.environ, "PYTHONPATH": path},
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+
+
+def contents(out: pathlib.Path) -> dict[str, str | None]:
+  """Every file below `out`, with the hash of those that hold no timings."""
+  timed = ("seconds.json", "throughput.json", "probe.json", "filter.json", "localise.json")
+  return {
+    str(path.relative_to(out)): None
+    if path.name in timed
+    else hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in out.rglob("*")
+    if path.is_file()
+  }
+
+
+def test_beam_writes_the_same_bytes(videos, alone, tmp_path):
+  pytest.importorskip("apache_beam", reason="needs the extra beam")
+  out = tmp_path / "out"
+  assert command.main(arguments(videos, out, "--beam", "DirectRunner")) == 0
+  assert contents(out) == contents(alone)
+
+
+@pytest.mark.slow
+def test_four_processes_write_the_same_bytes(videos, alone, tmp_path):
+  process = start(*arguments(videos, tmp_path / "out", "--jobs", "4"))
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 0, errors
+  assert contents(tmp_path / "out") == contents(alone)
+
+
+@pytest.mark.slow
+def test_ten_kills_leave_the_same_bytes_and_nothing_else(videos, alone, tmp_path):
+  """SIGKILL to the build alone and to all its processes, at moments drawn by lot."""
+  draw, out = random.Random(7), tmp_path / "out"
+  kills = 0
+  while kills < 10:
+    process = start(*arguments(videos, out, "--jobs", str(1 + kills % 2)))
+    try:
+      _, errors = process.communicate(timeout=draw.uniform(0.5, 3.0))
+      assert process.returncode == 0, errors
+      assert contents(out) == contents(alone)
+      shutil.rmtree(out)  # It was faster than the lot; the next one starts anew.
+    except subprocess.TimeoutExpired:
+      kills += 1
+      if kills % 3:
+        os.killpg(process.pid, signal.SIGKILL)
+      else:
+        process.kill()
+      process.communicate()
+      deadline = time.monotonic() + 20
+      while _alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)  # Workers notice that their parent is gone.
+      assert not _alive(process.pid)
+  process = start(*arguments(videos, out, "--jobs", "2"))
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 0, errors
+  assert contents(out) == contents(alone)
+
+
+def _alive(group: int) -> bool:
+  try:
+    os.killpg(group, 0)
+  except ProcessLookupError:
+    return False
+  return True
