@@ -83,7 +83,12 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
   # 7 heads split over 1 or 7 devices only: prefer `fsdp`.
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.rules = dict(width="fsdp", heads="tensor", ffn="tensor", zero="data")
-  c.every = dict(log=50, eval=5_000, checkpoint=1_000, keep=50_000)
+  c.every = dict(log=50, eval=5_000, checkpoint=1_000, keep=50_000, profile=(0, 0))
+
+  # Updates that are not finite, or spike, are left out; more than `cap` of them stop the run.
+  c.guard = dict(sigma=6.0, window=128, warmup=64, cap=10)
+  # Seconds after which what does not move ends with exit code 43; 0: never.
+  c.limits = dict(data=1800.0, step=1800.0, compile=7200.0, eval=7200.0, save=3600.0)
 
   if variant == "smoke":
     c.steps = 4

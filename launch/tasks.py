@@ -46,6 +46,7 @@ class Task(NamedTuple):
     evaluate: hook of the loop, or None.
     flops: () -> floating point operations of one clip's loss and gradient, or None if unknown.
     export: writes the model folder of a state.
+    tokens: of one clip in the joint blocks of a transformer; None for another model.
   """
 
   init: Callable[[jax.Array], Any]
@@ -56,6 +57,7 @@ class Task(NamedTuple):
   evaluate: Callable[..., Mapping[str, float] | None] | None
   export: Callable[[pathlib.Path, train_step.State], None]
   flops: Callable[[], float | None] = lambda: None
+  tokens: int | None = None
 
 
 def build(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
@@ -136,7 +138,8 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
     )
   evaluate = hooks if config["data"]["eval"] else None
   flops = functools.partial(flow_flops, sizes, objective, shapes)
-  return Task(net.init, net.init_stats(), loss, values, source, evaluate, export, flops)
+  tokens = sizes.ears * shapes["mean"][1] + shapes["clip"][0] + shapes["text"][0]
+  return Task(net.init, net.init_stats(), loss, values, source, evaluate, export, flops, tokens)
 
 
 def flow_flops(
@@ -255,7 +258,9 @@ class _Evaluation:
   listener: Listener | None = None
   step: Callable[..., Any] | None = None
 
-  def __call__(self, state: train_step.State, step: int, book: Logbook) -> Mapping[str, float]:
+  def __call__(
+    self, state: train_step.State, step: int, book: Logbook, leave: Callable[[], bool]
+  ) -> Mapping[str, float] | None:
     data = self.config["data"]
     evaluate = self._compile(state)
     total: dict[str, float] = {}
@@ -269,6 +274,8 @@ class _Evaluation:
       values = jax.device_get(evaluate(state.ema, state.stats, batch))
       total = {name: total.get(name, 0.0) + clips * float(value) for name, value in values.items()}
       weight += clips
+      if leave():
+        return None
     if self.listener is not None and first is not None and jax.process_count() == 1:
       self.listener(state.ema, state.stats, first, step, book)
     return {f"eval/{name}": value / max(weight, 1.0) for name, value in total.items()}

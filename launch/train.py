@@ -27,7 +27,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import tasks
-from spatialv2a_jax import compile_cache, optim, sharding, train
+from spatialv2a_jax import compile_cache, goodput, meter, optim, sharding, train
+from spatialv2a_jax import guard as guards
 from spatialv2a_jax.errors import UserError
 
 
@@ -62,12 +63,15 @@ def parse(argv: Sequence[str]) -> tuple[dict[str, Any], str, bool]:
   return resolved, values["workdir"].value, bool(values["distributed"].value)
 
 
-def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
+def run(
+  config: Mapping[str, Any], workdir: str | pathlib.Path, ledger: goodput.Ledger | None = None
+) -> None:
   """Trains, then writes the model folder WORKDIR/model.
 
   Args:
     config: sections as in `configs/tiny.py`.
     workdir: of the run.
+    ledger: that of the process.
 
   Raises:
     UserError: for a mistake in the config, data that does not fit it, a loss that is not finite.
@@ -95,8 +99,12 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
     seed=config["seed"],
     every=train.Every(**config["every"]),
     accumulate=config["accumulate"],
+    guard=guards.Config(**config.get("guard", {})),
+    limits=config.get("limits"),
     evaluate=task.evaluate,
-    flops_per_clip=task.flops() if train.peak_flops() else None,
+    flops_per_clip=task.flops() if meter.peak_flops() else None,
+    tokens_per_clip=task.tokens,
+    ledger=ledger,
     say=lambda line: print(line, flush=True),
   )
   task.export(workdir / "model", state)
@@ -106,6 +114,7 @@ def run(config: Mapping[str, Any], workdir: str | pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line and returns its exit code."""
+  ledger = goodput.Ledger(goodput.process_began() if argv is None else None)
   argv = list(sys.argv if argv is None else argv)
   if {"-h", "--help", "-help"} & set(argv):
     print(__doc__)
@@ -116,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compile_cache.keep()
     if distributed:
       jax.distributed.initialize()
-    run(config, workdir)
+    run(config, workdir, ledger)
   except UserError as error:
     print(f"launch.train: {error}", file=sys.stderr)
     return error.exit_code

@@ -5,11 +5,12 @@ with the data position, the configuration and the versions. A model folder holds
 needs: `NAME.safetensors` for each network and `config.json`.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,30 +30,77 @@ Path = str | pathlib.Path
 class Checkpoints:
   """The checkpoints of one run: saved in the background, complete or invisible."""
 
-  def __init__(self, workdir: Path, *, keep: int = 3, keep_every: int | None = None):
+  def __init__(
+    self,
+    workdir: Path,
+    *,
+    keep: int = 3,
+    keep_every: int | None = None,
+    read_only: bool = False,
+  ):
     """Opens WORKDIR/checkpoints, which need not exist.
 
     Args:
       workdir: of the run, on a disk that all processes see.
       keep: how many of the newest checkpoints stay.
       keep_every: checkpoints whose step is a multiple of it also stay, for ever.
+      read_only: touches nothing, not even what an interrupted save left.
     """
     self.folder = pathlib.Path(workdir).absolute() / FOLDER
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True
-    )
+    self._saving: tuple[int, float] | None = None  # Step and time of the newest save.
+    self._good: tuple[int, float] | None = None  # Of the newest save that is complete.
+    if read_only:
+      options = ocp.CheckpointManagerOptions(read_only=True)
+    else:
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True
+      )
     handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
     self._manager = ocp.CheckpointManager(
       self.folder, options=options, item_names=tuple(handlers), item_handlers=handlers
     )
 
   def save(self, step: int, state: Any, run: Mapping[str, Any]) -> None:
-    """Starts to save; the arrays may be donated as soon as this returns."""
+    """Starts to save; the arrays may be donated as soon as this returns.
+
+    Raises:
+      UserError: if this or the save before failed (exit code 1).
+    """
     items = {
       "state": ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
       "run": ocp.args.JsonSave({**run, "time": time.time()}),  # pyright: ignore[reportCallIssue]
     }
-    self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+    with self._loud():
+      self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+    self._saving = (step, time.time())
+
+  def check(self) -> None:
+    """Raises the error of a save that failed in the background (exit code 1)."""
+    with self._loud():
+      self._manager.check_for_errors()
+    if self._saving and not self._manager.is_saving_in_progress():
+      self._good, self._saving = self._saving, None
+
+  def age(self) -> float | None:
+    """Returns the seconds since the newest complete checkpoint was saved; None: there is none."""
+    self.check()
+    return None if self._good is None else max(time.time() - self._good[1], 0.0)
+
+  @contextlib.contextmanager
+  def _loud(self) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise for a save into one line."""
+    try:
+      yield
+    except Exception as error:
+      text = str(error)
+      full = any(sign in text for sign in ("No space left", "RESOURCE_EXHAUSTED", "File too large"))
+      last = "there is none" if self._good is None else f"that of step {self._good[0]} is intact"
+      step = "" if self._saving is None else f" of step {self._saving[0]}"
+      raise UserError(
+        f"{'the disk is full: ' if full else ''}the checkpoint{step} in {self.folder} cannot be "
+        f"written ({_reason(error)}); the last good one: {last}; mend it and run the same command",
+        exit_code=1,
+      ) from error
 
   def latest(self) -> int | None:
     """Returns the step of the newest complete checkpoint, or None."""
@@ -98,6 +146,7 @@ class Checkpoints:
         warn(f"checkpoint {bad} is damaged, set aside as {aside}: {reason}")
       if damaged:
         self._manager.reload()
+      self._good = (step, float(run["time"]))
       return state, run
     if damaged:
       step, reason = next(iter(damaged.items()))
@@ -115,13 +164,29 @@ class Checkpoints:
         )
 
   def wait(self) -> None:
-    """Blocks until what was saved is on disk."""
-    self._manager.wait_until_finished()
+    """Blocks until what was saved is on disk.
+
+    Raises:
+      UserError: if it could not be written (exit code 1).
+    """
+    with self._loud():
+      self._manager.wait_until_finished()
+    self.check()
 
   def close(self) -> None:
     """Waits, then releases the threads."""
     self.wait()
     self._manager.close()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
+    if error is None:
+      self.close()
+      return
+    with contextlib.suppress(Exception):  # The first error is the one to tell.
+      self.close()
 
 
 def load_params(
@@ -291,3 +356,17 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _first_line(error: Exception) -> str:
   return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _reason(error: BaseException) -> str:
+  """Returns the line that says why a save failed, from the chain of exceptions."""
+  chain = []
+  one: BaseException | None = error
+  while one is not None and one not in chain:
+    chain.append(one)
+    one = one.__cause__ or one.__context__
+  lines = [line.strip() for one in chain for line in str(one).splitlines()]
+  signs = ("No space left", "File too large", "Errno", "ermission")
+  return next((line for line in lines if any(s in line for s in signs)), lines[0] if lines else "")[
+    :300
+  ]

@@ -3,13 +3,15 @@
 A machine that is about to be taken away sends SIGTERM; a person sends SIGINT (Ctrl-C).
 """
 
+import itertools
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+
+from spatialv2a_jax import cluster
 
 EXIT_CODE = 42  # Tells a launcher that the run was interrupted, has saved, and can go on.
 
@@ -24,19 +26,29 @@ class Interrupted(SystemExit):
 class StopSignal:
   """Context in which the first SIGTERM or SIGINT is a flag, so that no step is cut in two.
 
-  With `jax.distributed` the runtime owns SIGTERM (a handler of ours would be overridden), and all
-  processes agree on the step at which they leave.
+  The loop passes a sequence of points at which it may leave, the same in every process. One signal
+  to one process is enough: all processes agree on the first point that none of them has passed.
   """
 
+  _numbers = itertools.count()  # Processes open their contexts in the same order.
+
   def __init__(self):
-    self._flag = False
-    self._shared = jax.distributed.is_initialized()
+    self._flag = self._told = False
+    self._passed = 0
+    self._leave_at: int | None = None
+    self._lock = threading.Lock()
     self._old: dict[int, Any] = {}
+    self._prefix = f"stop/{next(self._numbers)}"
+    self._watch: cluster.Watch | None = None
 
   def __enter__(self) -> "StopSignal":
-    if not self._shared and threading.current_thread() is threading.main_thread():
+    # After `jax.distributed.initialize`: its own handler would take the signal and tell nobody.
+    if threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
-        self._old[number] = signal.signal(number, self._handle)
+        # None: a handler from outside Python, such as that of `jax.distributed`.
+        self._old[number] = signal.signal(number, self._handle) or signal.SIG_DFL
+    if cluster.client() is not None:
+      self._watch = cluster.Watch(f"{self._prefix}/asked", self._agree)
     return self
 
   def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -52,9 +64,32 @@ class StopSignal:
   ) -> None:
     for number, handler in self._old.items():
       signal.signal(number, handler)
+    if self._watch is not None:
+      self._watch.close()
 
-  def asked(self, step: int) -> bool:
-    """Returns whether to stop after `step`; the same answer in every process."""
-    if self._shared:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self._flag
+  def _agree(self, _: str) -> None:
+    """Runs in the thread of the watch of each process, once one of them was asked to stop."""
+    store = cluster.client()
+    with self._lock:  # No process passes a point while the last one passed is being found.
+      store.key_value_set(f"{self._prefix}/passed/{jax.process_index()}", str(self._passed))
+      keys = [f"{self._prefix}/passed/{rank}" for rank in range(jax.process_count())]
+      self._leave_at = max(int(store.blocking_key_value_get(key, 600_000)) for key in keys) + 1
+
+  def poll(self) -> bool:
+    """Passes a point; returns whether to leave here, the same in every process."""
+    with self._lock:
+      self._passed += 1
+    return self._leaves(self._passed)
+
+  def due(self) -> bool:
+    """Returns whether the next point is the one to leave at; ask as often as you like."""
+    return self._leaves(self._passed + 1)
+
+  def _leaves(self, point: int) -> bool:
+    if self._watch is None:
+      return self._flag
+    if self._flag and not self._told:
+      self._told = True
+      self._watch.tell("stop")
+    with self._lock:
+      return self._leave_at is not None and point >= self._leave_at

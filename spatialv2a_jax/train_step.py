@@ -14,6 +14,7 @@ from flax import struct, traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from spatialv2a_jax import guard as guards
 from spatialv2a_jax import optim, sharding
 from spatialv2a_jax.errors import UserError
 
@@ -29,11 +30,12 @@ class State:
   """What a checkpoint holds: arrays only, no functions, no keys.
 
   Attributes:
-    step: updates done so far, int32.
+    step: updates done so far, int32; those that the guard left out count as well.
     params: parameters.
     ema: their moving average.
     opt: state of the optimiser.
     stats: running statistics of the normalisation layers; may be empty.
+    guard: what decides whether an update counts.
   """
 
   step: Any
@@ -41,6 +43,7 @@ class State:
   ema: Any
   opt: Any
   stats: Any
+  guard: Any
 
 
 def init_state(
@@ -72,7 +75,8 @@ def init_state(
 
   def boxed(key, stats):
     params = init(key)
-    return State(jnp.zeros((), jnp.int32), params, params, optimizer.tx.init(params), stats)
+    opt = optimizer.tx.init(params)
+    return State(jnp.zeros((), jnp.int32), params, params, opt, stats, guards.init())
 
   shapes = jax.eval_shape(boxed, key, stats)
   whole, layout = (sharding.shardings(shapes, mesh, rules, zero=zero) for zero in (False, True))
@@ -126,6 +130,7 @@ def make_train_step(
   layout: State,
   ema: optim.Ema | None = None,
   accumulate: int = 1,
+  guard: guards.Config | None = None,
 ) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
   """Returns the jitted `step(state, batch) -> (state, metrics)`, which donates `state`.
 
@@ -139,10 +144,13 @@ def make_train_step(
     layout: shardings of the state.
     ema: moving average; None is the default one.
     accumulate: parts the batch is processed in, one after the other, to save memory.
+    guard: which updates are left out; None is the default one.
 
-  The metrics are those of the loss and `loss`, `grad_norm` (before clipping), `param_norm`, `lr`.
+  The metrics are those of the loss and `loss`, `grad_norm` (before clipping), `param_norm`, `lr`,
+  `good` (whether the update counts) and those of `guard.judge`.
   """
   average = optim.Ema() if ema is None else ema
+  guard = guards.Config() if guard is None else guard
 
   def objective(params, stats, batch, key):
     return loss(optimizer.trainable(params), stats, batch, key)
@@ -178,14 +186,15 @@ def make_train_step(
     updates, opt = optimizer.tx.update(grads, state.opt, own)
     params = optax.apply_updates(own, updates)
     new_average = average.update(state.ema, params, state.step + 1)
-    metrics = metrics | {
-      "loss": value,
-      "grad_norm": optax.tree.norm(grads),
-      "param_norm": optax.tree.norm(params),
-    }
-    if optimizer.lr is not None:
-      metrics["lr"] = optimizer.lr(state.step)
-    return State(state.step + 1, params, new_average, opt, stats), metrics
+    grad_norm = optax.tree.norm(grads)
+    good, watch, judged = guards.judge(guard, state.guard, value, grad_norm)
+    old = (state.params, state.ema, state.opt, state.stats)
+    params, new_average, opt, stats = guards.select(good, (params, new_average, opt, stats), old)
+    metrics = metrics | judged | {"loss": value, "grad_norm": grad_norm, "good": good}
+    metrics["param_norm"] = optax.tree.norm(params)
+    if optimizer.lr is not None:  # The schedule counts the updates that count.
+      metrics["lr"] = optimizer.lr(state.step - state.guard.skipped)
+    return State(state.step + 1, params, new_average, opt, stats, watch), metrics
 
   return jax.jit(
     step,

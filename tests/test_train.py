@@ -49,7 +49,9 @@ def fit(workdir, *, steps=6, batches=None, shape=(1, 1, 1), kind="toy", **kwargs
 
 
 def lines(workdir):
-  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  """Rows of the log that hold more than the ledger of time."""
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [row for row in rows if "loss" in row or "eval/answer" in row]
 
 
 def with_signal(step, number):
@@ -183,15 +185,17 @@ def test_a_finished_run_returns_at_once(tmp_path):
 
 def test_a_run_says_what_it_does_and_logs_every_field(tmp_path):
   told = []
-  fit(tmp_path, steps=4, say=told.append, every=train.Every(log=2, checkpoint=100), shape=(2, 2, 2))
+  every = train.Every(log=2, checkpoint=100)
+  fit(tmp_path, steps=4, say=told.append, every=every, shape=(2, 2, 2), tokens_per_clip=7)
   text = "\n".join(told)
   for part in ("M parameters", "mesh data=2 fsdp=2 tensor=2", "compiled in", "clips/s", "left"):
     assert part in text
   logged = lines(tmp_path)
   assert [x["step"] for x in logged] == [2, 4]
-  assert {"loss", "error", "grad_norm", "param_norm", "lr", "clips_per_s", "data_wait", "mfu"} <= (
-    logged[0].keys()
-  )
+  expected = "loss error grad_norm param_norm lr clips_per_s tokens_per_s data_wait mfu skipped"
+  expected += " bad_records checkpoint_age_s memory/host_peak_gib memory/device_peak_gib goodput"
+  assert set(expected.split()) <= logged[0].keys()
+  assert logged[0]["tokens_per_s"] == pytest.approx(7 * logged[0]["clips_per_s"])
   assert 0 <= logged[0]["data_wait"] <= 1
   assert json.loads((tmp_path / "config.json").read_text()) == {"model": {"width": 8}}
 
@@ -202,25 +206,6 @@ def test_logged_values_are_means_since_the_line_before(tmp_path):
   each = [x["loss"] for x in lines(tmp_path / "each")]
   pairs = [x["loss"] for x in lines(tmp_path / "pairs")]
   np.testing.assert_allclose(pairs, np.reshape(each, (2, 2)).mean(1), rtol=1e-6)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clips(tmp_path):
-  def batches(start):
-    for index in range(start, 100):
-      batch = toy.toy_batch(index)
-      if index == 4:
-        batch["x_bw"][3] = np.nan
-      yield batch
-
-  with pytest.raises(
-    UserError, match="at step 5; clips 32, 33, 34, .*newest checkpoint: 4"
-  ) as stop:
-    fit(tmp_path, batches=batches)
-  assert stop.value.exit_code == 1
-  report = json.loads((tmp_path / "stopped.json").read_text())
-  assert report["step"] == 5 and report["clips"] == list(range(32, 40))
-  params, _, _ = checkpoint.load_params(tmp_path, "params")  # What is saved is still sound.
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
 def test_the_data_position_follows_the_examples_when_the_batch_grows(tmp_path):
@@ -257,7 +242,7 @@ def test_another_kind_of_run_is_refused_and_changes_are_told(tmp_path):
 def test_the_evaluation_hook_sees_the_state_of_its_step(tmp_path):
   seen = []
 
-  def evaluate(state, step, book):
+  def evaluate(state, step, book, leave):
     seen.append((step, int(state.step)))
     return {"eval/answer": 42.0}
 
@@ -289,12 +274,3 @@ def test_impossible_batches_are_refused_before_anything_is_built(tmp_path):
   with pytest.raises(UserError, match="does not divide by accumulate 3"):
     fit(tmp_path, accumulate=3)
   assert not list(tmp_path.iterdir())
-
-
-def test_utilisation_is_unknown_where_the_peak_is():
-  assert np.isnan(train.mfu(1e9, 10.0))
-
-
-def test_utilisation_is_a_share_of_the_published_peak(monkeypatch):
-  monkeypatch.setitem(train.PEAK_FLOPS, jax.devices()[0].device_kind, 1e10)
-  assert train.mfu(2e9, 10.0) == pytest.approx(2e10 / (1e10 * jax.device_count()))

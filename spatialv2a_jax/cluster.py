@@ -1,0 +1,238 @@
+"""Several processes as one job: they find each other or say who is missing, and share messages.
+
+Messages go through the key-value store of JAX's coordination service, which needs no device: it
+works while a collective hangs, and it times out.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax._src import distributed  # The store has no public name; Orbax takes it from here as well.
+from jax._src.clusters import ClusterEnv
+
+import spatialv2a_jax
+from spatialv2a_jax.errors import UserError
+
+_END = ""  # Value that ends a `Watch` without a message.
+
+
+def client() -> Any:
+  """Returns the client of the coordination service; None where there is one process alone."""
+  return distributed.global_state.client if jax.distributed.is_initialized() else None
+
+
+def start(
+  coordinator: str | None = None,
+  count: int | None = None,
+  index: int | None = None,
+  *,
+  timeout: float = 300.0,
+  about: Mapping[str, str] | None = None,
+  say: Callable[[str], None] = print,
+) -> None:
+  """Joins the processes of a job, once all of them are there and belong together.
+
+  JAX's own start ends a process that waits in vain without a word on who is missing. So the
+  processes meet before it, at the same port.
+
+  Args:
+    coordinator: HOST:PORT at which process 0 listens; None: as the cluster's environment says
+      (SLURM, TPU, GKE, Open MPI), and likewise the two that follow.
+    count: number of processes.
+    index: of this process.
+    timeout: seconds to wait for the others.
+    about: must be the same in all processes, such as a digest of the configuration, by name.
+    say: prints a line.
+
+  Raises:
+    UserError: naming the processes that are missing after `timeout`, or the one that runs
+      something else (exit code 1); or if the environment does not say what was left out.
+  """
+  coordinator, count, index = _detect(coordinator, count, index, timeout)
+  if not 0 <= index < count:
+    raise UserError(f"--process_id {index} is not in 0..{count - 1} (--num_processes {count})")
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdigit():
+    raise UserError(f"--coordinator {coordinator!r} is not HOST:PORT")
+  about = {"spatialv2a_jax": spatialv2a_jax.__version__, "jax": jax.__version__, **(about or {})}
+  hello = {"index": index, "count": count, "host": socket.gethostname(), "about": about}
+  say(f"process {index} of {count} on {hello['host']}: waiting up to {timeout:g} s for the others")
+  deadline = time.monotonic() + timeout
+  if index == 0:
+    _receive(int(port), hello, deadline, timeout)
+  else:
+    _report((host, int(port)), hello, deadline, timeout)
+  jax.distributed.initialize(
+    coordinator, count, index, initialization_timeout=max(10, round(timeout))
+  )
+  try:
+    devices = jax.devices()
+  except RuntimeError as error:  # A process that joined but has no devices, or a broken driver.
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    raise UserError(f"the devices cannot be joined: {lines[0]}", exit_code=1) from error
+  if index == 0:
+    say(f"{count} processes, {len(devices)} x {devices[0].device_kind}")
+
+
+def _detect(
+  coordinator: str | None, count: int | None, index: int | None, timeout: float
+) -> tuple[str, int, int]:
+  """Completes what was not given from the environment of the cluster."""
+  given = (coordinator, count, index)
+  if None in given:
+    try:
+      given = ClusterEnv.auto_detect_unset_distributed_params(*given, None, None, round(timeout))[
+        :3
+      ]
+    except Exception as error:  # Each kind of cluster raises its own.
+      raise UserError(f"--distributed: {error}") from error
+  coordinator, count, index = given
+  if coordinator is None or count is None or index is None:
+    raise UserError(
+      "--distributed: no cluster (SLURM, TPU, GKE, Open MPI) was found; give --coordinator "
+      "HOST:PORT, --num_processes and --process_id"
+    )
+  return coordinator, count, index
+
+
+def _receive(port: int, mine: Mapping[str, Any], deadline: float, timeout: float) -> None:
+  """Process 0 waits for all others and tells them how it went."""
+  lines: dict[int, Any] = {}
+  fault = ""
+  try:
+    server = socket.create_server(("", port), family=socket.AF_INET, backlog=1024)
+  except OSError as error:
+    raise UserError(f"--coordinator: cannot listen at port {port}: {error}") from error
+  with server:
+    while len(lines) < mine["count"] - 1 and not fault:
+      server.settimeout(max(deadline - time.monotonic(), 0.01))
+      try:
+        connection, _ = server.accept()
+      except TimeoutError:
+        absent = sorted(set(range(1, mine["count"])) - set(lines))
+        some = ", ".join(map(str, absent[:20])) + (", ..." if len(absent) > 20 else "")
+        fault = (
+          f"{len(absent)} of {mine['count']} processes did not come within {timeout:g} s: {some}; "
+          "look at their hosts and logs, then start all of them again"
+        )
+        break
+      try:
+        connection.settimeout(10)
+        line = connection.makefile("rw")
+        hello = json.loads(line.readline())
+        fault = _compare(mine, hello, set(lines))
+        lines[hello["index"]] = line
+      except (OSError, ValueError, KeyError, TypeError):
+        connection.close()  # Nobody of ours.
+    for line in lines.values():
+      with contextlib.suppress(OSError):
+        line.write(json.dumps({"fault": fault}) + "\n")
+        line.flush()
+  if fault:
+    raise UserError(fault, exit_code=1)
+
+
+def _compare(mine: Mapping[str, Any], other: Mapping[str, Any], known: set[int]) -> str:
+  """Returns why a process cannot join, or nothing."""
+  who = f"process {other['index']} on {other['host']}"
+  if other["index"] in known or other["index"] == mine["index"]:
+    return (
+      f"two processes say that they are process {other['index']}, one of them on {other['host']}"
+    )
+  if other["count"] != mine["count"]:
+    return f"{who} expects {other['count']} processes, process 0 expects {mine['count']}"
+  for name, value in mine["about"].items():
+    if other["about"].get(name) != value:
+      return f"{who} has {name} {other['about'].get(name)!r}, process 0 has {value!r}"
+  return ""
+
+
+def _report(
+  address: tuple[str, int], mine: Mapping[str, Any], deadline: float, timeout: float
+) -> None:
+  """Another process tells process 0 that it is there, and waits for the answer."""
+  where, reached = f"{address[0]}:{address[1]}", False
+  while True:
+    left = deadline - time.monotonic()
+    try:
+      with socket.create_connection(address, timeout=max(left, 0.01)) as connection:
+        reached = True
+        connection.settimeout(max(left, 0.01) + 5)  # Process 0 may have begun to wait later.
+        line = connection.makefile("rw")
+        line.write(json.dumps(mine) + "\n")
+        line.flush()
+        answer = line.readline()
+        if answer and (fault := json.loads(answer)["fault"]):
+          raise UserError(fault, exit_code=1)
+        if answer:
+          return
+    except (OSError, ValueError) as error:
+      problem = error
+    else:
+      problem = ConnectionError("the connection was closed")
+    if time.monotonic() >= deadline:
+      if reached:
+        raise UserError(
+          f"process 0 at {where} is there, but did not find all processes within {timeout:g} s; "
+          "its log says which are missing",
+          exit_code=1,
+        )
+      raise UserError(
+        f"process 0 was not found at {where} within {timeout:g} s ({problem}): is it running, and "
+        "may this host reach that port?",
+        exit_code=1,
+      )
+    time.sleep(0.2)
+
+
+class Watch:
+  """Waits for a message of any process and hands it to a function, in a thread of its own."""
+
+  def __init__(self, key: str, then: Callable[[str], None]):
+    """Begins to wait for a value of `key`; does nothing where there is one process alone."""
+    self.key, self.then, self.store = key, then, client()
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._wait, name=f"watch {key}", daemon=True)
+    if self.store is not None:
+      self._thread.start()
+
+  def _wait(self):
+    while not self._closed.is_set():
+      try:
+        value = self.store.blocking_key_value_get(self.key, 20_000)
+      except RuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+          continue
+        return  # The service is gone, and with it the job.
+      if value != _END and not self._closed.is_set():
+        self.then(value)
+      return
+
+  def tell(self, value: str) -> None:
+    """Sends the message to every process."""
+    if self.store is not None:
+      self.store.key_value_set(self.key, value, allow_overwrite=True)
+
+  def close(self) -> None:
+    """Ends the wait, in all processes: the job is over."""
+    if self.store is None or self._closed.is_set():
+      return
+    self._closed.set()
+    try:
+      if self._thread.is_alive():
+        self.tell(_END)
+        self._thread.join(timeout=5)
+    except RuntimeError:
+      pass  # The service is gone already.
+
+
+def leave(code: int) -> None:
+  """Ends this process now, without waiting for its threads or for the other processes."""
+  os._exit(code)

@@ -1,0 +1,106 @@
+"""Updates that were left out: told, written down so that they can be replayed, and counted."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.io import atomic_path
+
+FOLDER = "faults"  # Inside a working directory.
+
+
+@dataclasses.dataclass
+class Faults:
+  """Reads the judgement of `guard.judge` from the metrics of each step.
+
+  Attributes:
+    workdir: gets `faults/step-NNNNNNNN.json` for each update that was left out.
+    cap: as in `guard.Config`.
+    newest: returns the step of the newest checkpoint.
+    say: prints a line.
+    skipped: updates left out so far.
+  """
+
+  workdir: pathlib.Path
+  cap: int
+  newest: Callable[[], int | None]
+  say: Callable[[str], None]
+  skipped: int = 0
+
+  def check(
+    self,
+    step: int,
+    metrics: Mapping[str, float],
+    whole: Mapping[str, jax.Array],
+    local: Mapping[str, np.ndarray],
+  ) -> dict[str, float] | None:
+    """Returns the metrics of the loss and the optimiser; None if the update was left out.
+
+    Args:
+      step: whose metrics these are.
+      metrics: of `train_step`, on the host.
+      whole: its batch on the devices; `id_b` names the clips.
+      local: the rows of this process.
+
+    Raises:
+      UserError: if more updates than `cap` were left out (exit code 1).
+    """
+    values = dict(metrics)
+    self.skipped, burst = int(values.pop("skipped")), int(values.pop("burst"))
+    sigmas = values.pop("sigmas")
+    if values.pop("good"):
+      return values
+    named = f"loss {values['loss']:.6g}, gradient norm {values['grad_norm']:.6g}"
+    finite = np.isfinite([values["loss"], values["grad_norm"]]).all()
+    reason = f"{named}: " + (f"{sigmas:.1f} sigma above the mean" if finite else "not finite")
+    clips = [int(i) for i in _on_host(whole.get("id_b", ()))]
+    shown = ", ".join(map(str, clips[:8])) + (", ..." if len(clips) > 8 else "")
+    path = self._write(step, values, reason, clips)
+    text = f"update of step {step} left out ({reason}); clips {shown}; see {path}"
+    if burst <= self.cap:
+      self.say(f"{text}; {burst} of at most {self.cap}")
+      return None
+    rows = path.with_name(f"{path.stem}-rows-{jax.process_index()}.npz")
+    with atomic_path(rows) as temporary:
+      arrays: dict[str, Any] = {name: np.asarray(x) for name, x in local.items()}
+      np.savez(temporary, **arrays)
+    raise UserError(
+      f"{text} and {rows.name}; that makes {burst} of at most {self.cap} (guard.cap); "
+      f"newest checkpoint: {self.newest()}",
+      exit_code=1,
+    )
+
+  def _write(self, step, values, reason, clips) -> pathlib.Path:
+    """Writes what it takes to replay the step."""
+    folder = self.workdir / FOLDER
+    path = folder / f"step-{step:08d}.json"
+    newest = self.newest()
+    about = {
+      "step": step,
+      "reason": reason,
+      "clips": clips,
+      "metrics": {name: str(value) for name, value in values.items()},
+      "newest_checkpoint": newest,
+    }
+    if newest is not None:
+      command = f"python -m launch.train --verify {self.workdir}"
+      about["replay"] = f"{command} --start {newest} --steps {step - newest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+      with atomic_path(path) as temporary:
+        pathlib.Path(temporary).write_text(json.dumps(about, indent=2) + "\n")
+    return path
+
+
+def _on_host(x: Any) -> np.ndarray:
+  """Returns a whole array; every process must ask."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  return np.asarray(x)

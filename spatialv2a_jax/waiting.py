@@ -1,0 +1,74 @@
+"""Work in a thread of its own, so that the main thread can heed signals while it waits."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+_POLL_SECONDS = 0.05  # A signal is noticed this soon.
+
+
+class GivenUpError(Exception):
+  """The wait was given up because the run is to stop."""
+
+
+def run(work: Callable[[], T], leave: Callable[[], bool]) -> T:
+  """Returns `work()`, done in another thread.
+
+  Args:
+    work: may take long; it is left alone if the wait is given up.
+    leave: asked again and again while waiting.
+
+  Raises:
+    GivenUpError: once `leave()` says so.
+    BaseException: what `work` raised.
+  """
+  return _Task(work).result(leave)
+
+
+class Feed(Generic[T]):
+  """An iterator that is advanced in another thread, one item at a time and only when asked."""
+
+  def __init__(self, items: Iterator[T]):
+    """Wraps `items`; nothing is read before the first `next`."""
+    self._items = items
+    self._task: _Task[T] | None = None
+
+  def next(self, leave: Callable[[], bool]) -> T:
+    """Returns the next item.
+
+    Raises:
+      GivenUpError: once `leave()` says so; the item is not lost, the next call returns it.
+      StopIteration: at the end.
+    """
+    if self._task is None:
+      self._task = _Task(lambda: next(self._items))
+    item = self._task.result(leave)
+    self._task = None
+    return item
+
+
+class _Task(Generic[T]):
+  def __init__(self, work: Callable[[], T]):
+    self._out: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    # A daemon: a read that hangs must not keep the process from leaving.
+    threading.Thread(target=self._run, args=(work,), name="work", daemon=True).start()
+
+  def _run(self, work: Callable[[], T]) -> None:
+    try:
+      self._out.put((work(), None))
+    except BaseException as error:
+      self._out.put((None, error))
+
+  def result(self, leave: Callable[[], bool]) -> T:
+    while True:
+      try:
+        value, error = self._out.get(timeout=_POLL_SECONDS)
+        break
+      except queue.Empty:
+        if leave():
+          raise GivenUpError from None
+    if error is not None:
+      raise error
+    return value

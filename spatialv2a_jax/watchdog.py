@@ -1,0 +1,131 @@
+"""Ends a run that no longer moves: names what it waits for and shows where every thread stands.
+
+Each process watches itself. The first that runs out of time tells the others, which write the
+stacks of their threads as well before all of them leave.
+"""
+
+import faulthandler
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+import jax
+
+from spatialv2a_jax import cluster, meter
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.goodput import Ledger
+
+EXIT_CODE = 43
+FOLDER = "stacks"  # Inside a working directory.
+# What does not move, by the phase of the ledger; the limits are in seconds, 0 is none.
+NAMES = {
+  "data": "data stall: no batch",
+  "step": "hung step: the devices did not finish",
+  "compile": "hung compilation",
+  "eval": "hung evaluation",
+  "save": "hung save of a checkpoint",
+  "restore": "hung restore of a checkpoint",
+}
+LIMITS = {
+  "data": 1800.0,
+  "step": 1800.0,
+  "compile": 7200.0,
+  "eval": 7200.0,
+  "save": 3600.0,
+  "restore": 3600.0,
+}
+_GRACE_SECONDS = 10.0  # For the other processes to write their stacks.
+
+
+class Watchdog:
+  """Context in which a phase of the ledger that lasts too long ends the process with code 43."""
+
+  def __init__(
+    self, ledger: Ledger, workdir: str | os.PathLike, limits: Mapping[str, float] | None = None
+  ):
+    """Sets the limits.
+
+    Args:
+      ledger: tells the phase, and since when; `enter` of the same phase is a sign of life.
+      workdir: gets `stacks/process-RANK.txt`.
+      limits: seconds per phase, replacing some of `LIMITS`; 0: no limit.
+
+    Raises:
+      UserError: if a limit names no phase.
+    """
+    if unknown := sorted(set(limits or {}) - set(LIMITS)):
+      raise UserError(f"limits has no {unknown}, have: {sorted(LIMITS)}")
+    self._ledger, self._limits = ledger, {**LIMITS, **(limits or {})}
+    self._folder = pathlib.Path(workdir) / FOLDER
+    self._closed = threading.Event()
+    self._firing = threading.Lock()
+    self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+    self._watch: cluster.Watch | None = None
+    self.step = 0  # That is being done, for the message.
+
+  def __enter__(self) -> "Watchdog":
+    self._rank = jax.process_index()
+    self._watch = cluster.Watch("fault", lambda text: self._end(text, first=False))
+    self._thread.start()
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    self._closed.set()
+    if self._watch is not None:
+      self._watch.close()
+
+  def _run(self):
+    shortest = min((limit for limit in self._limits.values() if limit), default=60.0)
+    while not self._closed.wait(min(1.0, shortest / 4)):
+      phase, since = self._ledger.phase, self._ledger.since
+      limit = self._limits.get(phase, 0.0)
+      if limit and (waited := time.monotonic() - since) > limit:
+        what = f"{NAMES[phase]} for {meter.duration(waited)} at step {self.step}"
+        where = f"process {self._rank} on {socket.gethostname()}"
+        self._end(f"{what} ({where}; limits.{phase}={limit:g})", first=True)
+
+  def _end(self, text: str, first: bool) -> None:
+    """Writes the stacks, waits until the others have, and leaves."""
+    with self._firing:
+      print(f"\n{text}", file=sys.stderr, flush=True)
+      try:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"process-{self._rank}.txt"
+        with open(path, "w", encoding="utf-8") as file:
+          file.write(text + "\n")
+          file.flush()
+          faulthandler.dump_traceback(file, all_threads=True)
+        print(f"stacks of all threads: {path}", file=sys.stderr, flush=True)
+      except OSError:
+        pass  # A full disk; standard error has them.
+      faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+      sys.stderr.flush()
+      self._wait_for_the_others(text, first)
+      cluster.leave(EXIT_CODE)
+
+  def _wait_for_the_others(self, text: str, first: bool) -> None:
+    store = cluster.client()
+    if store is None or self._watch is None:
+      return
+    try:
+      if first:
+        self._watch.tell(text)
+      store.key_value_set(f"fault/written/{self._rank}", "", allow_overwrite=True)
+      end = time.monotonic() + _GRACE_SECONDS
+      for rank in range(jax.process_count()):
+        left = max(100, round(1000 * (end - time.monotonic())))
+        store.blocking_key_value_get(f"fault/written/{rank}", left)
+    except RuntimeError:
+      pass  # A process that cannot answer; it will not keep the others.
+    if self._rank == 0:
+      time.sleep(0.5)  # It serves the store: the others end with it.
