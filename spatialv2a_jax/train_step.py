@@ -188,7 +188,7 @@ def make_train_step(
     new_average = average.update(state.ema, params, state.step + 1)
     grad_norm = optax.tree.norm(grads)
     good, watch, judged = guards.judge(guard, state.guard, value, grad_norm)
-    old = (state.params, state.ema, state.opt, state.stats)
+    old = (own, state.ema, state.opt, state.stats)
     params, new_average, opt, stats = guards.select(good, (params, new_average, opt, stats), old)
     metrics = metrics | judged | {"loss": value, "grad_norm": grad_norm, "good": good}
     metrics["param_norm"] = optax.tree.norm(params)
