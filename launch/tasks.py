@@ -108,7 +108,8 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
         again = f"convert its source again with --ears {sizes.ears}"
         raise UserError(f"config.init_from: {config['init_from']} has ears={ears}; {again}")
       return start.params["flow"]
-    mean_c, std_c = latent_statistics(itertools.islice(source(0), config["data"]["statistics"]))
+    batches = itertools.islice(source.whole(), config["data"]["statistics"])
+    mean_c, std_c = latent_statistics(batches)
     null = features.encode_text("", encoders)
     return {"frozen": {"latent_mean": mean_c, "latent_std": std_c, "null_text": null}}
 
@@ -175,7 +176,7 @@ def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   def values():
     if config["init_from"]:
       return _model_folder(config["init_from"], "vae").params["vae"]
-    sound = itertools.islice(source(0), config["data"]["statistics"])
+    sound = itertools.islice(source.whole(), config["data"]["statistics"])
     mean_m, std_m = codec.statistics((batch["audio_bep"] for batch in sound), audio)
     return {"frozen": {"data_mean": mean_m, "data_std": std_m}}
 
@@ -216,10 +217,17 @@ class _Source:
     options = {"mirror": data["mirror"], "workers": data["workers"]}
     return self.read(data["path"], start_step=start, seed=self.config["seed"], **options)
 
-  def read(self, path: str, *, seed: int | None, **options: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Returns the batches of a folder of shards, or synthetic ones."""
+  def whole(self) -> Iterator[dict[str, np.ndarray]]:
+    """Returns all rows of the first batches, the same in every process."""
+    data = self.config["data"]
+    return self.read(data["path"], seed=self.config["seed"], mirror=data["mirror"], whole=True)
+
+  def read(
+    self, path: str, *, seed: int | None, whole: bool = False, **options: Any
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Returns the batches of a folder of shards, or synthetic ones: the rows of this process."""
     size = self.config["data"]["batch_size"]
-    first, last = sharding.local_rows(self.mesh, self.rules, size)
+    first, last = (0, size) if whole else sharding.local_rows(self.mesh, self.rules, size)
     rows = last - first
     if path == SYNTHETIC:
       return self._noise(options.get("start_step", 0), first, last, size)
@@ -265,19 +273,23 @@ class _Evaluation:
     evaluate = self._compile(state)
     total: dict[str, float] = {}
     weight, first = 0.0, None
-    options = {} if data["eval"] == SYNTHETIC else {"epochs": 1}
+    options: dict[str, Any] = {} if data["eval"] == SYNTHETIC else {"epochs": 1}
     batches = self.source.read(data["eval"], seed=None, **options)
     for local in itertools.islice(batches, data["eval_batches"]):
       first = local if first is None else first
       batch = sharding.global_batch(local, self.mesh, self.rules, data["batch_size"])
-      clips = float(batch["weight_b"].sum())
       values = jax.device_get(evaluate(state.ema, state.stats, batch))
+      clips = float(values.pop("clips"))
       total = {name: total.get(name, 0.0) + clips * float(value) for name, value in values.items()}
       weight += clips
       if leave():
         return None
-    if self.listener is not None and first is not None and jax.process_count() == 1:
-      self.listener(state.ema, state.stats, first, step, book)
+    if self.listener is not None and first is not None:
+      params, stats = state.ema, state.stats
+      if jax.process_count() > 1:  # All of them gather, one listens.
+        params, stats = _gather(params), _gather(stats)
+      if jax.process_index() == 0:
+        self.listener(params, stats, first, step, book)
     return {f"eval/{name}": value / max(weight, 1.0) for name, value in total.items()}
 
   def _compile(self, state):

@@ -1,39 +1,90 @@
 """Trains what a config file describes; run again, it goes on where it stopped.
 
 python -m launch.train --config configs/NAME.py[:VARIANT] --workdir DIR [--config.KEY=VALUE ...]
+python -m launch.train --verify DIR [--start STEP] [--steps K]
 
   --config FILE[:VARIANT]   a file with get_config(variant)
   --config.KEY=VALUE        replaces one value, such as --config.optim.lr=3e-4
   --workdir DIR             gets checkpoints/, metrics.jsonl, config.json, TensorBoard events, and
-                            model/ when the run is finished
-  --distributed             one process of several: coordinator and rank come from the cluster's
-                            environment (SLURM, TPU, GKE), as `jax.distributed` finds them
+                            model/ when the run is finished; faults/ for updates that were left
+                            out, stacks/ after a hang, profile/ for config.every.profile=(N,M)
+
+  --verify DIR              replays steps of the run in DIR, with the config that its checkpoint
+                            holds, and compares losses and arrays bit for bit (1e-5 on another
+                            mesh or machine); writes nothing
+  --start STEP              checkpoint to begin with; by default the last but one; 0: the beginning
+  --steps K                 how many steps; by default up to the next checkpoint
+
+  --distributed             one process of several: coordinator, number and rank come from the
+                            cluster's environment (SLURM, TPU, GKE, Open MPI) or from
+  --coordinator HOST:PORT   where process 0 listens
+  --num_processes N         how many processes there are
+  --process_id I            which of them this is, from 0
+  --join_timeout S          seconds to wait for all of them; then it says which are missing (300)
 
 Compiled programs are kept in ~/.cache/spatialv2a_jax/xla, or in JAX_COMPILATION_CACHE_DIR;
-JAX_ENABLE_COMPILATION_CACHE=false turns that off.
+JAX_ENABLE_COMPILATION_CACHE=false turns that off. On GPUs, --config.deterministic=true makes two
+runs equal bit for bit, at some cost in speed (XLA's --xla_gpu_deterministic_ops).
 
-Exit codes: 0 finished, 1 the loss is not finite, 2 bad input, 3 missing data or weights,
-42 interrupted and saved.
+Exit codes: 0 finished (or the replay agrees), 1 stopped by a fault (too many updates left out, a
+checkpoint that cannot be written, processes that are missing, a replay that differs), 2 bad input,
+3 missing data or weights, 42 interrupted and saved: run it again, 43 hung: stacks of all threads
+are on standard error and in DIR/stacks.
 """
 
+import errno
+import hashlib
+import json
 import logging
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from launch import tasks
-from spatialv2a_jax import compile_cache, goodput, meter, optim, sharding, train
+from spatialv2a_jax import (
+  cluster,
+  compile_cache,
+  determinism,
+  goodput,
+  meter,
+  optim,
+  preemption,
+  replay,
+  sharding,
+  train,
+  waiting,
+)
 from spatialv2a_jax import guard as guards
 from spatialv2a_jax.errors import UserError
 
 
-def parse(argv: Sequence[str]) -> tuple[dict[str, Any], str, bool]:
-  """Returns the resolved config, the working directory and whether the job is distributed.
+class Arguments(NamedTuple):
+  """The command line.
+
+  Attributes:
+    config: resolved; of the run to verify if there is one.
+    workdir: of the run.
+    verify: replays the run instead of training.
+    start: first step of the replay.
+    steps: length of the replay.
+    distributed: arguments of `cluster.start`; None for a single process.
+  """
+
+  config: dict[str, Any]
+  workdir: str
+  verify: bool = False
+  start: int | None = None
+  steps: int | None = None
+  distributed: dict[str, Any] | None = None
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+  """Returns what the command line says.
 
   Args:
     argv: the command line, program name first.
@@ -43,7 +94,11 @@ def parse(argv: Sequence[str]) -> tuple[dict[str, Any], str, bool]:
   """
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=list(argv))
-  flags.DEFINE_string("workdir", "", "of the run", flag_values=values)
+  for name in ("workdir", "verify", "coordinator"):
+    flags.DEFINE_string(name, None, "see above", flag_values=values)
+  for name in ("start", "steps", "num_processes", "process_id"):
+    flags.DEFINE_integer(name, None, "see above", lower_bound=0, flag_values=values)
+  flags.DEFINE_float("join_timeout", 300.0, "seconds", flag_values=values)
   flags.DEFINE_boolean("distributed", False, "several processes", flag_values=values)
   try:
     rest = values(list(argv))[1:]
@@ -58,58 +113,85 @@ def parse(argv: Sequence[str]) -> tuple[dict[str, Any], str, bool]:
     raise UserError("--config: " + lines[-1].removeprefix("ValueError: ")) from error
   if rest:
     raise UserError(f"unexpected argument {rest[0]!r}")
-  if resolved is None or not values["workdir"].value:
+  given = {name: values[name].value for name in values}
+  verify, workdir = given["verify"], given["workdir"]
+  if verify and (resolved is not None or workdir):
+    raise UserError("--verify DIR takes the config of the run: leave out --config and --workdir")
+  if not verify and (given["start"] is not None or given["steps"] is not None):
+    raise UserError("--start and --steps belong to --verify DIR")
+  if verify:
+    resolved, workdir = replay.settings(verify), verify
+  if resolved is None or not workdir:
     raise UserError("give --config configs/NAME.py[:VARIANT] and --workdir DIR")
-  return resolved, values["workdir"].value, bool(values["distributed"].value)
+  members = {
+    "coordinator": given["coordinator"],
+    "count": given["num_processes"],
+    "index": given["process_id"],
+  }
+  asked = given["distributed"] or any(value is not None for value in members.values())
+  joined = {**members, "timeout": given["join_timeout"]} if asked else None
+  return Arguments(resolved, workdir, bool(verify), given["start"], given["steps"], joined)
 
 
-def run(
-  config: Mapping[str, Any], workdir: str | pathlib.Path, ledger: goodput.Ledger | None = None
-) -> None:
-  """Trains, then writes the model folder WORKDIR/model.
+def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
+  """Trains, then writes the model folder WORKDIR/model; or replays a run.
 
   Args:
-    config: sections as in `configs/tiny.py`.
-    workdir: of the run.
+    arguments: of the command line.
     ledger: that of the process.
 
+  Returns:
+    The exit code.
+
   Raises:
-    UserError: for a mistake in the config, data that does not fit it, a loss that is not finite.
+    UserError: for a mistake in the config, data that does not fit it, a fault of the run.
   """
-  workdir = pathlib.Path(workdir)
+  config, workdir = arguments.config, pathlib.Path(arguments.workdir)
   mesh = sharding.make_mesh(**config["mesh"])
   rules = sharding.Rules(**{name: axes or None for name, axes in config["rules"].items()})
   task = tasks.build(config, mesh, rules)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
+  every = train.Every(**config["every"])
+  common: dict[str, Any] = {
+    "batches": task.batches,
+    "batch_size": config["data"]["batch_size"],
+    "loss": task.loss,
+    "init": task.init,
+    "stats": task.stats,
+    "values": task.values,
+    "optimizer": optim.adamw(optim.from_mapping(config["optim"]), shapes),
+    "mesh": mesh,
+    "rules": rules,
+    "ema": optim.Ema(**config["ema"]),
+    "seed": config["seed"],
+    "accumulate": config["accumulate"],
+    "guard": guards.Config(**config.get("guard", {})),
+    "say": _say,
+  }
+  if arguments.verify:
+    span = {"start": arguments.start, "steps": arguments.steps}
+    return 0 if replay.verify(workdir, log=every.log, **span, **common) else 1
   state = train.fit(
     workdir,
     kind=config["kind"],
     config=config,
-    batches=task.batches,
-    batch_size=config["data"]["batch_size"],
-    loss=task.loss,
-    init=task.init,
-    stats=task.stats,
-    values=task.values,
-    optimizer=optim.adamw(optim.from_mapping(config["optim"]), shapes),
-    mesh=mesh,
-    rules=rules,
-    ema=optim.Ema(**config["ema"]),
     steps=config["steps"],
-    seed=config["seed"],
-    every=train.Every(**config["every"]),
-    accumulate=config["accumulate"],
-    guard=guards.Config(**config.get("guard", {})),
+    every=every,
     limits=config.get("limits"),
     evaluate=task.evaluate,
     flops_per_clip=task.flops() if meter.peak_flops() else None,
     tokens_per_clip=task.tokens,
     ledger=ledger,
-    say=lambda line: print(line, flush=True),
+    **common,
   )
   task.export(workdir / "model", state)
+  _say(f"model folder: {workdir / 'model'}")
+  return 0
+
+
+def _say(line: str) -> None:
   if jax.process_index() == 0:
-    print(f"model folder: {workdir / 'model'}")
+    print(line, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,16 +203,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes.
   try:
-    config, workdir, distributed = parse(argv)
+    arguments = parse(argv)
+    if arguments.config.get("deterministic"):
+      determinism.enforce()
     compile_cache.keep()
-    if distributed:
-      jax.distributed.initialize()
-    run(config, workdir, ledger)
+    if arguments.distributed is not None:
+      text = json.dumps(arguments.config, sort_keys=True)
+      digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+      cluster.start(
+        **arguments.distributed,
+        about={"configuration": digest},
+        say=lambda line: print(line, flush=True),
+      )
+    return run(arguments, ledger)
   except UserError as error:
     print(f"launch.train: {error}", file=sys.stderr)
     return error.exit_code
-  return 0
+  except OSError as error:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+      raise
+    print(
+      f"launch.train: the disk is full ({error}); the newest complete checkpoint is intact: make "
+      "room and run the same command",
+      file=sys.stderr,
+    )
+    return 1
+
+
+def leave(code: int) -> None:
+  """Ends the process: at once, if a thread that cannot be stopped still compiles or reads."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if waiting.abandoned():
+    if jax.distributed.is_initialized():
+      jax.distributed.shutdown()
+    cluster.leave(code)
+  sys.exit(code)
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  try:
+    exit_code = main()
+  except preemption.Interrupted as stop:
+    exit_code = int(stop.code or 0)
+  leave(exit_code)

@@ -106,6 +106,10 @@ class Checkpoints:
     """Returns the step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
+  def steps(self) -> list[int]:
+    """Returns the steps of the complete checkpoints, in order."""
+    return sorted(self._manager.all_steps())
+
   def run(self, step: int) -> dict[str, Any]:
     """Returns the `run` item of a checkpoint."""
     args = ocp.args.Composite(run=ocp.args.JsonRestore())
@@ -152,6 +156,23 @@ class Checkpoints:
       step, reason = next(iter(damaged.items()))
       raise UserError(f"cannot read checkpoint {self.folder}/{step}: {reason}")
     return None
+
+  def read(self, step: int, abstract: Any) -> Any:
+    """Returns the state of one checkpoint.
+
+    Args:
+      step: of the checkpoint.
+      abstract: as in `restore`.
+
+    Raises:
+      UserError: if it holds another model, or cannot be read.
+    """
+    self._check_shapes(step, abstract)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
+    try:
+      return self._manager.restore(step, args=args)["state"]
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
+      raise UserError(f"cannot read checkpoint {self.folder}/{step}: {_reason(error)}") from error
 
   def _check_shapes(self, step: int, abstract: Any) -> None:
     saved = _shapes(_metadata(self._manager, step)["params"])

@@ -5,6 +5,7 @@ again on the same machine, it ends with the same bits as one that was never kill
 """
 
 import json
+import os
 import pathlib
 import time
 import zlib
@@ -118,7 +119,7 @@ def fit(
     raise UserError(f"batch_size {batch_size} does not divide by accumulate {accumulate}")
   config = json.loads(json.dumps(config))
   create, abstract, layout = init_state(init, stats, optimizer, stream(seed, "init"), mesh, rules)
-  about = {"kind": kind, "config": config, "versions": versions(), "mesh": describe_mesh(mesh)}
+  about = {"kind": kind, "config": config, "versions": versions(), "machine": machine(mesh)}
 
   with (
     Watchdog(ledger, workdir, limits) as watchdog,
@@ -126,7 +127,7 @@ def fit(
     StopSignal() as stop,
   ):
     with ledger.during("restore"):
-      state, run = _begin(checkpoints, create, values, abstract, kind, config, say)
+      state, run = _begin(checkpoints, create, values, abstract, about, say)
     start, rows = int(state.step), read_metrics(workdir)
     ledger.resume(run.get("ledger"), rows)
     evaluated = evaluate is None or not every.evaluates(start, steps) or _evaluated(rows, start)
@@ -179,11 +180,9 @@ def to_devices(
     yield Batch(batch, whole, len(getattr(source, "bad", ())))
 
 
-def _begin(
-  checkpoints, create, values, abstract, kind, config, say
-) -> tuple[State, dict[str, Any]]:
+def _begin(checkpoints, create, values, abstract, about, say) -> tuple[State, dict[str, Any]]:
   """Returns the newest state and its `run` item, or a new state and an empty one."""
-  latest = checkpoints.latest()
+  latest, kind = checkpoints.latest(), about["kind"]
   if latest is not None and (there := checkpoints.run(latest).get("kind")) != kind:
     raise UserError(f"{checkpoints.folder} holds a run of kind {there!r}, not {kind!r}")
   found = checkpoints.restore(abstract, warn=say)
@@ -192,8 +191,9 @@ def _begin(
   state, run = found
   age = max(time.time() - run["time"], 0)
   say(f"resumed at step {int(state.step)} from a checkpoint saved {duration(age)} ago")
-  for line in _changes(run["config"], config):
-    say(f"  changed since then: {line}")
+  for name in ("config", "machine", "versions"):
+    for line in changes(run.get(name), about[name], name):
+      say(f"  changed since then: {line}")
   return state, run
 
 
@@ -202,13 +202,18 @@ def _evaluated(rows: list[dict[str, Any]], step: int) -> bool:
   return any(row["step"] == step and any(k.startswith("eval/") for k in row) for row in rows)
 
 
-def describe_mesh(mesh: Mesh) -> dict[str, Any]:
-  """Returns what the bits of a run depend on besides its configuration, JSON-able."""
-  return {
+def machine(mesh: Mesh) -> dict[str, Any]:
+  """Returns what the bits of a run depend on besides configuration and versions, JSON-able."""
+  kind = mesh.devices.flat[0].device_kind
+  about = {
     "axes": {name: int(size) for name, size in mesh.shape.items()},
-    "device": mesh.devices.flat[0].device_kind,
+    "device": kind,
     "processes": jax.process_count(),
   }
+  if kind == "cpu":  # Sums are split over the threads of the pool.
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]
+    about["threads"] = int(os.environ.get("NPROC") or len(cores))
+  return about
 
 
 def _describe(state, mesh, batch_size, workdir, config, say) -> None:
@@ -226,11 +231,11 @@ def _describe(state, mesh, batch_size, workdir, config, say) -> None:
       pathlib.Path(temporary).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _changes(old: Any, new: Any, name: str = "config") -> Iterator[str]:
+def changes(old: Any, new: Any, name: str) -> Iterator[str]:
   """Yields one line per entry that differs."""
   if isinstance(old, Mapping) and isinstance(new, Mapping):
     for key in sorted(old.keys() | new.keys()):
-      yield from _changes(old.get(key), new.get(key), f"{name}.{key}")
+      yield from changes(old.get(key), new.get(key), f"{name}.{key}")
   elif old != new:
     yield f"{name} {old!r} -> {new!r}"
 

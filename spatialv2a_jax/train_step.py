@@ -210,12 +210,13 @@ def make_eval_step(
 ) -> Callable[[Any, Any, Any], dict[str, jax.Array]]:
   """Returns `evaluate(params, stats, batch) -> metrics`, without update.
 
-  The key is the same at each call: evaluations of one run differ by the parameters alone.
+  The metrics are those of the loss, `loss` and `clips`, the sum of the batch's weights. The key is
+  the same at each call: evaluations of one run differ by the parameters alone.
   """
 
   def evaluate(params, stats, batch):
     value, (metrics, _) = loss(params, stats, batch, key)
-    return metrics | {"loss": value}
+    return metrics | {"loss": value, "clips": batch["weight_b"].sum()}
 
   return jax.jit(
     evaluate,

@@ -9,6 +9,9 @@ T = TypeVar("T")
 _POLL_SECONDS = 0.05  # A signal is noticed this soon.
 
 
+_given_up: list[threading.Thread] = []
+
+
 class GivenUpError(Exception):
   """The wait was given up because the run is to stop."""
 
@@ -25,6 +28,11 @@ def run(work: Callable[[], T], leave: Callable[[], bool]) -> T:
     BaseException: what `work` raised.
   """
   return _Task(work).result(leave)
+
+
+def abandoned() -> bool:
+  """Returns whether work that was given up still runs: the interpreter must not be taken down."""
+  return any(thread.is_alive() for thread in _given_up)
 
 
 class Feed(Generic[T]):
@@ -53,7 +61,8 @@ class _Task(Generic[T]):
   def __init__(self, work: Callable[[], T]):
     self._out: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
     # A daemon: a read that hangs must not keep the process from leaving.
-    threading.Thread(target=self._run, args=(work,), name="work", daemon=True).start()
+    self._thread = threading.Thread(target=self._run, args=(work,), name="work", daemon=True)
+    self._thread.start()
 
   def _run(self, work: Callable[[], T]) -> None:
     try:
@@ -68,6 +77,7 @@ class _Task(Generic[T]):
         break
       except queue.Empty:
         if leave():
+          _given_up.append(self._thread)
           raise GivenUpError from None
     if error is not None:
       raise error

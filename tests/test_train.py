@@ -226,7 +226,7 @@ def test_the_data_position_follows_the_examples_when_the_batch_grows(tmp_path):
 
 
 def test_data_that_ends_early_is_one_line(tmp_path):
-  with pytest.raises(UserError, match="the data ended before step 2 of 6"):
+  with pytest.raises(UserError, match="the data ended before step 3 of 6"):
     fit(tmp_path, batches=lambda start: iter([toy.toy_batch(i) for i in range(start, 2)]))
 
 

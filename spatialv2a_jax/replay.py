@@ -1,0 +1,204 @@
+"""Replays steps of a run from one of its checkpoints and compares: the proof that it repeats.
+
+On the same mesh, devices and versions every logged number and every saved array must come out with
+the same bits; elsewhere losses agree to 1e-5 and the arrays are only reported.
+"""
+
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from spatialv2a_jax import guard as guards
+from spatialv2a_jax import optim, sharding, train
+from spatialv2a_jax.checkpoint import Checkpoints
+from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.logbook import read_metrics
+from spatialv2a_jax.meter import Meter
+from spatialv2a_jax.train_step import Loss, State, init_state, make_train_step, overwrite
+
+TOLERANCE = 1e-5  # Of the loss, relative, on another mesh.
+JUDGED = ("good", "skipped", "burst", "sigmas")  # Metrics of the guard, not means of a log line.
+
+
+def settings(run: str | pathlib.Path) -> dict[str, Any]:
+  """Returns the configuration of a run, as its newest checkpoint has it.
+
+  Raises:
+    MissingAssetError: if there is no complete checkpoint.
+  """
+  with _open(run) as checkpoints:
+    return dict(checkpoints.run(_newest(checkpoints))["config"])
+
+
+def verify(
+  run: str | pathlib.Path,
+  *,
+  batches: train.Batches,
+  batch_size: int,
+  loss: Loss,
+  init: Callable[[jax.Array], Any],
+  optimizer: optim.Optimizer,
+  mesh: Mesh,
+  log: int,
+  stats: Any = None,
+  values: Callable[[], Mapping[str, Any]] | None = None,
+  rules: sharding.Rules | None = None,
+  ema: optim.Ema | None = None,
+  seed: int = 0,
+  accumulate: int = 1,
+  guard: guards.Config | None = None,
+  start: int | None = None,
+  steps: int | None = None,
+  say: Callable[[str], None] = print,
+) -> bool:
+  """Returns whether the replayed steps agree with the record; writes nothing.
+
+  Args:
+    run: working directory of the run.
+    batches: as in `train.fit`, and so are all that are not named here.
+    batch_size: as there.
+    loss: as there.
+    init: as there.
+    optimizer: as there.
+    mesh: as there; need not be that of the run.
+    log: steps between lines of the log.
+    stats: as there.
+    values: as there; used if the replay begins at step 0.
+    rules: as there.
+    ema: as there.
+    seed: as there.
+    accumulate: as there.
+    guard: as there.
+    start: step of the checkpoint to begin with; 0: the beginning of the run; None: the last but
+      one, or the beginning if there is only one.
+    steps: how many to replay; None: up to the next checkpoint.
+    say: prints one line per comparison.
+
+  Raises:
+    UserError: if there is no such checkpoint, or nothing to compare.
+  """
+  rules, stats = rules or sharding.Rules(), {} if stats is None else stats
+  create, abstract, layout = init_state(
+    init, stats, optimizer, train.stream(seed, "init"), mesh, rules
+  )
+  with _open(run) as checkpoints:
+    newest, saved = _newest(checkpoints), [0, *checkpoints.steps()]
+    start = saved[-2] if start is None else start
+    if start not in saved:
+      raise UserError(f"{run} has no checkpoint of step {start}, only {saved[1:]} and 0")
+    rows = {row["step"]: row for row in read_metrics(run) if "loss" in row}
+    ends = [step for step in [*saved, max(rows, default=0)] if step > start]
+    if not ends:
+      raise UserError(f"nothing was logged or saved after step {start} of {run}")
+    end = min(ends) if steps is None else min(start + steps, max(ends))
+    about = checkpoints.run(start or newest)
+    same = _same(about, mesh, say)
+    if start:
+      state = checkpoints.read(start, abstract)
+    else:
+      state, about = overwrite(create(), values() if values else {}), {}
+    step = make_train_step(
+      loss,
+      optimizer,
+      key=train.stream(seed, "train"),
+      mesh=mesh,
+      rules=rules,
+      layout=layout,
+      ema=ema,
+      accumulate=accumulate,
+      guard=guard,
+    )
+    say(f"replaying steps {start + 1} to {end} of {run}")
+    source = batches(int(about.get("examples", 0)) // batch_size)
+    feed = train.to_devices(source, mesh, rules, batch_size)
+    meter, agreed, compared = Meter(**about.get("meter", {})), True, 0
+    for done in range(start + 1, end + 1):
+      state, metrics = step(state, next(feed).whole)
+      got = {name: float(value) for name, value in jax.device_get(metrics).items()}
+      if got["good"]:
+        meter.add({name: value for name, value in got.items() if name not in JUDGED})
+      else:
+        say(f"step {done}: left out, loss {got['loss']:.6g}, norm {got['grad_norm']:.6g}")
+      if done in rows and (done % log == 0 or done == max(rows)):
+        agreed &= _compare_row(done, meter.means(), rows[done], same, say)
+        meter, compared = Meter(), compared + 1
+      if done in saved:
+        agreed &= _compare_state(done, state, checkpoints.read(done, abstract), same, say)
+        compared += 1
+  if not compared:
+    raise UserError(f"no line of the log and no checkpoint between steps {start} and {end}")
+  how = "bit for bit" if same else f"to {TOLERANCE:g} (another machine or mesh)"
+  say(f"the run {'repeats' if agreed else 'does NOT repeat'} {how}")
+  return agreed
+
+
+def _open(run: str | pathlib.Path) -> Checkpoints:
+  if not pathlib.Path(run).is_dir():
+    raise MissingAssetError(f"no such run: {run}")
+  return Checkpoints(run, read_only=True)
+
+
+def _newest(checkpoints: Checkpoints) -> int:
+  newest = checkpoints.latest()
+  if newest is None:
+    raise MissingAssetError(f"no complete checkpoint in {checkpoints.folder}")
+  return newest
+
+
+def _same(about: Mapping[str, Any], mesh: Mesh, say: Callable[[str], None]) -> bool:
+  """Returns whether the bits must be those of the run."""
+  then = {"machine": about.get("machine"), "versions": about.get("versions")}
+  now = {"machine": train.machine(mesh), "versions": train.versions()}
+  changes = list(train.changes(then, now, "run"))
+  for line in changes:
+    say(f"differs from the run: {line}")
+  return not changes
+
+
+def _compare_row(step, got, row, same, say) -> bool:
+  names = sorted(name for name in got if name in row)
+  worst = max(_distance(got[name], row[name]) for name in names)
+  loss = _distance(got.get("loss"), row["loss"])
+  good = worst == 0 if same else loss <= TOLERANCE
+  off = [name for name in names if _distance(got[name], row[name])]
+  detail = f"{len(names)} numbers are equal" if not off else f"other: {', '.join(off)}"
+  say(f"step {step}: loss {got.get('loss')!r}, logged {row['loss']!r}; {detail}")
+  return good
+
+
+def _distance(a: float | None, b: float | None) -> float:
+  """Returns the relative distance; what is not a number equals itself, in the log it is null."""
+  a, b = (math.nan if x is None else x for x in (a, b))
+  if a == b or (math.isnan(a) and math.isnan(b)):
+    return 0.0
+  return abs(a - b) / max(abs(b), 1e-30) if math.isfinite(a - b) else math.inf
+
+
+def _compare_state(step: int, got: State, saved: State, same: bool, say) -> bool:
+  counts = jax.device_get(jax.jit(lambda a, b: jax.tree.map(_unequal, a, b))(got, saved))
+  off = {
+    name: int(count)
+    for name, count in zip(optim.names(counts), jax.tree.leaves(counts), strict=True)
+    if count
+  }
+  total = len(jax.tree.leaves(counts))
+  if not off:
+    say(f"step {step}: all {total} arrays of the checkpoint are equal, bit for bit")
+  else:
+    name, count = max(off.items(), key=lambda item: item[1])
+    say(f"step {step}: {len(off)} of {total} arrays differ, most of all {name} in {count} values")
+  return not off or not same
+
+
+def _unequal(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns how many values differ in a bit."""
+  if jnp.issubdtype(a.dtype, jnp.inexact):
+    kind = np.dtype(f"uint{8 * a.dtype.itemsize}")
+    a, b = (jax.lax.bitcast_convert_type(x, kind) for x in (a, b))
+  return (a != b).sum()
