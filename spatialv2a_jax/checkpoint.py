@@ -76,9 +76,9 @@ class Checkpoints:
 
   def check(self) -> None:
     """Raises the error of a save that failed in the background (exit code 1)."""
-    with self._loud():
-      self._manager.check_for_errors()
     if self._saving and not self._manager.is_saving_in_progress():
+      with self._loud():
+        self._manager.wait_until_finished()  # Raises what its thread met with.
       self._good, self._saving = self._saving, None
 
   def age(self) -> float | None:
@@ -386,8 +386,8 @@ def _reason(error: BaseException) -> str:
   while one is not None and one not in chain:
     chain.append(one)
     one = one.__cause__ or one.__context__
-  lines = [line.strip() for one in chain for line in str(one).splitlines()]
+  lines = [line.strip() for one in chain for line in str(one).splitlines() if line.strip()]
   signs = ("No space left", "File too large", "Errno", "ermission")
-  return next((line for line in lines if any(s in line for s in signs)), lines[0] if lines else "")[
-    :300
-  ]
+  line = next((line for line in lines if any(s in line for s in signs)), next(iter(lines), ""))
+  # TensorStore names the file and its temporary folders first, and the cause last.
+  return line.rpartition('": ')[2].partition(" [")[0][:200]

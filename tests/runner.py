@@ -1,0 +1,198 @@
+"""A run of the toy problem in a process of its own, with faults on request.
+
+python -m tests.runner JSON, with the fields of `Options`; exit codes are those of `launch.train`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data import pipeline, shards
+from launch import train as launcher
+from spatialv2a_jax import cluster, goodput, guard, optim, preemption, replay, sharding, train
+from spatialv2a_jax.errors import UserError
+from tests import test_train_step as toy
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@dataclasses.dataclass
+class Options:
+  """What to run; a fault strikes when the batch of index `at` is asked for, or in its step."""
+
+  workdir: str
+  steps: int = 8
+  fault: str = ""
+  at: int = 5
+  rank: int = 0  # Of the process that the fault strikes.
+  log: int = 1
+  checkpoint: int = 2
+  eval: int = 0
+  limits: dict = dataclasses.field(default_factory=dict)
+  guard: dict = dataclasses.field(default_factory=lambda: {"sigma": 0.0})
+  pause: float = 0.0  # Seconds before each batch.
+  shards: str = ""
+  workers: int = 0
+  shape: tuple = (1, 1, 1)
+  batch_size: int = 8
+  sgd: bool = False
+  ballast: int = 0  # Random values in the state that never change.
+  join: dict | None = None
+  verify: bool = False
+
+
+def command(**options) -> list[str]:
+  return [sys.executable, "-m", "tests.runner", json.dumps(options)]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+  """Bits depend on the size of the thread pool, and so does progress with forced devices."""
+  more = {"JAX_PLATFORMS": "cpu", "NPROC": "16", "JAX_NUM_CPU_DEVICES": str(devices)}
+  return {**os.environ, **more, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+
+def loss(options: Options):
+  """That of the toy problem; a step with `slow_b` hangs, and tracing can be made to last."""
+
+  def wait():
+    time.sleep(1000)
+
+  def function(params, stats, batch, key):
+    if options.fault == "compile":
+      time.sleep(1000)
+    if "mean_betc" in batch:
+      rows = batch["mean_betc"].shape[0]
+      batch = {**batch, "x_bw": 0.02 * batch["mean_betc"].reshape(rows, -1)[:, :8]}
+    if options.fault == "step":
+      jax.lax.cond(batch["slow_b"].any(), lambda: jax.debug.callback(wait), lambda: None)
+    value, (metrics, new) = toy.toy_loss(params, stats, batch, key)
+    return value, (metrics, stats | new)
+
+  return function
+
+
+def batches(options: Options, mesh):
+  """Returns the source of the rows of this process."""
+  rules = sharding.Rules()
+  first, last = sharding.local_rows(mesh, rules, options.batch_size)
+
+  def plain(start):
+    if options.shards:
+      return pipeline.loader(
+        shards.paths(options.shards),
+        batch_size=options.batch_size,
+        seed=3,
+        mirror=True,
+        start_step=start,
+        workers=options.workers,
+        host=first // (last - first),
+        hosts=options.batch_size // (last - first),
+      )
+    made = (toy.toy_batch(i, options.batch_size) for i in range(start, 10**9))
+    return ({name: x[first:last] for name, x in batch.items()} for batch in made)
+
+  class Source:
+    def __init__(self, start):
+      self.inner, self.index = plain(start), start
+      self.bad = {}
+
+    def __iter__(self):
+      return self
+
+    def __next__(self):
+      time.sleep(options.pause)
+      batch = dict(next(self.inner))
+      self.bad = getattr(self.inner, "bad", {})
+      if options.fault == "step":
+        batch["slow_b"] = np.full(last - first, self.index == options.at)
+      elif self.index >= options.at and options.rank == jax.process_index():
+        self.strike(batch)
+      self.index += 1
+      return batch
+
+    def strike(self, batch):
+      if options.fault in ("nan", "spike"):
+        if self.index == options.at or options.fault == "nan":
+          batch["x_bw"] = batch["x_bw"] * (np.nan if options.fault == "nan" else 1e3)
+      elif self.index > options.at:
+        return
+      elif options.fault == "data":
+        time.sleep(1000)
+      elif options.fault == "disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+      elif options.fault.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, options.fault))
+
+  return Source
+
+
+def evaluate(options: Options):
+  """Returns a hook that takes long if that is the fault."""
+
+  def hook(state, step, book, leave):
+    if options.fault == "eval" and step == options.at:
+      print("evaluating", flush=True)
+      for _ in range(10_000):
+        time.sleep(0.1)
+        if leave():
+          return None
+    return {"eval/norm": float(jnp.square(state.params["up"]["kernel"]).sum())}
+
+  return hook if options.eval else None
+
+
+def main(options: Options) -> int:
+  ledger = goodput.Ledger(goodput.process_began())
+  if options.join:
+    cluster.start(**options.join)
+  devices = jax.devices()[: int(np.prod(options.shape))]
+  mesh = sharding.make_mesh(*options.shape, devices=devices)
+  shapes = jax.eval_shape(toy.toy_init, jax.random.key(0))
+  stats = {"mean": np.zeros(8, np.float32)}
+  if options.ballast:
+    stats["ballast"] = np.random.default_rng(0).standard_normal(options.ballast, np.float32)
+  common = dict(
+    batches=batches(options, mesh),
+    batch_size=options.batch_size,
+    loss=loss(options),
+    init=toy.toy_init,
+    stats=stats,
+    optimizer=toy.SGD if options.sgd else optim.adamw(optim.Config(lr=1e-2, warmup=2), shapes),
+    mesh=mesh,
+    guard=guard.Config(**options.guard),
+    say=lambda line: jax.process_index() or print(line, flush=True),
+  )
+  if options.verify:
+    return 0 if replay.verify(options.workdir, log=options.log, **common) else 1
+  train.fit(
+    options.workdir,
+    kind="toy",
+    config={},
+    steps=options.steps,
+    every=train.Every(options.log, options.eval, options.checkpoint),
+    limits=options.limits,
+    evaluate=evaluate(options),
+    ledger=ledger,
+    **common,
+  )
+  return 0
+
+
+if __name__ == "__main__":
+  try:
+    code = main(Options(**json.loads(sys.argv[1])))
+  except UserError as error:
+    print(error, file=sys.stderr)
+    code = error.exit_code
+  except preemption.Interrupted as stop:
+    code = int(stop.code or 0)
+  launcher.leave(code)

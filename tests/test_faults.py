@@ -1,0 +1,135 @@
+"""Faults of a run, each struck in a process of its own, and the promise seen to hold."""
+
+import json
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from spatialv2a_jax import checkpoint, logbook
+from spatialv2a_jax.errors import UserError
+from tests import runner
+
+
+def start(workdir, devices=1, **options):
+  return subprocess.Popen(
+    runner.command(workdir=str(workdir), **options),
+    env=runner.environment(devices),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def run(workdir, code=0, **options):
+  """Runs to the end; returns what it printed."""
+  process = start(workdir, **options)
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == code, err
+  return out, err
+
+
+def losses(workdir):
+  return {x["step"]: x["loss"] for x in logbook.read_metrics(workdir) if "loss" in x}
+
+
+def wait_for(process, text):
+  for line in process.stdout:
+    if text in line:
+      return
+  raise AssertionError(process.stderr.read())
+
+
+def stop(process, number=signal.SIGTERM):
+  """Signals a process; returns its exit code and for how long it still lived."""
+  clock = time.monotonic()
+  process.send_signal(number)
+  out, _ = process.communicate(timeout=60)
+  return process.returncode, time.monotonic() - clock, out
+
+
+def test_too_many_bad_updates_stop_the_run_with_all_it_takes_to_replay_them(tmp_path, capsys):
+  rules = {"sigma": 0, "cap": 2}
+  options = runner.Options(str(tmp_path), steps=20, fault="nan", at=5, guard=rules)
+  with pytest.raises(UserError) as stop:
+    runner.main(options)
+  text = str(stop.value)
+  assert stop.value.exit_code == 1 and "update of step 8 left out" in text
+  assert "clips 56, 57, " in text and "3 of at most 2 (guard.cap); newest checkpoint: " in text
+  told = capsys.readouterr().out
+  assert "update of step 6 left out (loss nan, gradient norm nan: not finite)" in told
+  assert "1 of at most 2" in told
+  reports = [json.loads(p.read_text()) for p in sorted((tmp_path / "faults").glob("*.json"))]
+  assert [x["step"] for x in reports] == [6, 7, 8]
+  assert reports[2]["clips"] == list(range(56, 64)) and "--verify" in reports[2]["replay"]
+  rows = np.load(tmp_path / "faults" / "step-00000008-rows-0.npz")
+  assert np.isnan(rows["x_bw"]).all() and rows["id_b"].tolist() == reports[2]["clips"]
+  params, _, _ = checkpoint.load_params(tmp_path, "params")
+  assert all(np.isfinite(x).all() for x in [params["up"]["kernel"], params["down"]["kernel"]])
+
+
+def test_a_spike_is_left_out_told_and_counted_and_the_run_goes_on(tmp_path, capsys):
+  rules = {"sigma": 6.0, "window": 20, "warmup": 10, "cap": 3}
+  runner.main(runner.Options(str(tmp_path), 30, fault="spike", at=20, guard=rules, checkpoint=30))
+  told = capsys.readouterr().out
+  assert "update of step 21 left out (loss" in told
+  assert "sigma above the mean); clips 160, " in told
+  rows = {x["step"]: x for x in logbook.read_metrics(tmp_path) if "skipped" in x}
+  assert rows[20]["skipped"] == 0 and rows[21]["skipped"] == rows[30]["skipped"] == 1
+  assert "loss" not in rows[21] and rows[22]["loss"] < 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault, name", [("data", "data stall"), ("step", "hung step")])
+def test_what_does_not_move_ends_with_43_and_the_stacks(tmp_path, fault, name):
+  limits = {"data": 1.5, "step": 1.5}
+  if fault == "step":
+    limits["data"] = 30.0
+  _, err = run(tmp_path, code=43, fault=fault, limits=limits)
+  assert f"{name}" in err and "at step 6 (process 0 on " in err
+  assert "Thread 0x" in err and "runner.py" in err
+  (stacks,) = (tmp_path / "stacks").iterdir()
+  assert "Thread 0x" in stacks.read_text() and name in stacks.read_text()
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_in_one_line_and_the_last_checkpoint_is_intact(tmp_path):
+  options = {"ballast": 200_000, "checkpoint": 4, "steps": 12}
+  _, err = run(tmp_path, code=1, fault="disk", at=7, pause=0.1, **options)
+  line = err.splitlines()[-1]
+  assert "the disk is full: the checkpoint of step 8" in line and "step 4 is intact" in line
+  assert "resumed at step 4" in run(tmp_path, **options)[0]
+  assert run(tmp_path / "whole", **options) and losses(tmp_path) == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_signal_is_heeded_while_compiling(tmp_path):
+  process = start(tmp_path, fault="compile")
+  wait_for(process, "parameters")
+  time.sleep(1)
+  code, seconds, out = stop(process)
+  assert code == 42 and seconds < 5 and "stopped at step 0 before the first step" in out
+
+
+@pytest.mark.slow
+def test_a_signal_is_heeded_while_waiting_for_data(tmp_path):
+  process = start(tmp_path, fault="data", at=3, checkpoint=100)
+  wait_for(process, "step 2/8")
+  time.sleep(1)
+  code, seconds, out = stop(process)
+  assert code == 42 and seconds < 5 and "stopped at step 3 and saved" in out
+  params, _, _ = checkpoint.load_params(tmp_path)
+  assert np.isfinite(params["up"]["kernel"]).all()
+
+
+@pytest.mark.slow
+def test_a_signal_is_heeded_while_evaluating_which_is_done_again(tmp_path):
+  process = start(tmp_path, fault="eval", at=4, eval=2, checkpoint=100)
+  wait_for(process, "evaluating")
+  code, seconds, out = stop(process, signal.SIGINT)
+  assert code == 42 and seconds < 5 and "stopped at step 4 and saved" in out
+  run(tmp_path, eval=2)
+  rows = logbook.read_metrics(tmp_path)
+  assert [x["step"] for x in rows if "eval/norm" in x] == [2, 4, 6, 8]
