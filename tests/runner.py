@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +161,7 @@ def main(options: Options) -> int:
   stats = {"mean": np.zeros(8, np.float32)}
   if options.ballast:
     stats["ballast"] = np.random.default_rng(0).standard_normal(options.ballast, np.float32)
-  common = dict(
+  common: dict[str, Any] = dict(
     batches=batches(options, mesh),
     batch_size=options.batch_size,
     loss=loss(options),

@@ -149,7 +149,8 @@ def test_two_processes_stop_at_the_same_step_and_go_on_together(pair):
   first[1].send_signal(signal.SIGTERM)
   stopped = first[0].stdout.read()
   assert [process.wait(timeout=120) for process in first] == [42, 42]
-  step = int(re.search(r"stopped at step (\d+)", stopped)[1])
+  (step,) = re.findall(r"stopped at step (\d+)", stopped)
+  step = int(step)
   second = pair(steps=step + 2)
   assert f"resumed at step {step}" in second[0].stdout.read()
   assert [process.wait(timeout=120) for process in second] == [0, 0]
