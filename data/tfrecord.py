@@ -51,10 +51,16 @@ class Tensor(NamedTuple):
   shape: tuple[int, ...] = ()
 
 
+def masked_crc(data: bytes) -> bytes:
+  """Returns the four bytes of the checksum that TFRecord stores."""
+  crc = google_crc32c.value(data)
+  return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
 def frame(payload: bytes) -> bytes:
   """Returns the payload as one TFRecord."""
   length = struct.pack("<Q", len(payload))
-  return b"".join([length, _masked_crc(length), payload, _masked_crc(payload)])
+  return b"".join([length, masked_crc(length), payload, masked_crc(payload)])
 
 
 def write(path: str | pathlib.Path, payloads: Iterable[bytes]) -> str:
@@ -158,16 +164,18 @@ class TFRecordSource:
     shard, record = self._locate(int(index))
     path = self.paths[shard]
     offset, length = self._indices[shard][record].tolist()
-    file = self._open(path)
-    blob = os.pread(file.fileno(), HEADER + length + FOOTER, offset)
-    if len(blob) != HEADER + length + FOOTER:
+    file = self._open(path)  # Held, so that it stays open.
+    descriptor = file.fileno()
+    header = os.pread(descriptor, HEADER, offset)
+    payload = os.pread(descriptor, length, offset + HEADER)  # Apart: a slice would copy it.
+    footer = os.pread(descriptor, FOOTER, offset + HEADER + length)
+    if len(header) + len(payload) + len(footer) != HEADER + length + FOOTER:
       raise CorruptRecordError(path, record, "the file ends inside it")
-    if _masked_crc(blob[:8]) != blob[8:HEADER]:
+    if masked_crc(header[:8]) != header[8:]:
       raise CorruptRecordError(path, record, "checksum of the length")
-    if struct.unpack("<Q", blob[:8])[0] != length:
+    if struct.unpack("<Q", header[:8])[0] != length:
       raise UserError(f"{path}: {path}.index belongs to another shard; delete the index")
-    payload = blob[HEADER:-FOOTER]
-    if _masked_crc(payload) != blob[-FOOTER:]:
+    if masked_crc(payload) != footer:
       raise CorruptRecordError(path, record, "checksum of the payload")
     return payload
 
@@ -230,11 +238,6 @@ def tensor_of(value: np.ndarray | str) -> Tensor:
   return Tensor("text") if isinstance(value, str) else Tensor(value.dtype.name, value.shape)
 
 
-def _masked_crc(data: bytes) -> bytes:
-  crc = google_crc32c.value(data)
-  return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
 def _scan(path: str | pathlib.Path, size: int) -> np.ndarray:
   """Follows the lengths from record to record, reading 12 bytes of each."""
   rows, offset = [], 0
@@ -244,7 +247,7 @@ def _scan(path: str | pathlib.Path, size: int) -> np.ndarray:
       header = file.read(HEADER)
       if len(header) < HEADER:
         raise _truncated(path, len(rows))
-      if _masked_crc(header[:8]) != header[8:]:
+      if masked_crc(header[:8]) != header[8:]:
         raise UserError(
           f"{path}: the length of record {len(rows)} is damaged and there is no index to go past"
           f" it; {len(rows)} records before it are intact; restore the shard"
