@@ -3,8 +3,8 @@
 Run: python -m benchmarks.reading [--folder DIR] [--records 256] [--rounds 5]
 Writes the same records of about 0.6 MB (those of the full-size encoders at 8 s) in each format,
 then times all readers in turn, round after round, so that a drift of the machine meets all alike;
-the first round, which brings the files into the cache, does not count. Readers of Grain run on; before each timing they are
-advanced until what they had read ahead while others were timed is gone.
+the first round, which brings the files into the cache, does not count. Readers of Grain run on;
+before each timing they are advanced until what they had read ahead meanwhile is gone.
 """
 
 import argparse
