@@ -65,7 +65,9 @@ class Flow:
     self.stats = self.net.init_stats()
     self.peer = torch_flow.FlowNet(self.config, self.params)
     self.params = jax.device_put(self.params)
-    batch = schema.synthetic_batch(schema.feature_shapes(config["seconds"], AUDIO, **sizes), 1, seed=0)
+    batch = schema.synthetic_batch(
+      schema.feature_shapes(config["seconds"], AUDIO, **sizes), 1, seed=0
+    )
     names = ("clip_bvf", "sync_bsf", "text_bwf", "spatial_bvk")
     self.cond: Any = {name: np.asarray(batch[name]) for name in names}
     self.frames = schema.lengths(config["seconds"], AUDIO).latent

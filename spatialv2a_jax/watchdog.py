@@ -5,6 +5,7 @@ stacks of their threads as well before all of them leave.
 """
 
 import faulthandler
+import itertools
 import os
 import pathlib
 import socket
@@ -45,6 +46,8 @@ _GRACE_SECONDS = 10.0  # For the other processes to write their stacks.
 class Watchdog:
   """Context in which a phase of the ledger that lasts too long ends the process with code 43."""
 
+  _numbers = itertools.count()  # Processes open their contexts in the same order.
+
   def __init__(
     self, ledger: Ledger, workdir: str | os.PathLike, limits: Mapping[str, float] | None = None
   ):
@@ -66,11 +69,12 @@ class Watchdog:
     self._firing = threading.Lock()
     self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
     self._watch: cluster.Watch | None = None
+    self._prefix = f"fault/{next(self._numbers)}"
     self.step = 0  # That is being done, for the message.
 
   def __enter__(self) -> "Watchdog":
     self._rank = jax.process_index()
-    self._watch = cluster.Watch("fault", lambda text: self._end(text, first=False))
+    self._watch = cluster.Watch(f"{self._prefix}/text", lambda text: self._end(text, first=False))
     self._thread.start()
     return self
 
@@ -120,11 +124,11 @@ class Watchdog:
     try:
       if first:
         self._watch.tell(text)
-      store.key_value_set(f"fault/written/{self._rank}", "", allow_overwrite=True)
+      store.key_value_set(f"{self._prefix}/written/{self._rank}", "", allow_overwrite=True)
       end = time.monotonic() + _GRACE_SECONDS
       for rank in range(jax.process_count()):
         left = max(100, round(1000 * (end - time.monotonic())))
-        store.blocking_key_value_get(f"fault/written/{rank}", left)
+        store.blocking_key_value_get(f"{self._prefix}/written/{rank}", left)
     except RuntimeError:
       pass  # A process that cannot answer; it will not keep the others.
     if self._rank == 0:

@@ -37,6 +37,7 @@ class Options:
   rank: int = 0  # Of the process that the fault strikes.
   log: int = 1
   checkpoint: int = 2
+  keep: int = 0
   eval: int = 0
   limits: dict = dataclasses.field(default_factory=dict)
   guard: dict = dataclasses.field(default_factory=lambda: {"sigma": 0.0})
@@ -151,17 +152,15 @@ def evaluate(options: Options):
   return hook if options.eval else None
 
 
-def main(options: Options) -> int:
-  ledger = goodput.Ledger(goodput.process_began())
-  if options.join:
-    cluster.start(**options.join)
+def arguments(options: Options) -> dict[str, Any]:
+  """Returns what `train.fit` and `replay.verify` have in common."""
   devices = jax.devices()[: int(np.prod(options.shape))]
   mesh = sharding.make_mesh(*options.shape, devices=devices)
   shapes = jax.eval_shape(toy.toy_init, jax.random.key(0))
   stats = {"mean": np.zeros(8, np.float32)}
   if options.ballast:
     stats["ballast"] = np.random.default_rng(0).standard_normal(options.ballast, np.float32)
-  common: dict[str, Any] = dict(
+  return dict(
     batches=batches(options, mesh),
     batch_size=options.batch_size,
     loss=loss(options),
@@ -172,18 +171,29 @@ def main(options: Options) -> int:
     guard=guard.Config(**options.guard),
     say=lambda line: jax.process_index() or print(line, flush=True),
   )
+
+
+def verify(options: Options, say=print, **span) -> bool:
+  common = arguments(options) | {"say": say}
+  return replay.verify(options.workdir, log=options.log, **span, **common)
+
+
+def main(options: Options) -> int:
+  ledger = goodput.Ledger(goodput.process_began())
+  if options.join:
+    cluster.start(**options.join)
   if options.verify:
-    return 0 if replay.verify(options.workdir, log=options.log, **common) else 1
+    return 0 if verify(options) else 1
   train.fit(
     options.workdir,
     kind="toy",
     config={},
     steps=options.steps,
-    every=train.Every(options.log, options.eval, options.checkpoint),
+    every=train.Every(options.log, options.eval, options.checkpoint, options.keep),
     limits=options.limits,
     evaluate=evaluate(options),
     ledger=ledger,
-    **common,
+    **arguments(options),
   )
   return 0
 

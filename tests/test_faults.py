@@ -10,7 +10,7 @@ import pytest
 
 from spatialv2a_jax import checkpoint, logbook
 from spatialv2a_jax.errors import UserError
-from tests import runner
+from tests import loader_shards, runner
 
 
 def start(workdir, devices=1, **options):
@@ -79,6 +79,15 @@ def test_a_spike_is_left_out_told_and_counted_and_the_run_goes_on(tmp_path, caps
   rows = {x["step"]: x for x in logbook.read_metrics(tmp_path) if "skipped" in x}
   assert rows[20]["skipped"] == 0 and rows[21]["skipped"] == rows[30]["skipped"] == 1
   assert "loss" not in rows[21] and rows[22]["loss"] < 3
+
+
+def test_a_damaged_record_is_named_passed_over_and_counted(tmp_path, caplog):
+  path = loader_shards.build(tmp_path / "shards")[1]
+  loader_shards.damage(path, 2)
+  runner.main(runner.Options(str(tmp_path / "run"), shards=str(tmp_path / "shards")))
+  assert f"skipped a damaged record, 1 so far: {path}: record 2" in caplog.text
+  rows = {x["step"]: x for x in logbook.read_metrics(tmp_path / "run") if "bad_records" in x}
+  assert rows.keys() == set(range(1, 9)) and rows[8]["bad_records"] == 1
 
 
 @pytest.mark.slow

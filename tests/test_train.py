@@ -275,3 +275,14 @@ def test_impossible_batches_are_refused_before_anything_is_built(tmp_path):
   with pytest.raises(UserError, match="does not divide by accumulate 3"):
     fit(tmp_path, accumulate=3)
   assert not list(tmp_path.iterdir())
+
+
+def test_the_profiler_traces_the_steps_it_is_told(tmp_path):
+  told = []
+  fit(tmp_path, steps=6, every=train.Every(log=6, profile=(3, 4)), say=told.append)
+  assert f"profiler trace: {tmp_path / 'profile'}" in told
+  (trace,) = tmp_path.glob("profile/**/*.xplane.pb")
+  raw = trace.read_bytes()
+  assert b"step_num" in raw and b"train" in raw
+  fit(tmp_path / "none", steps=2)
+  assert not (tmp_path / "none" / "profile").exists()

@@ -37,7 +37,7 @@ def converted(tmp_path, monkeypatch):
 
 def test_a_mono_model_folder_is_refused(converted):
   argv = [f"--config={CONFIG}", "--workdir=none", f"--config.init_from={converted / 'ears1'}"]
-  config, _, _ = train.parse(["launch.train", *argv, *DEPTH])
+  config = train.parse(["launch.train", *argv, *DEPTH]).config
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   with pytest.raises(UserError, match="ears1 has ears=1; convert its source again with --ears 2"):
     tasks.build(config, mesh, sharding.Rules()).values()

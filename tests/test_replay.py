@@ -1,0 +1,102 @@
+"""Replaying a run: agreement is bit for bit, and a change of one bit is found."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from spatialv2a_jax import checkpoint, optim, replay, sharding, train_step
+from spatialv2a_jax.errors import MissingAssetError, UserError
+from tests import runner
+from tests import test_train_step as toy
+
+OPTIONS: dict = {"steps": 11, "log": 2, "checkpoint": 3, "keep": 3}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run of which every checkpoint stays, and whose fourth update was left out."""
+  folder = tmp_path_factory.mktemp("run")
+  with pytest.MonkeyPatch.context() as patch:
+    once(patch)
+    runner.main(runner.Options(str(folder), **OPTIONS))
+  return folder
+
+
+def once(patch):
+  """Makes only the batch of index 3 bad."""
+  before = runner.toy.toy_batch
+
+  def bad(index, rows=8):
+    batch = before(index, rows)
+    return batch | {"x_bw": batch["x_bw"] * np.float32(np.nan if index == 3 else 1)}
+
+  patch.setattr(runner.toy, "toy_batch", bad)
+
+
+def verify(folder, monkeypatch, *, shape=(1, 1, 1), **span):
+  once(monkeypatch)
+  told = []
+  options = runner.Options(str(folder), shape=shape, **OPTIONS)
+  return runner.verify(options, told.append, **span), "\n".join(told)
+
+
+@pytest.mark.parametrize("span", [{}, {"start": 3}, {"start": 0, "steps": 11}])
+def test_a_run_repeats_from_any_checkpoint(finished, monkeypatch, span):
+  before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+  agreed, told = verify(finished, monkeypatch, **span)
+  assert agreed and "the run repeats bit for bit" in told
+  assert "arrays of the checkpoint are equal, bit for bit" in told
+  assert ("step 4: left out" in told) == ("start" in span)
+  assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+
+
+def test_a_change_of_one_bit_is_found(finished, monkeypatch, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  for row in rows:
+    if row["step"] == 10 and "loss" in row:
+      row["grad_norm"] = float(np.nextafter(row["grad_norm"], 9))
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  agreed, told = verify(folder, monkeypatch)
+  assert not agreed and "other: grad_norm" in told and "does NOT repeat" in told
+
+
+def test_a_change_in_a_checkpoint_is_found(finished, monkeypatch, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  optimizer = optim.adamw(
+    optim.Config(lr=1e-2, warmup=2), jax.eval_shape(toy.toy_init, jax.random.key(0))
+  )
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  _, abstract, _ = train_step.init_state(
+    toy.toy_init, {"mean": np.zeros(8, "f4")}, optimizer, jax.random.key(0), mesh, toy.RULES
+  )
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    about = checkpoints.run(11)
+    state = checkpoints.read(11, abstract)
+    ema = state.ema["up"]["kernel"]
+    state.ema["up"]["kernel"] = ema.at[0, 0].set(np.nextafter(np.float32(ema[0, 0]), np.float32(9)))
+    shutil.rmtree(folder / "checkpoints" / "11")
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    checkpoints.save(11, state, about)
+  agreed, told = verify(folder, monkeypatch)
+  assert not agreed and "most of all ema/up/kernel in 1 values" in told
+
+
+def test_on_another_mesh_losses_agree_closely(finished, monkeypatch):
+  agreed, told = verify(finished, monkeypatch, shape=(2, 2, 2))
+  assert agreed and "differs from the run: run.machine.axes.data 1 -> 2" in told
+  assert "the run repeats to 1e-05 (another machine or mesh)" in told
+
+
+def test_what_cannot_be_replayed_is_one_line(finished, monkeypatch, tmp_path):
+  with pytest.raises(UserError, match="has no checkpoint of step 4, only"):
+    verify(finished, monkeypatch, start=4)
+  with pytest.raises(UserError, match="nothing was logged or saved after step 11"):
+    verify(finished, monkeypatch, start=11)
+  with pytest.raises(MissingAssetError, match="no complete checkpoint"):
+    replay.settings(tmp_path)
