@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import time
 
 import numpy as np
@@ -10,36 +9,15 @@ import pytest
 
 from spatialv2a_jax import checkpoint, logbook
 from spatialv2a_jax.errors import UserError
-from tests import loader_shards, runner
-
-
-def start(workdir, devices=1, **options):
-  return subprocess.Popen(
-    runner.command(workdir=str(workdir), **options),
-    env=runner.environment(devices),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+from tests import loader_shards, processes, runner
 
 
 def run(workdir, code=0, **options):
-  """Runs to the end; returns what it printed."""
-  process = start(workdir, **options)
-  out, err = process.communicate(timeout=120)
-  assert process.returncode == code, err
-  return out, err
+  return processes.finish(processes.start(workdir, **options), code)
 
 
 def losses(workdir):
   return {x["step"]: x["loss"] for x in logbook.read_metrics(workdir) if "loss" in x}
-
-
-def wait_for(process, text):
-  for line in process.stdout:
-    if text in line:
-      return
-  raise AssertionError(process.stderr.read())
 
 
 def stop(process, number=signal.SIGTERM):
@@ -115,8 +93,8 @@ def test_a_full_disk_is_told_in_one_line_and_the_last_checkpoint_is_intact(tmp_p
 
 @pytest.mark.slow
 def test_a_signal_is_heeded_while_compiling(tmp_path):
-  process = start(tmp_path, fault="compile")
-  wait_for(process, "parameters")
+  process = processes.start(tmp_path, fault="compile")
+  processes.wait_for(process, "parameters")
   time.sleep(1)
   code, seconds, out = stop(process)
   assert code == 42 and seconds < 5 and "stopped at step 0 before the first step" in out
@@ -124,8 +102,8 @@ def test_a_signal_is_heeded_while_compiling(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_is_heeded_while_waiting_for_data(tmp_path):
-  process = start(tmp_path, fault="data", at=3, checkpoint=100)
-  wait_for(process, "step 2/8")
+  process = processes.start(tmp_path, fault="data", at=3, checkpoint=100)
+  processes.wait_for(process, "step 2/8")
   time.sleep(1)
   code, seconds, out = stop(process)
   assert code == 42 and seconds < 5 and "stopped at step 3 and saved" in out
@@ -135,10 +113,23 @@ def test_a_signal_is_heeded_while_waiting_for_data(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_is_heeded_while_evaluating_which_is_done_again(tmp_path):
-  process = start(tmp_path, fault="eval", at=4, eval=2, checkpoint=100)
-  wait_for(process, "evaluating")
+  process = processes.start(tmp_path, fault="eval", at=4, eval=2, checkpoint=100)
+  processes.wait_for(process, "evaluating")
   code, seconds, out = stop(process, signal.SIGINT)
   assert code == 42 and seconds < 5 and "stopped at step 4 and saved" in out
   run(tmp_path, eval=2)
   rows = logbook.read_metrics(tmp_path)
   assert [x["step"] for x in rows if "eval/norm" in x] == [2, 4, 6, 8]
+
+
+@pytest.mark.slow
+def test_a_stall_of_one_process_is_told_by_all_with_their_stacks(tmp_path):
+  limits = {"data": 2.0, "step": 60.0}
+  options = {"fault": "data", "rank": 1, "limits": limits, "shape": (2, 1, 1), "checkpoint": 100}
+  started = processes.together(tmp_path, 2, **options)
+  told = [processes.finish(process, code=43)[1] for process in started]
+  for i, text in enumerate(told):
+    assert "data stall: no batch for " in text and "(process 1 on " in text
+    stacks = (tmp_path / "stacks" / f"process-{i}.txt").read_text()
+    assert "data stall" in stacks and "Thread 0x" in stacks
+  assert "block_until_ready" in (tmp_path / "stacks" / "process-0.txt").read_text()

@@ -1,0 +1,45 @@
+"""Runs of the toy problem in processes of their own, one or several that work together."""
+
+import socket
+import subprocess
+
+from tests import runner
+
+
+def start(workdir, devices: int = 1, **options) -> subprocess.Popen:
+  """Starts one process; errors and output are two streams."""
+  return subprocess.Popen(
+    runner.command(workdir=str(workdir), **options),
+    env=runner.environment(devices),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    return probe.getsockname()[1]
+
+
+def together(workdir, count: int, devices: int = 1, **options) -> list[subprocess.Popen]:
+  """Starts the processes of one run, each with its own devices."""
+  join = {"coordinator": f"localhost:{free_port()}", "count": count, "timeout": 60}
+  return [start(workdir, devices, join={**join, "index": i}, **options) for i in range(count)]
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+  """Waits for the end; returns what it printed and its errors."""
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == code, err
+  return out, err
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+  """Reads lines until one holds the text."""
+  assert process.stdout is not None
+  for line in process.stdout:
+    if text in line:
+      return
+  raise AssertionError(f"ended without {text!r}")
