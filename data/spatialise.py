@@ -38,7 +38,8 @@ def locate(path: str, seconds: float, localizer: str) -> dict[str, Any]:
   Raises:
     UserError: a damaged file, or a bad localizer.
   """
-  frames = io.read_video(path, schema.SYNC_FPS, localizers.FRAME_SIZE, duration=seconds, threads=1)
+  view = io.View(schema.SYNC_FPS, localizers.FRAME_SIZE, quick=True)
+  frames = io.read_views(path, {"view": view}, duration=seconds, threads=1)["view"]
   wanted = schema.whole_frames(seconds, schema.SYNC_FPS)
   frames = np.concatenate([frames, np.repeat(frames[-1:], max(0, wanted - len(frames)), axis=0)])
   motion_nyx = localizers.residual_motion(frames[:wanted].astype(np.float32) / 255)

@@ -151,6 +151,9 @@ def test_orientation_decides_what_is_left(tmp_path, degrees, mirror):
   info = io.probe(path)
   assert got.shape[1:] == shown.shape == (info.height, info.width, 3)
   assert np.abs(got[0].astype(int) - shown).mean() < 12
+  half = (shown.shape[0] // 2, shown.shape[1] // 2)
+  quick = io.read_views(path, {"view": io.View(25, half, quick=True)})["view"]
+  assert np.abs(quick.astype(int) - io.read_video(path, 25, half)).mean() < 4
   io.remux(path, noise(1), 16000, tmp_path / "out.mp4")
   np.testing.assert_array_equal(io.read_video(tmp_path / "out.mp4", 25), got)
 
