@@ -19,8 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data import captions, layout, shards, tfrecord
-from spatialv2a_jax import io
+from data import captions, layout, media, shards, tfrecord
 from spatialv2a_jax.errors import MissingAssetError
 
 ENCODED = {
@@ -54,13 +53,13 @@ class Encoder(Protocol):
 
 
 def encode_features(
-  media: str | pathlib.Path,
+  items: Sequence[shards.Item],
   out: str | pathlib.Path,
   encoder: Encoder,
   *,
   samples: int,
   sample_rate: int,
-  shard_count: int,
+  shard_count: int | Mapping[str, int],
   config: Mapping[str, Any],
   least_samples: int | None = None,
   storage: str = "bfloat16",
@@ -72,13 +71,12 @@ def encode_features(
   """Step one: media files to records with both ears' sound and the frozen encoders' features.
 
   Args:
-    media: folder of videos; `<id>.wav` beside a video replaces its sound, `<id>.json` may hold a
-      "caption".
+    items: of `media.files` or `media.records`.
     out: folder of the shards; the text features go to `text/` in it.
     encoder: what to encode with.
     samples: length of the sound; longer sound is cut.
     sample_rate: of the stored sound, Hz.
-    shard_count: their number.
+    shard_count: their number, in each split if there are several.
     config: what `encoder` depends on: settings, hashes of weights, seconds.
     least_samples: shorter sound makes a bad clip, sound between the two ends in zeros: whole latent
       frames may take more samples than the clip has seconds. None: `samples`.
@@ -92,11 +90,11 @@ def encode_features(
     The statistics of `shards.build`.
 
   Raises:
-    UserError: no videos in the folder, and as `shards.build`.
+    UserError: as `shards.build`.
   """
   least = samples if least_samples is None else least_samples
-  items = media_items(media)
-  captions.build(_captions(items), encoder.text, out, config=config, storage=storage, part=part)
+  texts = media.captions(items)
+  captions.build(texts, encoder.text, out, config=config, storage=storage, part=part)
   return shards.build(
     items,
     _Features(encoder, samples, least, sample_rate, storage, audio, batch),
@@ -143,10 +141,11 @@ def encode_latents(
   Raises:
     UserError: step one is not finished, and as `shards.build`.
   """
-  paths = shards.paths(clips)
+  splits = shards.splits(clips)
   items = [
-    shards.Item(name, (str(path), place), info["sha256"])
-    for path in paths
+    shards.Item(name, (str(path), place), info["sha256"], split)
+    for split in splits
+    for path in shards.paths(f"{clips}:{split}")
     for info in [json.loads(shards.sidecar(path).read_text())]
     for place, name in enumerate(info["ids"])
   ]
@@ -156,20 +155,10 @@ def encode_latents(
     _Latents(codec, layout.read_features(clips), batch),
     out,
     batched=True,
-    shards=len(paths),
+    shards={split: len(names) for split, names in splits.items()},
     config={**config, "stage": "latents"},
     **options,
   )
-
-
-def media_items(folder: str | pathlib.Path) -> list[shards.Item]:
-  """Returns the videos of a folder; stamps are sizes and times of a clip's files."""
-  items = []
-  for path in io.list_media(folder):
-    files = [path, path.with_suffix(".wav"), path.with_suffix(".json")]
-    stats = [file.stat() for file in files if file.exists()]
-    items.append(shards.Item(path.stem, path, str([(s.st_size, s.st_mtime_ns) for s in stats])))
-  return items
 
 
 def in_batches(
@@ -222,16 +211,14 @@ class _Features:
     return in_batches(items, self._read, self._encode, self.batch)
 
   def _read(self, item: shards.Item) -> tuple[dict[str, np.ndarray | str], Any]:
-    video = item.payload
-    sound = video.with_suffix(".wav")
-    audio_ep = io.read_audio(sound if sound.exists() else video, self.sample_rate)
+    audio_ep, video = item.payload.read(self.sample_rate)
     if len(audio_ep) != 2:
       raise shards.BadClipError(f"sound has {len(audio_ep)} channels, not 2")
     if audio_ep.shape[1] < self.least:
       raise shards.BadClipError(f"sound has {audio_ep.shape[1]} samples, fewer than {self.least}")
     audio_ep = np.pad(audio_ep, ((0, 0), (0, max(0, self.samples - audio_ep.shape[1]))))
     fields: dict[str, np.ndarray | str] = {
-      "caption": _caption(video),
+      "caption": item.payload.caption,
       "audio": _stored_audio(audio_ep[:, : self.samples], self.audio),
     }
     return fields, self.encoder.read(video)
@@ -293,20 +280,6 @@ def _ahead(
         yield waiting.popleft().result()
     while waiting:
       yield waiting.popleft().result()
-
-
-def _captions(items: Iterable[shards.Item]) -> Iterator[str]:
-  """Yields the captions that can be read; the others belong to bad clips."""
-  for item in items:
-    try:
-      yield _caption(item.payload)
-    except (OSError, ValueError, AttributeError):
-      continue
-
-
-def _caption(video: pathlib.Path) -> str:
-  truth = video.with_suffix(".json")
-  return (json.loads(truth.read_text()).get("caption") or "") if truth.exists() else ""
 
 
 def _stored_audio(audio_ep: np.ndarray, dtype: str) -> np.ndarray:

@@ -265,6 +265,7 @@ def make_shard(job: Job, make: Maker) -> dict[str, Any]:
   # Without its sidecar a shard counts as unfinished, so this one goes first and comes last.
   sidecar(job.path).unlink(missing_ok=True)
   ids: list[str] = []
+  captions: list[str] = []
   bad: dict[str, str] = {}
   fields: dict[str, tfrecord.Tensor] = {}
 
@@ -283,6 +284,7 @@ def make_shard(job: Job, make: Maker) -> dict[str, Any]:
         continue
       fields.update({name: tfrecord.tensor_of(value) for name, value in record.items()})
       ids.append(item.id)
+      captions.append(str(record.get("caption", "")))
       yield tfrecord.encode_example(record)
 
   digest = tfrecord.write(job.path, payloads())
@@ -293,6 +295,7 @@ def make_shard(job: Job, make: Maker) -> dict[str, Any]:
     "config": job.config_hash,
     "slice": _slice_hash(job.items),
     "ids": ids,
+    "captions": captions,
     "bad": bad,
     "fields": {name: [tensor.dtype, list(tensor.shape)] for name, tensor in fields.items()},
   }
@@ -388,5 +391,5 @@ def _md5(item: Item) -> str:
 
 
 def sidecar(path: pathlib.Path) -> pathlib.Path:
-  """Returns the JSON of a shard: what is in it, in which order, and which clips were bad."""
+  """Returns the JSON of a shard: which clips are in it, in order, and which were bad."""
   return pathlib.Path(f"{path}.json")

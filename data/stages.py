@@ -11,6 +11,7 @@ The folder of a build:
   raw/       shards with both ears' sound: a tensorflow-datasets folder (`data.layout`)
     binaural_vggsound-SPLIT.tfrecord-00000-of-00016, with .index and .json (records, sha256, bad)
     features.json, dataset_info.json, stats.json ("bad": {id: "reason: detail"}), manifest.json
+  clips/, latents/   the same clips encoded (`data.encode`), with --features
   slices/SPLIT-00000-of-00016/
     probe.json, filter.json, localise.json   {"key", "seconds", "found": {id: what the stage found,
       or "drop": [reason, detail]}}
@@ -21,7 +22,7 @@ The folder of a build:
 
 A record of `raw` (v frames at 8 fps; NaN is unknown):
 
-  id, caption, label, split, video (path below the folder of videos): text
+  id, caption, label, video (path below the folder of videos): text
   audio int16 [2, p]        left ear first
   azimuth float32 [v]       smoothed track in degrees, left positive; located uint8 [v]: 1 where
                             the localizer found something
@@ -240,7 +241,6 @@ class Slice:
         "audio": np.clip(stored_ep, -32768, 32767).astype(np.int16),
         "caption": job.clip.label,
         "label": job.clip.label,
-        "split": job.clip.split,
         "video": job.clip.name,
         "azimuth": azimuth_v.astype(np.float32),
         "located": np.array(seen["located"], np.uint8),

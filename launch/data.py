@@ -86,11 +86,14 @@ def add_encode(commands) -> None:
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     allow_abbrev=False,
   )
-  p.add_argument("--media", required=True, type=pathlib.Path, metavar="DIR", help="the videos")
+  source = p.add_mutually_exclusive_group(required=True)
+  source.add_argument("--media", type=pathlib.Path, metavar="DIR", help="videos with their sound")
+  source.add_argument("--raw", type=pathlib.Path, metavar="BUILD/raw", help="sound of a build")
+  p.add_argument("--videos", type=pathlib.Path, metavar="DIR", help="of that build")
   p.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR")
   p.add_argument("--config", required=True, metavar="FILE", help="flow config to train on them")
   p.add_argument("--vae", type=pathlib.Path, metavar="DIR", help="model folder; adds latents")
-  p.add_argument("--shards", type=int, default=8, metavar="N", help="number of shards")
+  p.add_argument("--shards", type=int, default=8, metavar="N", help="with --media")
   p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes")
   p.add_argument("--storage", choices=("float32", "float16", "bfloat16"), default="float16")
   p.add_argument("--mirror", action="store_true", help="add the features of mirrored videos")
@@ -105,6 +108,8 @@ def run_encode(args: argparse.Namespace) -> int:
   for flag, value in (("shards", args.shards), ("jobs", args.jobs)):
     if value < 1:
       raise UserError(f"--{flag} {value}: give 1 or more")
+  if bool(args.raw) != bool(args.videos):
+    raise UserError("--raw BUILD/raw and --videos DIR go together")
   return encode.run(args)
 
 

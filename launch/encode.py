@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from data import encode as stage
-from data import shards
+from data import media, shards
 from spatialv2a_jax import checkpoint, codec, features, io, schema
 from spatialv2a_jax.errors import UserError
 
@@ -32,15 +32,20 @@ def run(args: argparse.Namespace) -> int:
   audio, seconds = schema.AUDIO[config["audio"]], float(config["seconds"])
   encoders = features.Config(**config["features"])
   samples = schema.lengths(seconds, audio).samples
+  if args.raw:
+    items = media.records(args.raw, args.videos, audio.sample_rate)
+    counts = {split: len(names) for split, names in shards.splits(args.raw).items()}
+  else:
+    items, counts = media.files(args.media), args.shards
   net = Latents.load(args.vae, audio) if args.vae else None  # Refused before hours of encoding.
   options = {"jobs": args.jobs, "max_bad": args.max_bad, "progress": report}
   stats = stage.encode_features(
-    args.media,
+    items,
     args.out / "clips",
     Features(seconds, encoders, args.mirror),
     samples=samples,
     sample_rate=audio.sample_rate,
-    shard_count=args.shards,
+    shard_count=counts,
     least_samples=math.floor(seconds * audio.sample_rate),
     config={
       "seconds": seconds,

@@ -27,6 +27,14 @@ def add_arguments(commands) -> None:
     help="CSV or TSV with id, label, split, or VGGSound's own; without it, all videos",
   )  # fmt: skip
   p.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR")
+  variant = p.add_mutually_exclusive_group()
+  variant.add_argument("--raw", action="store_true", help="sound only: the default")
+  variant.add_argument(
+    "--features", action="store_true", help="then encode it, as the command encode does"
+  )
+  p.add_argument("--config", metavar="FILE", help="with --features: flow config to train on them")
+  p.add_argument("--vae", type=pathlib.Path, metavar="DIR", help="with --features: adds latents")
+  p.add_argument("--mirror", action="store_true", help="with --features: also mirrored videos")
   p.add_argument(
     "--spatializer", default="sphere", metavar="NAME", help="sphere, sofa:FILE or paper"
   )
@@ -127,7 +135,14 @@ def run(args: argparse.Namespace) -> int:
       file=sys.stderr,
     )
     return 1
-  return 0
+  return _encode(args) if args.features and stats["complete"] else 0
+
+
+def _encode(args: argparse.Namespace) -> int:
+  from launch import encode  # Imports JAX, which all before does without.
+
+  given = {"raw": args.out / "raw", "videos": args.videos, "out": args.out, "storage": "bfloat16"}
+  return encode.run(argparse.Namespace(**{**vars(args), **given}, max_bad=args.max_failures))
 
 
 def _settings(args: argparse.Namespace) -> stages.Settings:
@@ -141,6 +156,10 @@ def _settings(args: argparse.Namespace) -> stages.Settings:
   unknown = [axis for axis, _ in args.least_quality if axis not in filters.AXES]
   if unknown:
     raise UserError(f"--least-quality: no axis {unknown[0]!r}, have {', '.join(filters.AXES)}")
+  if args.features != bool(args.config):
+    raise UserError("--features and --config FILE go together")
+  if (args.vae or args.mirror) and not args.features:
+    raise UserError("--vae and --mirror need --features")
   if args.most_tag and not args.tags:
     raise UserError("--most-tag needs --tags FILE")
   return stages.Settings(

@@ -10,6 +10,7 @@ import soundfile
 
 from data import captions, layout, pipeline, shards, tfrecord
 from data import encode as stage
+from data import media as sources
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
 RATE, SAMPLES = 16_000, 8_000
@@ -81,9 +82,9 @@ def codec(audio_bep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return mean_betc, np.full_like(mean_betc, 0.1)
 
 
-def features(media: pathlib.Path, out: pathlib.Path, encoder: Encoder | None = None, **options):
+def features(folder: pathlib.Path, out: pathlib.Path, encoder: Encoder | None = None, **options):
   options = {"samples": SAMPLES, "sample_rate": RATE, "shard_count": 2, "config": CONFIG, **options}
-  return stage.encode_features(media, out, encoder or Encoder(), **options)
+  return stage.encode_features(sources.files(folder), out, encoder or Encoder(), **options)
 
 
 @pytest.mark.parametrize("audio", ["int16", "float32"])

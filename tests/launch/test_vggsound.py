@@ -140,6 +140,26 @@ def test_parts_make_the_same_bytes(videos, out, tmp_path, capsys):
   assert sorted(str(path.relative_to(parts)) for path in parts.rglob("*")) == names
 
 
+def test_features_follow_on_demand(videos, out, tmp_path, capsys):
+  copy = tmp_path / "copy"
+  shutil.copytree(out, copy)
+  config = pathlib.Path(shards.__file__).parents[1] / "configs" / "tiny.py"
+  built(videos, copy, "--features", "--config", f"{config}:smoke")
+  assert "clips: 3 of 3 clips" in capsys.readouterr().out
+  fields = layout.read_features(copy / "clips")
+  samples = fields["audio"].shape[1]
+  assert {"clip", "sync", "spatial", "audio", "caption"} <= set(fields)
+  for split, names in {"train": {"left", "middle"}, "test": {"right"}}.items():
+    source = tfrecord.TFRecordSource(shards.paths(f"{copy / 'clips'}:{split}"))
+    encoded = [tfrecord.decode_example(source[i]) for i in range(len(source))]
+    assert {bytes(raw["id"]).decode() for raw in encoded} == names
+    for raw in encoded:
+      name = bytes(raw["id"]).decode()
+      heard = tfrecord.value_of(raw["audio"], fields["audio"])
+      np.testing.assert_array_equal(heard, records(copy, split)[name]["audio"][:, :samples])
+      assert bytes(raw["caption"]).decode() == f"{name} label"
+
+
 def test_too_many_unreadable_files_are_said_by_the_exit_code(tmp_path, capsys):
   for n in range(6):
     (tmp_path / f"{n}.mp4").write_bytes(b"no video")
@@ -159,6 +179,7 @@ def test_too_many_unreadable_files_are_said_by_the_exit_code(tmp_path, capsys):
     (["--least-quality", "XX=1"], 2, "no axis 'XX'"),
     (["--quality-weights", "no.pt"], 3, "no.pt: no such file"),
     (["--beam-option", "a=b"], 2, "--beam-option needs --beam"),
+    (["--features"], 2, "--features and --config FILE go together"),
   ],
 )
 def test_mistakes_are_said_before_the_work_starts(videos, tmp_path, capsys, more, code, why):

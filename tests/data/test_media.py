@@ -1,0 +1,75 @@
+"""What encoding takes its clips from: a finished build, with its splits."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from data import encode, media, shards, tfrecord
+from spatialv2a_jax.errors import UserError
+
+RATE, SAMPLES = 16_000, 320
+
+
+class Encoder:
+  """Sees nothing but where the video lies."""
+
+  def read(self, video: pathlib.Path) -> float:
+    return float(video.stem.removeprefix("clip"))
+
+  def encode(self, clips):
+    return [{"clip_vf": np.full((2, 2), n)} for n in clips]
+
+  def text(self, caption: str) -> np.ndarray:
+    return np.full((1, 1), len(caption))
+
+
+@pytest.fixture
+def raw(tmp_path) -> pathlib.Path:
+  def record(item: shards.Item) -> shards.Record:
+    return {
+      "audio": np.full((2, SAMPLES), item.payload, np.int16),
+      "caption": f"number {item.payload}",
+      "video": f"deep/clip{item.payload}.mp4",
+    }
+
+  items = [shards.Item(f"c{n}", n, "", "test" if n % 3 else "train") for n in range(9)]
+  counts = {"train": 2, "test": 4}
+  shards.build(items, record, tmp_path / "raw", shards=counts, config={"audio": "16k"})
+  return tmp_path / "raw"
+
+
+def test_splits_come_through_both_steps(raw, tmp_path):
+  items, counts = media.records(raw, tmp_path, RATE), {"train": 2, "test": 4}
+  encode.encode_features(
+    items, tmp_path / "clips", Encoder(), samples=SAMPLES, sample_rate=RATE, shard_count=counts,
+    config={}, batch=2,
+  )  # fmt: skip
+
+  def codec(audio_bep):
+    mean_betc = np.zeros((len(audio_bep), 2, 1, 1)) + audio_bep[:, :, :1, None] * 32768
+    return mean_betc, mean_betc
+
+  encode.encode_latents(tmp_path / "clips", tmp_path / "latents", codec, config={})
+  for split, numbers in {"train": [0, 3, 6], "test": [1, 2, 4, 5, 7, 8]}.items():
+    paths = shards.paths(f"{tmp_path / 'latents'}:{split}")
+    assert len(paths) == counts[split]
+    source = tfrecord.TFRecordSource(paths)
+    found = {}
+    for i in range(len(source)):
+      fields = tfrecord.decode_example(source[i])
+      mean = np.frombuffer(fields["mean"], np.float32)
+      seen = np.frombuffer(fields["clip"], "u2")
+      assert len(set(mean)) == len(set(seen)) == 1
+      assert bytes(fields["caption"]).decode() == f"number {int(mean[0])}"
+      found[bytes(fields["id"]).decode()] = int(mean[0])
+    assert found == {f"c{n}": n for n in numbers}
+
+
+def test_builds_that_do_not_fit(raw, tmp_path):
+  with pytest.raises(UserError, match="16k models, the config wants 44100 Hz"):
+    media.records(raw, tmp_path, 44_100)
+  with pytest.raises(UserError, match="no such folder"):
+    media.records(raw, tmp_path / "no", RATE)
+  with pytest.raises(UserError, match="finish building"):
+    media.records(tmp_path, tmp_path, RATE)
