@@ -209,7 +209,7 @@ def test_remux_encodes_anew_what_mp4_cannot_hold(tmp_path):
 
 @pytest.mark.parametrize("suffix,error", [(".wav", 0), (".flac", 2**-23)])
 def test_sound_files_keep_left_first_and_their_level(tmp_path, suffix, error):
-  sound = noise(0.5) * np.float32([[0.9], [0.01]])
+  sound = noise(0.5) * np.array([[0.9], [0.01]], np.float32)
   path = tmp_path / f"x{suffix}"
   io.write_audio(path, sound, 44100)
   again = path.read_bytes()
