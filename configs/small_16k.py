@@ -75,7 +75,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     lr_scale=((".*", 1.0),),
     decay_scale=((".*", 1.0),),
   )
-  c.ema = dict(sigma_rel=0.05)
+  c.ema = dict(sigma_rel=0.05, beside=(0.1,))  # Any other width: `spatialv2a average`.
   c.accumulate = 1
 
   # `-1` takes what is left; `rules` are fields of `sharding.Rules` ("": not split).
@@ -83,7 +83,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
   # 7 heads split over 1 or 7 devices only: prefer `fsdp`.
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.rules = dict(width="fsdp", heads="tensor", ffn="tensor", zero="data")
-  c.every = dict(log=50, eval=5_000, checkpoint=1_000, keep=50_000, profile=(0, 0))
+  c.every = dict(log=50, eval=5_000, checkpoint=1_000, keep=50_000, average=10_000, profile=(0, 0))
 
   # Updates that are not finite, or spike, are left out; more than `cap` of them stop the run.
   c.guard = dict(sigma=6.0, window=128, warmup=64, cap=10)
@@ -99,7 +99,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     )
     c.data.update(path="synthetic", eval="synthetic", eval_batches=1, batch_size=8, statistics=1)
     c.optim.update(warmup=1, milestones=(2, 3))
-    c.every.update(log=1, eval=0, checkpoint=2, keep=0)
+    c.every.update(log=1, eval=0, checkpoint=2, keep=0, average=2)
   elif variant == "mmaudio":
     c.model.update(joint_depth=4, ear_depth=8)
     c.loss.update(ear_correlation=1.0)  # Ears with noise of their own would not be dual mono.

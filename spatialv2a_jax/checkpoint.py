@@ -175,7 +175,8 @@ class Checkpoints:
       raise UserError(f"cannot read checkpoint {self.folder}/{step}: {_reason(error)}") from error
 
   def _check_shapes(self, step: int, abstract: Any) -> None:
-    saved = _shapes(_metadata(self._manager, step)["params"])
+    there = _metadata(self._manager, step)
+    saved = _shapes(there["params"])
     wanted = _shapes(abstract.params)
     for name in sorted(saved.keys() | wanted.keys()):
       if saved.get(name) != wanted.get(name):
@@ -183,6 +184,11 @@ class Checkpoints:
           f"{self.folder}/{step} holds another model: {name} has shape {saved.get(name, 'none')} "
           f"there, {wanted.get(name, 'none')} here; use another --workdir"
         )
+    if len(there.get("beside") or ()) != len(abstract.beside):
+      raise UserError(
+        f"{self.folder}/{step} holds {len(there.get('beside') or ())} averages besides the first, "
+        f"not {len(abstract.beside)}: leave ema.beside as it was, or use another --workdir"
+      )
 
   def wait(self) -> None:
     """Blocks until what was saved is on disk.

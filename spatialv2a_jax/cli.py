@@ -158,6 +158,18 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--out", required=True, metavar="FILE.safetensors")
   p.set_defaults(run=run_export)
 
+  p = command("average", "Write the model folder of a run with averages of another width.")
+  p.add_argument(
+    "workdir", metavar="RUN", help="working directory of a finished run with averages/"
+  )
+  p.add_argument("--out", required=True, metavar="DIR", help="model folder to write")
+  p.add_argument(
+    "--width", required=True, type=number(float, 0, 0.28, above=True),
+    help="of the average, relative to its step (sigma_rel of EDM2)",
+  )  # fmt: skip
+  p.add_argument("--step", type=number(int, 1), help="of the snapshot it ends at; unset: the last")
+  p.set_defaults(run=run_average)
+
   p = command("report", "Write one self-contained HTML page of generated clips or of a run.")
   p.add_argument("dir", metavar="DIR")
   p.add_argument("--out", required=True, metavar="FILE.html")
@@ -223,6 +235,14 @@ def run_export(args: argparse.Namespace) -> int:
   from spatialv2a_jax import convert
 
   return convert.export(args.source, args.dir, args.out)
+
+
+def run_average(args: argparse.Namespace) -> int:
+  """`spatialv2a average`."""
+  from spatialv2a_jax import averages
+
+  averages.write_model(args.workdir, args.out, args.width, args.step)
+  return 0
 
 
 def run_report(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 
 from spatialv2a_jax import meter as meters
 from spatialv2a_jax import waiting
+from spatialv2a_jax.averages import Snapshots
 from spatialv2a_jax.checkpoint import Checkpoints
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.faults import Faults
@@ -36,6 +37,7 @@ class Every:
     eval: between calls of the evaluation hook.
     checkpoint: between checkpoints.
     keep: checkpoints whose step is a multiple of it stay for ever; of the others, the newest 3.
+    average: between snapshots of the power-function averages (`averages`); 0 keeps none.
     profile: first and last step of a profiler trace, written to WORKDIR/profile; (0, 0): none.
   """
 
@@ -43,11 +45,16 @@ class Every:
   eval: int = 0
   checkpoint: int = 1000
   keep: int = 0
+  average: int = 0
   profile: tuple[int, int] = (0, 0)
 
   def evaluates(self, step: int, steps: int) -> bool:
     """Returns whether the evaluation hook is called after `step`."""
     return step == steps or bool(self.eval and step and step % self.eval == 0)
+
+  def averages(self, step: int, steps: int) -> bool:
+    """Returns whether a snapshot of the averages is taken after `step`."""
+    return bool(self.average) and (step == steps or step % self.average == 0)
 
 
 class Batch(NamedTuple):
@@ -84,6 +91,7 @@ class Loop:
     batch_size: clips per step over all processes.
     every: how often things happen.
     checkpoints: where the state is saved.
+    snapshots: where averages of the parameters are.
     run: JSON object saved with it.
     meter: sums since the last line of the log.
     faults: looks after updates that were left out.
@@ -104,6 +112,7 @@ class Loop:
   batch_size: int
   every: Every
   checkpoints: Checkpoints
+  snapshots: Snapshots
   run: Mapping[str, Any]
   meter: meters.Meter
   faults: Faults
@@ -173,6 +182,9 @@ class Loop:
           self._log(done, batch.bad)
         if saves or stopping:
           self._save(done, state)
+        if self.every.averages(done, self.steps):
+          with self.ledger.during("save"):
+            self.snapshots.save(done, (state.ema, *state.beside))
         if stopping and done < self.steps:
           self._leave(done)
         if evaluates:
@@ -239,6 +251,7 @@ class Loop:
     """Ends the process for a stop; the state of `step` was saved, or is that it began with."""
     with self.ledger.during("save"):
       self.checkpoints.wait()
+      self.snapshots.wait()
     self.book.scalars(step, self.ledger.row())
     saved = "and saved" if step else "before the first step"
     self.say(f"stopped at step {step} {saved}; the same command goes on from there")
@@ -247,6 +260,7 @@ class Loop:
   def _finish(self, state: State) -> State:
     with self.ledger.during("save"):
       self.checkpoints.wait()
+      self.snapshots.wait()
     self.book.scalars(self.steps, self.ledger.row())
     self.say(f"finished: step {self.steps} saved in {self.workdir}")
     return state

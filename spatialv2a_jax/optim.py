@@ -176,29 +176,47 @@ class Ema:
     decay: of the plain average, reached through the warm-up (1 + n) / (10 + n) at update n.
     sigma_rel: if set, the power-function average of this relative width (EDM2, arXiv 2312.02696)
       replaces the plain one; MMAudio ships 0.05.
+    beside: more such widths, tracked so that any other can be made after the run (`averages`).
   """
 
   decay: float = 0.9999
   sigma_rel: float | None = None
+  beside: tuple[float, ...] = ()
 
   def __post_init__(self):
     if not 0 <= self.decay < 1:
       raise UserError(f"ema.decay={self.decay} is not in [0, 1)")
-    if self.sigma_rel is not None and not 0 < self.sigma_rel < 0.28:
-      raise UserError(f"ema.sigma_rel={self.sigma_rel} is not in (0, 0.28)")
+    if self.beside and self.sigma_rel is None:
+      raise UserError("ema.beside tracks more widths than ema.sigma_rel, which is not set")
+    if len(set(self.widths)) < len(self.widths):
+      raise UserError(f"ema tracks a width twice: {self.widths}")
+    for width in self.widths:
+      if not 0 < width < 0.28:
+        raise UserError(f"ema width {width} is not in (0, 0.28)")
 
-  def keep(self, update: Any) -> Any:
-    """Returns the weight of the old average in update number `update`, counted from 1."""
+  @property
+  def widths(self) -> tuple[float, ...]:
+    """Relative widths that are tracked, that of the state's `ema` first."""
+    return () if self.sigma_rel is None else (self.sigma_rel, *self.beside)
+
+  def all(self) -> tuple["Ema", ...]:
+    """Returns this average and those that are tracked beside it."""
+    return (self, *(Ema(sigma_rel=width) for width in self.beside))
+
+  def take(self, update: Any) -> Any:
+    """Returns the weight of the new parameters in update number `update`, counted from 1."""
     n = jnp.asarray(update, jnp.float32)
     if self.sigma_rel is None:
-      return jnp.minimum(self.decay, (1 + n) / (10 + n))
+      return 1 - jnp.minimum(self.decay, (1 + n) / (10 + n))
     power = (1 + power_gamma(self.sigma_rel)) / 2
+    # 1 - ((1 - 1/(n+1)) (1 - 1/(n+2)))^power, which late in a run would be rounding in float32.
     # The first update copies: the average starts at the weights after it.
-    return jnp.where(n > 1, ((1 - 1 / (n + 1)) * (1 - 1 / (n + 2))) ** power, 0.0)
+    late = -jnp.expm1(power * (jnp.log1p(-1 / (n + 1)) + jnp.log1p(-1 / (n + 2))))
+    return jnp.where(n > 1, late, 1.0)
 
   def update(self, average: Any, params: Any, update: Any) -> Any:
     """Returns the average after update number `update`; constants stay exactly what they are."""
-    new = 1 - self.keep(update)
+    new = self.take(update)
     return jax.tree.map(lambda a, p: a + (new * (p - a)).astype(a.dtype), average, params)
 
 

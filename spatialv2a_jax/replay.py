@@ -85,7 +85,7 @@ def verify(
   """
   rules, stats = rules or sharding.Rules(), {} if stats is None else stats
   create, abstract, layout = init_state(
-    init, stats, optimizer, train.stream(seed, "init"), mesh, rules
+    init, stats, optimizer, train.stream(seed, "init"), mesh, rules, ema
   )
   with _open(run) as checkpoints:
     newest, saved = _newest(checkpoints), [0, *checkpoints.steps()]

@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 import spatialv2a_jax
+from spatialv2a_jax import averages, optim, sharding
 from spatialv2a_jax import guard as guards
-from spatialv2a_jax import optim, sharding
 from spatialv2a_jax.checkpoint import Checkpoints
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.faults import Faults
@@ -117,8 +117,12 @@ def fit(
   sharding.local_rows(mesh, rules, batch_size)  # Fails before anything is built.
   if batch_size % accumulate:
     raise UserError(f"batch_size {batch_size} does not divide by accumulate {accumulate}")
+  widths = ema.widths if ema else ()
+  if every.average and not widths:
+    raise UserError("every.average keeps snapshots of power-function averages: set ema.sigma_rel")
   config = json.loads(json.dumps(config))
-  create, abstract, layout = init_state(init, stats, optimizer, stream(seed, "init"), mesh, rules)
+  key = stream(seed, "init")
+  create, abstract, layout = init_state(init, stats, optimizer, key, mesh, rules, ema)
   about = {"kind": kind, "config": config, "versions": versions(), "machine": machine(mesh)}
 
   with (
@@ -135,7 +139,10 @@ def fit(
       say(f"this run is finished: {workdir} holds step {start} of {steps}; nothing to do")
       return state
     _describe(state, mesh, batch_size, workdir, config, say)
-    with Logbook(workdir, start + 1, writer=jax.process_index() == 0) as book:
+    with (
+      Logbook(workdir, start + 1, writer=jax.process_index() == 0) as book,
+      averages.Snapshots(workdir, widths if every.average else (), start) as snapshots,
+    ):
       loop = Loop(
         workdir=workdir,
         first=start,
@@ -144,6 +151,7 @@ def fit(
         batch_size=batch_size,
         every=every,
         checkpoints=checkpoints,
+        snapshots=snapshots,
         run=about,
         meter=Meter(**run.get("meter", {})),
         faults=Faults(workdir, guard.cap, checkpoints.latest, say, int(state.guard.skipped)),

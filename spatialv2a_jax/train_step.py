@@ -36,6 +36,7 @@ class State:
     opt: state of the optimiser.
     stats: running statistics of the normalisation layers; may be empty.
     guard: what decides whether an update counts.
+    beside: averages of the widths `optim.Ema.beside`, in their order.
   """
 
   step: Any
@@ -44,6 +45,7 @@ class State:
   opt: Any
   stats: Any
   guard: Any
+  beside: tuple[Any, ...] = ()
 
 
 def init_state(
@@ -53,6 +55,7 @@ def init_state(
   key: jax.Array,
   mesh: Mesh,
   rules: sharding.Rules,
+  ema: optim.Ema | None = None,
 ) -> tuple[Callable[[], State], Any, State]:
   """Returns a function that creates the state in place on every device, and its layout.
 
@@ -63,6 +66,7 @@ def init_state(
     key: from which the parameters derive.
     mesh: where the state lives.
     rules: meaning of the axis names.
+    ema: moving average; None is the default one.
 
   Returns:
     create() -> State, the tree of shapes with shardings (what a restore needs), the shardings.
@@ -76,7 +80,8 @@ def init_state(
   def boxed(key, stats):
     params = init(key)
     opt = optimizer.tx.init(params)
-    return State(jnp.zeros((), jnp.int32), params, params, opt, stats, guards.init())
+    beside = (params,) * len(ema.beside if ema else ())
+    return State(jnp.zeros((), jnp.int32), params, params, opt, stats, guards.init(), beside)
 
   shapes = jax.eval_shape(boxed, key, stats)
   whole, layout = (sharding.shardings(shapes, mesh, rules, zero=zero) for zero in (False, True))
@@ -115,9 +120,13 @@ def overwrite(state: State, values: Mapping[str, Any]) -> State:
       raise UserError(f"cannot start from {name} of shape {np.shape(value)}: the model has {have}")
     flat[name] = jax.device_put(np.asarray(value, flat[name].dtype), flat[name].sharding)
   params = traverse_util.unflatten_dict(flat, sep="/")
-  # The step donates its state, so that parameters and average may not share a buffer.
-  ema = jax.tree.map(lambda p, a: jax.device_put(jnp.copy(p), a.sharding), params, state.ema)
-  return state.replace(params=params, ema=ema)  # pyright: ignore
+
+  def copy(average):
+    # The step donates its state, so that parameters and averages may not share a buffer.
+    return jax.tree.map(lambda p, a: jax.device_put(jnp.copy(p), a.sharding), params, average)
+
+  beside = tuple(copy(average) for average in state.beside)
+  return state.replace(params=params, ema=copy(state.ema), beside=beside)  # pyright: ignore
 
 
 def make_train_step(
@@ -185,16 +194,20 @@ def make_train_step(
     grads, own = jax.lax.with_sharding_constraint((grads, state.params), (layout.ema, layout.ema))
     updates, opt = optimizer.tx.update(grads, state.opt, own)
     params = optax.apply_updates(own, updates)
-    new_average = average.update(state.ema, params, state.step + 1)
+    averages = tuple(
+      one.update(old, params, state.step + 1)
+      for one, old in zip(average.all(), (state.ema, *state.beside), strict=True)
+    )
     grad_norm = optax.tree.norm(grads)
     good, watch, judged = guards.judge(guard, state.guard, value, grad_norm)
-    old = (own, state.ema, state.opt, state.stats)
-    params, new_average, opt, stats = guards.select(good, (params, new_average, opt, stats), old)
+    old = (own, (state.ema, *state.beside), state.opt, state.stats)
+    params, averages, opt, stats = guards.select(good, (params, averages, opt, stats), old)
     metrics = metrics | judged | {"loss": value, "grad_norm": grad_norm, "good": good}
     metrics["param_norm"] = optax.tree.norm(params)
     if optimizer.lr is not None:  # The schedule counts the updates that count.
       metrics["lr"] = optimizer.lr(state.step - state.guard.skipped)
-    return State(state.step + 1, params, new_average, opt, stats, watch), metrics
+    first, *beside = averages
+    return State(state.step + 1, params, first, opt, stats, watch, tuple(beside)), metrics
 
   return jax.jit(
     step,

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ PARAMS = {
 ONES = jax.tree.map(jnp.ones_like, PARAMS)
 
 
-def one_update(config, grads=ONES):
+def one_update(config, grads=ONES) -> Any:
   tx = optim.adamw(config, PARAMS).tx
   updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
   return updates
@@ -78,6 +79,7 @@ def test_the_clipped_norm_is_that_of_what_is_trained():
   state = optimizer.tx.init(PARAMS)
   huge = {**ONES, "null": {"text": jnp.full(2, 1e6)}}
   _, small_state = optimizer.tx.update(ONES, state, PARAMS)
+  updates: Any
   updates, huge_state = optimizer.tx.update(huge, state, PARAMS)
   jax.tree.map(np.testing.assert_array_equal, small_state, huge_state)
   np.testing.assert_array_equal(updates["null"]["text"], 0)
@@ -112,8 +114,8 @@ def test_tables_cover_every_parameter_and_have_no_dead_rows():
 
 def test_the_plain_average_warms_up_to_its_decay():
   ema = optim.Ema(decay=0.99)
-  assert float(ema.keep(1)) == pytest.approx(2 / 11)
-  assert float(ema.keep(10_000)) == pytest.approx(0.99)
+  assert float(ema.take(1)) == pytest.approx(9 / 11)
+  assert float(ema.take(10_000)) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("sigma, gamma", [(0.05, 16.9722), (0.1, 6.9372)])
@@ -121,7 +123,7 @@ def test_the_power_average_has_the_width_it_promises(sigma, gamma):
   assert optim.power_gamma(sigma) == pytest.approx(gamma, abs=1e-4)
   # Weight of each step in the average after `total` of them, by running it on unit vectors.
   total, ema = 2000, optim.Ema(sigma_rel=sigma)
-  keep = np.asarray(ema.keep(np.arange(1, total + 1)), np.float64)
+  keep = 1 - np.asarray(ema.take(np.arange(1, total + 1)), np.float64)
   assert keep[0] == 0
   weight = (1 - keep) * np.append(np.cumprod(keep[::-1])[::-1][1:], 1.0)
   np.testing.assert_allclose(weight.sum(), 1, rtol=1e-4)

@@ -1,0 +1,37 @@
+#!/bin/bash
+# Runs a command again for as long as it asks for it:  bash launch/again.sh COMMAND [ARGUMENT ...]
+#
+# 42 (interrupted and saved), 43 (hung) and death by a signal start it again, at most RESTARTS times
+# (default 100), PAUSE seconds later (default 5); any other code ends it with that code. SIGTERM and
+# SIGINT go on to the command, which is then not started again.
+
+set -u
+told=0
+child=0
+trap 'told=1; [ "$child" -eq 0 ] || kill -TERM "$child" 2>/dev/null' TERM INT
+
+left=${RESTARTS:-100}
+while true; do
+  "$@" &
+  child=$!
+  wait "$child"
+  code=$?
+  # A signal ends `wait` early, while the command still saves.
+  while kill -0 "$child" 2>/dev/null; do
+    wait "$child"
+    code=$?
+  done
+  case $code in
+    42 | 43) ;;
+    *) [ "$code" -gt 128 ] || exit "$code" ;;
+  esac
+  if [ "$told" -eq 1 ] || [ "$left" -le 0 ]; then
+    exit "$code"
+  fi
+  left=$((left - 1))
+  echo "again.sh: left with $code; starting again, $left restarts left" >&2
+  sleep "${PAUSE:-5}" &
+  child=$!
+  wait "$child"
+  [ "$told" -eq 0 ] || exit "$code"
+done

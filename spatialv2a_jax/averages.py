@@ -1,0 +1,257 @@
+"""Weight averages of any width after the run (post-hoc EMA, Karras et al., arXiv 2312.02696).
+
+A run keeps snapshots of one or two power-function averages while it trains. Each snapshot is a
+known weighting of the parameters over the steps; the weighting of another width, at any of its
+steps, is their least-squares mixture. Weightings here are those of `optim.Ema.take` step by step,
+not their continuous limit, so that a width that was tracked comes back as it was.
+
+Axes: i snapshot, s step.
+"""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from spatialv2a_jax import checkpoint, optim
+from spatialv2a_jax.errors import MissingAssetError, UserError
+
+FOLDER = "averages"  # Inside a working directory.
+STORED = jnp.float16  # Half the bytes; its 11 bits suffice for sums of a few snapshots.
+WORST = 0.3  # A mixture further from what was asked for, as a share of its norm, is refused,
+NOISIEST = 0.02  # and one that lets the rounding of the snapshots grow to this share.
+_STEPS = 16_384  # Of weightings held in memory at once.
+
+
+class Snapshots:
+  """Snapshots of a run's averages: saved in the background, complete or invisible."""
+
+  def __init__(self, workdir: str | pathlib.Path, widths: Sequence[float], start: int = 0):
+    """Opens WORKDIR/averages and deletes what lies beyond `start`, which this run will redo.
+
+    Args:
+      workdir: of the run, on a disk that all processes see.
+      widths: relative widths of the averages, in the order that `save` gets them; without any,
+        nothing is opened.
+      start: steps done.
+    """
+    self.folder = pathlib.Path(workdir).absolute() / FOLDER
+    self.names = [f"{width:g}" for width in widths]
+    self._manager = None
+    if not widths:
+      return
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
+      item_handlers=ocp.StandardCheckpointHandler(),
+    )
+    for step in self._manager.all_steps():
+      if step > start:
+        self._manager.delete(step)
+    self._half = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(STORED), tree))
+
+  def save(self, step: int, averages: Sequence[Any]) -> None:
+    """Starts to save; the arrays may be donated as soon as this returns.
+
+    Raises:
+      UserError: if this or the save before failed (exit code 1).
+    """
+    assert self._manager is not None
+    tree = dict(zip(self.names, self._half(tuple(averages)), strict=True))
+    with self._loud():
+      self._manager.save(step, args=ocp.args.StandardSave(tree))  # pyright: ignore[reportCallIssue]
+
+  def wait(self) -> None:
+    """Blocks until all is on disk.
+
+    Raises:
+      UserError: if a save failed (exit code 1).
+    """
+    if self._manager is not None:
+      with self._loud():
+        self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _loud(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds.
+      reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+      raise UserError(
+        f"cannot write to {self.folder} ({reason}); mend it and run the same command",
+        exit_code=1,
+      ) from error
+
+  def __enter__(self) -> "Snapshots":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if self._manager is not None:
+      self._manager.close()
+
+
+class Mixture(NamedTuple):
+  """How to mix snapshots.
+
+  Attributes:
+    share_i: coefficient of each snapshot; their sum is 1.
+    error: norm of the difference to the weighting asked for, as a share of its norm.
+  """
+
+  share_i: np.ndarray
+  error: float
+
+  @property
+  def rounding(self) -> float:
+    """Share of a parameter that half precision may change: large shares cancel each other."""
+    return float(np.abs(self.share_i).sum() * jnp.finfo(STORED).eps / 2)
+
+
+def weighting(sigma_rel: float, updates: int, step_s: np.ndarray) -> np.ndarray:
+  """Returns the weights that an average after `updates` updates gives to the parameters of steps.
+
+  What `optim.Ema.take` leaves of the old average telescopes: after n updates, steps 1..s together
+  hold ((s+1)(s+2) / ((n+1)(n+2)))^((1+gamma)/2).
+
+  Args:
+    sigma_rel: relative width.
+    updates: n, counted from 1.
+    step_s: steps, counted from 1.
+  """
+  power = (1 + optim.power_gamma(sigma_rel)) / 2
+
+  def held(s):
+    s = np.minimum(np.asarray(s, np.float64), updates)
+    logs = np.log(s + 1) + np.log(s + 2) - np.log(updates + 1) - np.log(updates + 2)
+    return np.where(s < 1, 0.0, np.exp(power * logs))
+
+  return held(step_s) - held(np.asarray(step_s) - 1)
+
+
+def mix(snapshots: Sequence[tuple[float, int]], sigma_rel: float, step: int) -> Mixture:
+  """Returns the mixture of snapshots that comes nearest to another average.
+
+  Args:
+    snapshots: (relative width, updates) of each.
+    sigma_rel: relative width asked for.
+    step: number of updates after which it would have been taken.
+  """
+  wanted = [*snapshots, (sigma_rel, step)]
+  gram_ii = np.zeros((len(wanted), len(wanted)))
+  last = max(n for _, n in wanted)
+  for first in range(1, last + 1, _STEPS):
+    step_s = np.arange(first, min(first + _STEPS, last + 1))
+    weight_is = np.stack([weighting(width, n, step_s) for width, n in wanted])
+    gram_ii += weight_is @ weight_is.T
+  # Each snapshot at unit norm, for the conditioning; the last row makes the shares sum to 1.
+  norm_i = np.sqrt(np.diag(gram_ii))
+  gram_ii /= np.outer(norm_i, norm_i)
+  count, one_i = len(snapshots), 1 / norm_i[:-1]
+  system = np.block([[gram_ii[:-1, :-1], one_i[:, None]], [one_i[None], np.zeros((1, 1))]])
+  right = np.append(gram_ii[:-1, -1], 1 / norm_i[-1])
+  unit_i = np.linalg.lstsq(system, right, rcond=1e-13)[0][:count]
+  left = np.append(unit_i, -1.0)
+  error = np.sqrt(max(left @ gram_ii @ left, 0.0))
+  return Mixture(unit_i * norm_i[-1] / norm_i[:-1], float(error))
+
+
+def write_model(
+  workdir: str | pathlib.Path,
+  out: str | pathlib.Path,
+  sigma_rel: float,
+  step: int | None = None,
+  say: Callable[[str], None] = print,
+) -> None:
+  """Writes the model folder of a finished run again, with averages of another width.
+
+  Args:
+    workdir: of the run; it holds model/ and averages/.
+    out: model folder to write.
+    sigma_rel: relative width, above 0 and below 0.28.
+    step: end of the average, that of a snapshot; the last by default.
+    say: prints one line.
+
+  Raises:
+    MissingAssetError: if the run is not finished or kept no snapshots.
+    UserError: if the width cannot be mixed from the snapshots, or they are another model's.
+  """
+  optim.Ema(sigma_rel=sigma_rel)  # Checks the width.
+  workdir = pathlib.Path(workdir)
+  model = checkpoint.load_model(workdir)
+  folder = workdir.absolute() / FOLDER
+  if not folder.is_dir():
+    raise MissingAssetError(f"{workdir} has no {FOLDER}/: train with ema.sigma_rel, every.average")
+  run = json.loads((workdir / "config.json").read_text())
+  name = run["kind"]
+  with ocp.CheckpointManager(
+    folder,
+    options=ocp.CheckpointManagerOptions(create=False),
+    item_handlers=ocp.PyTreeCheckpointHandler(),
+  ) as manager:
+    steps = sorted(manager.all_steps())
+    step = max(steps, default=0) if step is None else step
+    if step not in steps:
+      raise MissingAssetError(f"{folder} holds no snapshot of step {step}, have: {steps}")
+    steps = steps[: steps.index(step) + 1]
+    snapshots = [(width, at) for at in steps for width in _tracked(manager, at)]
+    mixture = mix([(float(width), at) for width, at in snapshots], sigma_rel, step)
+    widths = ", ".join(sorted({width for width, _ in snapshots}, key=float))
+    told = f"width {sigma_rel:g} at step {step} from {len(steps)} snapshots of {widths}"
+    if mixture.error > WORST or mixture.rounding > NOISIEST:
+      raise UserError(
+        f"{told} would be {100 * mixture.error:.2g} % off, and off by {100 * mixture.rounding:.2g} "
+        "% of rounding; ask for a width nearer to them"
+      )
+    trees = (_read(manager, at, width) for width, at in snapshots)
+    flat = _sum(_flat(model.params[name]), zip(mixture.share_i, trees, strict=True), folder)
+  frozen = optim.lookup(run["optim"]["freeze"], list(flat), "freeze")
+  for key, constant in _flat(model.params[name]).items():
+    flat[key] = constant if frozen[key] else flat[key]
+  about = {"sigma_rel": sigma_rel, "step": step, "snapshots": len(steps), "error": mixture.error}
+  params = {**model.params, name: traverse_util.unflatten_dict(flat, sep="/")}
+  checkpoint.save_model(out, params, model.stats, {**model.config, "average": about})
+  say(f"{told}, {100 * mixture.error:.2g} % off: {out}")
+
+
+def _tracked(manager: ocp.CheckpointManager, step: int) -> Mapping[str, Any]:
+  metadata = manager.item_metadata(step)
+  return getattr(metadata, "tree", metadata)
+
+
+def _read(manager: ocp.CheckpointManager, step: int, width: str) -> Any:
+  """Returns one average of a snapshot, whatever mesh saved it."""
+  part = {width: _tracked(manager, step)[width]}
+  item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), part)
+  plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+  args = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
+    item=item, restore_args=plain, partial_restore=True
+  )
+  return manager.restore(step, args=args)[width]
+
+
+def _sum(
+  like: Mapping[str, Any], parts: Iterable[tuple[float, Any]], folder: pathlib.Path
+) -> dict[str, np.ndarray]:
+  """Returns the weighted sum of trees, in float32; each is let go before the next is read."""
+  flat = {name: np.zeros(x.shape, np.float32) for name, x in like.items()}
+  for share, tree in parts:
+    part = _flat(tree)
+    for name, total in flat.items():
+      if name not in part or part[name].shape != total.shape:
+        raise UserError(f"{folder} holds another model: {name} is missing or has another shape")
+      total += np.float32(share) * np.asarray(part[name], np.float32)
+  for name, total in flat.items():
+    if not np.isfinite(total).all():
+      raise UserError(f"{folder}: {name} is too large for half precision")
+  return flat
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+  return traverse_util.flatten_dict(dict(tree), sep="/")

@@ -1,0 +1,156 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from spatialv2a_jax import averages, checkpoint, cli, optim, train
+from spatialv2a_jax.errors import UserError
+from tests.test_train import fit
+from tests.test_train_step import toy_init
+
+WIDTHS = (0.05, 0.1)
+
+
+def run_average(sigma_rel, values_sx):
+  """Averages every step of a path in float64; returns the average after each update."""
+  ema, average, out = optim.Ema(sigma_rel=sigma_rel), None, []
+  take_s = np.asarray(ema.take(np.arange(1, len(values_sx) + 1)), np.float64)
+  for value, take in zip(values_sx, take_s, strict=True):
+    average = value if average is None else average + take * (value - average)
+    out.append(average)
+  return np.stack(out)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 40, 90])
+def test_the_closed_form_is_the_average_step_by_step(updates):
+  by_step = run_average(0.1, np.eye(90))[updates - 1]
+  closed = averages.weighting(0.1, updates, np.arange(1, 91))
+  np.testing.assert_allclose(closed, by_step, atol=1e-6)
+  assert closed.sum() == pytest.approx(1) and (closed[updates:] == 0).all()
+
+
+def test_late_in_a_long_run_the_average_still_has_its_width():
+  total = 300_000
+  step_s = np.arange(1, total + 1)
+  keep = 1 - np.asarray(optim.Ema(sigma_rel=0.05).take(step_s), np.float64)
+  weight = (1 - keep) * np.append(np.cumprod(keep[::-1])[::-1][1:], 1.0)
+  closed = averages.weighting(0.05, total, step_s)
+  assert np.linalg.norm(weight - closed) < 1e-5 * np.linalg.norm(closed)
+
+
+def test_other_widths_of_a_random_walk_are_mixed_from_few_snapshots():
+  total, every = 3000, 100
+  path_sx = np.random.default_rng(0).standard_normal((total, 64)).cumsum(0)
+  tracked = {width: run_average(width, path_sx) for width in WIDTHS}
+  snapshots = [(w, n) for n in range(every, total + 1, every) for w in WIDTHS]
+  saved = np.stack([tracked[w][n - 1] for w, n in snapshots])
+  bounds = [(0.05, 3000, 1e-6), (0.07, 3000, 2e-3), (0.03, 3000, 0.03)]
+  for width, step, bound in [*bounds, (0.15, 3000, 4e-3), (0.2, 2000, 0.02)]:
+    mixture = averages.mix(snapshots, width, step)
+    wanted = run_average(width, path_sx)[step - 1]
+    around = np.abs(path_sx[step - 1] - wanted).mean()  # How far an average is from the end.
+    error = np.abs(mixture.share_i @ saved - wanted).mean() / around
+    assert error < bound, (width, step, error)
+    assert mixture.error < bound and mixture.share_i.sum() == pytest.approx(1, abs=1e-9)
+
+
+def test_what_was_tracked_comes_back_alone():
+  snapshots = [(w, n) for n in (100, 200, 300) for w in WIDTHS]
+  mixture = averages.mix(snapshots, 0.1, 300)
+  np.testing.assert_allclose(mixture.share_i, np.eye(6)[-1], atol=1e-9)
+  assert mixture.error < 1e-6
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A finished run of the toy model and its parameters after every step."""
+  workdir, path = tmp_path_factory.mktemp("run"), []
+
+  def record(state, step, book, leave):
+    path.append(jax.device_get(state.params))
+    return {}
+
+  table = [["null/.*", True], [".*", False]]
+  shapes = jax.eval_shape(toy_init, jax.random.key(0))
+  state = fit(
+    workdir,
+    steps=12,
+    config={"kind": "toy", "optim": {"freeze": table}},
+    optimizer=optim.adamw(optim.from_mapping({"lr": 0.01, "freeze": table, "warmup": 2}), shapes),
+    every=train.Every(log=12, eval=1, checkpoint=6, average=4),
+    evaluate=record,
+    ema=optim.Ema(sigma_rel=0.1, beside=(0.2,)),
+  )
+  params = {"toy": jax.device_get(state.ema), "other": {"x": np.ones(2, "f4")}}
+  checkpoint.save_model(workdir / "model", params, {"toy": {"n": np.ones(1, "f4")}}, {"a": 1})
+  return workdir, path, state
+
+
+def test_a_run_tracks_every_width(run):
+  _, path, state = run
+  for width, ema in ((0.1, state.ema), (0.2, state.beside[0])):
+    wanted = run_average(width, np.stack([p["up"]["kernel"] for p in path]))[-1]
+    np.testing.assert_allclose(ema["up"]["kernel"], wanted, atol=1e-6)
+
+
+def test_the_command_writes_a_model_of_another_width(run, tmp_path, capsys):
+  workdir, path, _ = run
+  out = tmp_path / "wide"
+  assert cli.main(["average", str(workdir), "--width", "0.18", "--out", str(out)]) == 0
+  assert "width 0.18 at step 12 from 3 snapshots of 0.1, 0.2" in capsys.readouterr().out
+  model = checkpoint.load_model(out)
+  assert set(model.params) == {"toy", "other"} and model.stats["toy"]["n"] == 1
+  about = model.config["average"]
+  assert about["sigma_rel"] == 0.18 and about["step"] == 12 and about["error"] < 0.02
+  wanted = run_average(0.18, np.stack([p["up"]["kernel"] for p in path]))[-1]
+  off = np.abs(model.params["toy"]["up"]["kernel"] - wanted).max()
+  moved = np.abs(path[0]["up"]["kernel"] - path[-1]["up"]["kernel"]).max()
+  assert off < 0.02 * moved, (off, moved)
+  np.testing.assert_array_equal(model.params["toy"]["null"]["text"], path[0]["null"]["text"])
+
+
+def test_an_earlier_end_uses_only_what_was_there(run, tmp_path):
+  workdir, path, _ = run
+  averages.write_model(workdir, tmp_path / "early", 0.1, step=8)
+  early = checkpoint.load_model(tmp_path / "early").params["toy"]["down"]["kernel"]
+  wanted = run_average(0.1, np.stack([p["down"]["kernel"] for p in path[:8]]))[-1]
+  np.testing.assert_allclose(early, wanted, rtol=2**-10, atol=1e-6)  # Stored in half precision.
+
+
+def test_a_run_resumed_from_an_older_state_forgets_later_snapshots(run, tmp_path):
+  _, _, state = run
+  with averages.Snapshots(tmp_path, (0.1, 0.2)) as first:
+    for step in (2, 4, 6):
+      first.save(step, (state.ema, *state.beside))
+    first.wait()
+  with averages.Snapshots(tmp_path, (0.1, 0.2), start=5):
+    pass
+  assert sorted(path.name for path in (tmp_path / averages.FOLDER).iterdir()) == ["2", "4"]
+
+
+def test_mistakes_are_one_line(run, tmp_path, capsys):
+  workdir, _, _ = run
+  for argv, code, words in (
+    (["--width", "0.3"], 2, "at most 0.28"),
+    (["--width", "0.02"], 2, "would be 35 % off, and off by 0.4 % of rounding"),
+    (["--width", "0.1", "--step", "1"], 3, "no snapshot of step 1, have: [4, 8, 12]"),
+  ):
+    assert cli.main(["average", str(workdir), "--out", str(tmp_path / "x"), *argv]) == code
+    assert words in capsys.readouterr().err
+  (tmp_path / "bare").mkdir()
+  checkpoint.save_model(tmp_path / "bare" / "model", {}, {}, {})
+  argv = ["average", str(tmp_path / "bare"), "--out", str(tmp_path / "x"), "--width", "0.1"]
+  assert cli.main(argv) == 3 and "has no averages/" in capsys.readouterr().err
+  assert not (tmp_path / "x").exists()
+  with pytest.raises(UserError, match="set ema.sigma_rel"):
+    fit(tmp_path / "plain", every=train.Every(average=2))
+  with pytest.raises(UserError, match="tracks a width twice"):
+    optim.Ema(sigma_rel=0.1, beside=(0.1,))
+
+
+def test_a_change_of_the_tracked_widths_is_told_before_anything_is_lost(tmp_path):
+  fit(tmp_path, steps=2, ema=optim.Ema(sigma_rel=0.1))
+  with pytest.raises(UserError, match="0 averages besides the first, not 1"):
+    fit(tmp_path, steps=4, ema=optim.Ema(sigma_rel=0.1, beside=(0.2,)))
+  assert json.loads((tmp_path / "config.json").read_text()) and not list(tmp_path.glob("damaged*"))
