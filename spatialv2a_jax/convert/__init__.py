@@ -17,6 +17,8 @@ from safetensors.numpy import save_file
 
 from spatialv2a_jax import checkpoint, io
 from spatialv2a_jax.convert import (
+  acl,
+  beats,
   bigvgan,
   clip,
   clipseg,
@@ -34,6 +36,8 @@ SOURCES: dict[str, engine.Source] = {
   "clip": clip.SOURCE,
   "synchformer": synchformer.SOURCE,
   "clipseg": clipseg.SOURCE,
+  "acl": acl.SOURCE,
+  "beats": beats.SOURCE,
   "bigvgan": bigvgan.V1,
   "bigvgan_v2": bigvgan.V2,
   "vae": vae.SOURCE,

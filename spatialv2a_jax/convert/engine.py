@@ -59,6 +59,7 @@ class Source:
     outputs: (sizes, parameters, inputs by name) -> outputs by upstream's name, computed on demand.
     ignore: patterns of whole foreign keys that carry nothing we need.
     wrapper: key under which files may hold the state dict.
+    refine: (sizes, what the file holds beside the wrapped state dict) -> sizes.
     about: sizes -> entries of `config.json` beside the sizes.
     note: what one must know to load an exported file upstream.
     stats: whether upstream's state dict holds running statistics; their paths begin with STATS.
@@ -75,6 +76,7 @@ class Source:
   outputs: Callable[[Any, Any, State], Outputs]
   ignore: tuple[str, ...] = ()
   wrapper: str = ""
+  refine: Callable[[Any, Mapping[str, Any]], Any] = lambda config, beside: config
   about: Callable[[Any], dict[str, Any]] = lambda config: {}
   note: str = ""
   stats: bool = False
@@ -92,15 +94,17 @@ def convert(source: Source, state: Mapping[str, Any], name: str) -> tuple[Any, d
   Raises:
     UserError: if anything on either side has no counterpart or another shape.
   """
+  beside: Mapping[str, Any] = {}
   if source.wrapper in state and isinstance(state[source.wrapper], Mapping):
-    state = state[source.wrapper]
+    state, beside = state[source.wrapper], state
+  state = {**traverse_util.flatten_dict(dict(state), sep=".")}
   skip = re.compile("|".join(source.ignore) or r"(?!)")
   arrays: dict[str, np.ndarray] = {
     k: v for k, v in state.items() if isinstance(v, np.ndarray) and not skip.fullmatch(k)
   }
   alien = [k for k, v in state.items() if not isinstance(v, np.ndarray) and not skip.fullmatch(k)]
   try:
-    config = source.configure(arrays)
+    config = source.refine(source.configure(arrays), beside)
     table = source.table(arrays, config)
     shapes = nn.unbox(jax.eval_shape(source.init(config), jax.random.key(0)))
   except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
@@ -249,15 +253,16 @@ def count(state: State, pattern: str) -> int:
   return len({match[1] for match in found if match})
 
 
-def weight_norm(state: State, name: str) -> Leaf:
+def weight_norm(state: State, name: str, axis: int = 0) -> Leaf:
   """Returns the weight of a layer, with its weight norm (if any, in either spelling) folded.
 
-  w = g v / |v|, the norm over all axes but the first, also for transposed convolutions. The way
-  back takes the weight as its own direction.
+  w = g v / |v|, the norm over all axes but one; that is the first for transposed convolutions too.
+  The way back takes the weight as its own direction.
   """
 
   def size(v):
-    return np.sqrt(np.square(v, dtype=np.float64).sum(tuple(range(1, v.ndim)), keepdims=True))
+    over = tuple(i for i in range(v.ndim) if i != axis)
+    return np.sqrt(np.square(v, dtype=np.float64).sum(over, keepdims=True))
 
   def fold(g, v):
     return (g * (v / size(v))).astype(np.float32)

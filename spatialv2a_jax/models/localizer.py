@@ -2,7 +2,8 @@
 
 ACL (arXiv 2311.04066) grounds sounds with CLIPSeg: an embedding in the space of CLIP's texts goes
 through two FiLM layers into a small decoder over CLIP's picture tokens, and a learned shift turns
-logits into a heat map. Here the embedding is that of a text, so silent video can be localised.
+logits into a heat map. The embedding is that of a text, so that silent video can be localised, or
+that of a sound (`models.acl`).
 
 Axes: b picture or text, y row, x column, c colour, w text token, n token, d width, r reduced
 width, f feature of an embedding, o sound.
@@ -73,6 +74,8 @@ class Localizer(NamedTuple):
   Attributes:
     init: key -> boxed parameters.
     text: (params, ids_bw) -> embeddings e_bf of texts, not normalised: FiLM heeds their length.
+    sound: (params, word_bd, ids_w) -> embeddings e_bf of a prompt, not padded, of which a word
+      that a sound gave is the last before the end.
     image: (params, frames_byxc uint8 RGB) -> embeddings e_bf of whole pictures.
     logits: (params, frames_byxc, e_of) -> logits [o, b, y, x] of each sound, grid * patch a side.
     heat: (params, frames_byxc, e_of, shift) -> heat_byx in 0..1; see `heat`.
@@ -80,6 +83,7 @@ class Localizer(NamedTuple):
 
   init: Callable[[Array], Any]
   text: Callable[[Any, Array], Array]
+  sound: Callable[[Any, Array, Array], Array]
   image: Callable[[Any, Array], Array]
   logits: Callable[[Any, Array, Array], Array]
   heat: Callable[..., Array]
@@ -214,6 +218,13 @@ def build(config: Config) -> Localizer:
   def text(params: Any, ids_bw: Array) -> Array:
     return words(params["text"], jnp.asarray(ids_bw))[1]
 
+  def sound(params: Any, word_bd: Array, ids_w: Array) -> Array:
+    prompt_wd = params["text"]["tokens"][jnp.asarray(ids_w)]
+    prompt_bwd = jnp.broadcast_to(prompt_wd, (len(word_bd), *prompt_wd.shape))
+    parts = [prompt_bwd[:, :-1], word_bd[:, None], prompt_bwd[:, -1:]]
+    x_bwd = words.states(params["text"], jnp.concatenate(parts, axis=1))
+    return words.project(params["text"], x_bwd[:, -1])
+
   def image(params: Any, frames_byxc: Array) -> Array:
     x_bnd = image_tower.embed(params["image"], frames_byxc)
     return image_tower.pool(params["image"], image_tower.run(params["image"], x_bnd))
@@ -234,4 +245,4 @@ def build(config: Config) -> Localizer:
   def heat_of(params: Any, frames_byxc: Array, e_of: Array, shift: float = SHIFT) -> Array:
     return heat(logits(params, frames_byxc, e_of), shift)
 
-  return Localizer(init, text, image, logits, heat_of)
+  return Localizer(init, text, sound, image, logits, heat_of)

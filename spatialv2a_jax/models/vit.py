@@ -143,12 +143,23 @@ def init_blocks(block: nn.Module, key: Array, depth: int, *args: Array) -> Param
   return stacked(lambda k: block.init(k, *args)["params"], key, depth, "layers")
 
 
-def run_blocks(block: nn.Module, params: Params, x: Array, first: int = 0, last: int = 0) -> Array:
-  """Applies blocks `first` to `last` (not included; 0 is all that follow), one after the other."""
+def run_blocks(
+  block: nn.Module,
+  params: Params,
+  x: Array,
+  first: int = 0,
+  last: int = 0,
+  *,
+  extra: tuple[Array, ...] = (),
+) -> Array:
+  """Applies blocks `first` to `last` (not included; 0 is all that follow), one after the other.
+
+  Each gets the output of the one before it, and `extra`.
+  """
   part = jax.tree.map(lambda leaf: leaf[first : last or None], params)
 
   def step(x, p):
-    return jnp.asarray(block.apply({"params": p}, x)), None
+    return jnp.asarray(block.apply({"params": p}, x, *extra)), None
 
   return jax.lax.scan(step, x, part)[0]
 
@@ -285,10 +296,18 @@ class TextTower:
       States of all tokens after the last norm [b, w, d], padding included, and the projected
       state of the end token [b, dim], both float32.
     """
-    x_bwd = params["tokens"][ids_bw] + params["positions"][None, : ids_bw.shape[1]]
-    x_bwd = run_blocks(self.block, params["blocks"], x_bwd.astype(jnp.float32))
-    x_bwd = jnp.asarray(Norm().apply({"params": params["norm"]}, x_bwd))
+    x_bwd = self.states(params, params["tokens"][ids_bw])
     end_b = ids_bw.argmax(axis=1)
     end_bd = jnp.take_along_axis(x_bwd, end_b[:, None, None], axis=1)[:, 0]
+    return x_bwd, self.project(params, end_bd)
+
+  def states(self, params: Params, x_bwd: Array) -> Array:
+    """Returns the states after the last norm, float32, of the embeddings of tokens."""
+    x_bwd = x_bwd + params["positions"][None, : x_bwd.shape[1]]
+    x_bwd = run_blocks(self.block, params["blocks"], x_bwd.astype(jnp.float32))
+    return jnp.asarray(Norm().apply({"params": params["norm"]}, x_bwd))
+
+  def project(self, params: Params, end_bd: Array) -> Array:
+    """Returns the projection [b, dim], float32, of the state of the end token."""
     pooled_bf = self._project.apply({"params": params["project"]}, end_bd)
-    return x_bwd, jnp.asarray(pooled_bf, jnp.float32)
+    return jnp.asarray(pooled_bf, jnp.float32)

@@ -1,6 +1,7 @@
 """Export: what came from upstream goes back, bit for bit where nothing was folded."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -27,6 +28,11 @@ def mmaudio(v2):
   return reference.random_state(0, v2=v2, heads=2, joint_depth=3, ear_depth=2, **sizes)
 
 
+def golden(name):
+  arrays = load_file(pathlib.Path(__file__).parents[1] / "golden" / f"{name}.safetensors")
+  return {k.removeprefix("param/"): x for k, x in arrays.items() if k.startswith("param/")}
+
+
 def raw(source, config):
   """A random state dict of the shapes that our network has upstream, of many magnitudes."""
   chosen = convert.SOURCES[source]
@@ -50,8 +56,10 @@ STATES = {
   "clipseg": encoder_states.clipseg,
   "vae": lambda: raw("vae", vae.Config(6, 4, 8, folded=True)),
   "bigvgan_v2": lambda: raw("bigvgan_v2", SMALL_VOCODER),
+  "beats": lambda: golden("beats"),
+  "acl": lambda: golden("acl"),
 }
-FOLDED = {"clipseg": 1, "vae": 53, "bigvgan_v2": 2 * (1 + 2 + 2 * 2 * 6 + 1)}
+FOLDED = {"beats": 2, "clipseg": 1, "vae": 53, "bigvgan_v2": 2 * (1 + 2 + 2 * 2 * 6 + 1)}
 
 
 @pytest.mark.parametrize("name", STATES)

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,8 +19,8 @@ def small():
   state = encoder_states.clipseg()
   config, params = engine.convert(table.SOURCE, state, "state")
   net = localizer.build(config)
-  jitted = (jax.jit(f) for f in (net.text, net.image, net.logits, net.heat))
-  return state, params, localizer.Localizer(net.init, *jitted)
+  jitted = {name: jax.jit(f) for name, f in net._asdict().items() if name != "init"}
+  return state, params, net._replace(**jitted)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,19 @@ def test_texts_are_embedded_as_upstream(small):
   for row, ids in zip(got, IDS, strict=True):
     _, want = encoder_reference.clipseg_text(state, ids, heads=1, layers=2)
     np.testing.assert_allclose(row, want, atol=2e-5)
+
+
+def test_a_sound_stands_where_a_word_would(small):
+  """The embedding of a prompt is that of the text if the word is the token's own vector."""
+  _, params, net = small
+  words = np.array([17, 30])
+  texts = np.array([[57, 3, 8, 4, word, 59, 0, 0, 0] for word in words])
+  word_bd = params["text"]["tokens"][words]
+  got = net.sound(params, word_bd, np.array([57, 3, 8, 4, 59]))
+  np.testing.assert_allclose(got, net.text(params, texts), atol=1e-5)
+  other = net.sound(params, word_bd[::-1], np.array([57, 3, 8, 4, 59]))
+  np.testing.assert_allclose(other, got[::-1], atol=1e-5)
+  assert abs(got[0] - got[1]).max() > 0.01
 
 
 def test_logits_of_every_sound_are_upstreams(small, frames):
@@ -58,14 +72,14 @@ def test_logits_of_every_sound_are_upstreams(small, frames):
 def test_shift_and_not_slope_makes_the_heat_map():
   logits = np.array([-1.4, 0.0, -localizer.SHIFT - 1], np.float32).reshape(1, 1, 1, 3)
   want = 1 / (1 + np.exp([0.0, -1.4, 1.0]))
-  np.testing.assert_allclose(localizer.heat(logits)[0, 0], want, atol=1e-6)
+  np.testing.assert_allclose(localizer.heat(jnp.asarray(logits))[0, 0], want, atol=1e-6)
 
 
 @pytest.mark.parametrize("area", [0.1, 0.4])
 def test_calibration_brings_maps_to_an_area(area):
   logits = np.random.default_rng(0).normal(-3, 2, (1, 4, 50, 50)).astype(np.float32)
   shift = localizer.calibrated_shift(logits, area)
-  covered = np.mean(np.asarray(localizer.heat(logits, shift)) >= 0.5)
+  covered = np.mean(np.asarray(localizer.heat(jnp.asarray(logits), shift)) >= 0.5)
   assert covered == pytest.approx(area, abs=1e-3)
 
 
