@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from data import scenes
-from launch import vggsound
+from launch import audit, vggsound
 from spatialv2a_jax import logbook
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.spatial import hrtf
@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   add_scenes(commands)
   add_encode(commands)
   vggsound.add_arguments(commands)
+  audit.add_arguments(commands)
   args = parser.parse_args(argv)
   try:
     return args.run(args)

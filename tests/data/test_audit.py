@@ -1,0 +1,187 @@
+"""A build is fit for release unless something is wrong, and then it says what."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data import audit, layout, shards, stages, tfrecord
+from launch import data as command
+from spatialv2a_jax.errors import UserError
+from tests.data import clips
+
+COLUMNS = (0.15, 0.3, 0.5, 0.7, 0.85)
+
+
+def build(videos: pathlib.Path, out: pathlib.Path, *options: str) -> pathlib.Path:
+  arguments = ["vggsound", "--videos", videos, "--out", out, "--seconds", 1, "--jobs", 1, *options]
+  assert command.main([str(argument) for argument in arguments]) == 0
+  return out
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> pathlib.Path:
+  folder = tmp_path_factory.mktemp("videos")
+  for n, column in enumerate(COLUMNS):
+    # As most sounds, stronger in the bass: the sum of both ears combs white noise.
+    bass_p = np.convolve(clips.noise(1, n, level=0.3), np.ones(16) / 16, "same").astype("f")
+    clips.write(folder / f"clip{n}.mp4", audio_ep=np.stack([bass_p, bass_p]), column=column)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def made(videos, tmp_path_factory) -> pathlib.Path:
+  return build(videos, tmp_path_factory.mktemp("build") / "out")
+
+
+@pytest.fixture
+def copy(made, tmp_path) -> pathlib.Path:
+  return shutil.copytree(made, tmp_path / "copy")
+
+
+def edit(folder: pathlib.Path, change) -> pathlib.Path:
+  """Rewrites the records of a build; the manifest agrees with them."""
+  fields = layout.read_features(folder / "raw")
+  manifest = json.loads((folder / "raw" / "manifest.json").read_text())
+  for shard in manifest["shards"]:
+    source = tfrecord.TFRecordSource([folder / "raw" / shard["file"]])
+    records = []
+    for place in range(len(source)):
+      raw = tfrecord.decode_example(source[place])
+      record = {name: tfrecord.value_of(raw[name], fields[name]) for name in raw}
+      records.append(tfrecord.encode_example({**record, **change(record)}))
+    shard["sha256"] = tfrecord.write(folder / "raw" / shard["file"], records)
+  layout.write_json(folder / "raw" / "manifest.json", manifest)
+  return folder
+
+
+def swapped(record):
+  audio_ep = np.ascontiguousarray(record["audio"][::-1])
+  return {"audio": audio_ep, "cues": np.array(stages.cues(audio_ep / 32768, 16_000), np.float32)}
+
+
+def judged(folder: pathlib.Path, **options) -> dict[str, bool | None]:
+  found = audit.Build(folder)
+  known = found.clips()
+  options = {"videos": None, "twin": None, **options}
+  checks = audit.checks(found, known, audit.sample(known, 0, 100), **options)
+  return {check.name: check.passed for check in checks}
+
+
+def named(checks: dict[str, bool | None], part: str) -> bool | None:
+  (passed,) = [passed for name, passed in checks.items() if part in name]
+  return passed
+
+
+def test_a_good_build_is_fit(made, videos, tmp_path, capsys):
+  twin = build(videos, tmp_path / "twin")
+  arguments = [made, "--videos", videos, "--twin", twin, "--out", tmp_path / "page.html"]
+  assert command.main(["audit", *map(str, arguments)]) == 0
+  lines = capsys.readouterr().out
+  assert "skipped  filtering raises the mean scores" in lines
+  told = json.loads((tmp_path / "page.json").read_text())
+  assert told["fit"] and all(check["passed"] in (True, None) for check in told["checks"])
+  assert [check["name"] for check in told["checks"] if check["passed"] is None] == [
+    "filtering raises the mean scores, by less than 0.1"
+  ]
+  rows = {row["name"]: row for row in told["statistics"]}
+  assert rows["CE"]["mean"] is None and rows["CE"]["undefined"] == 5
+  assert rows["iacc_clip"]["published"] == 0.93 and 0.3 < rows["iacc_clip"]["mean"] < 1
+  page = (tmp_path / "page.html").read_text()
+  assert page.count("<video") == 5 and "clip3" in page and 'src="http' not in page
+
+
+def test_swapped_ears_are_caught(copy, capsys):
+  """Levels are as balanced as before; only the picture can tell."""
+  assert command.main(["audit", str(edit(copy, swapped)), "--clips", "0"]) == 1
+  errors = capsys.readouterr().err
+  assert "not fit for release: the side that is heard" in errors
+  assert "not fit for release: with the ears swapped" in errors
+  assert errors.count("not fit") == 2
+
+
+def test_a_damaged_shard_and_another_twin_are_caught(copy, made):
+  assert named(judged(copy, twin=made), "second build") is True
+  edited = edit(copy, swapped)
+  assert named(judged(edited, twin=made), "second build") is False
+  assert named(judged(edited), "checksums of the manifest") is True
+  manifest = edited / "raw" / "manifest.json"
+  manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "0'))
+  assert named(judged(edited), "checksums of the manifest") is False
+
+
+def test_sound_that_is_not_the_sources_is_caught(copy, videos):
+  def other(record):
+    noise_p = clips.noise(1, seed=99)[: record["audio"].shape[1]]
+    return {"audio": np.stack([noise_p * 20_000, noise_p * 19_000]).astype(np.int16)}
+
+  assert named(judged(copy, videos=videos), "correlates with the source") is True
+  assert named(judged(edit(copy, other), videos=videos), "correlates with the source") is False
+
+
+@pytest.fixture(scope="module")
+def corpus(made) -> audit.Clips:
+  """A balanced corpus of 200 clips."""
+  rng = np.random.default_rng(0)
+  cues_nk = np.ones((200, len(stages.CUES)), np.float32)
+  cues_nk[:, stages.CUES.index("ild_clip_db")] = rng.normal(0, 0.5, 200)
+  cues_nk[:, stages.CUES.index("itd_phat_frame_us")] = 300
+  flags_n = np.zeros(200, bool)
+  return audit.Clips(
+    [f"clip{n}" for n in range(200)], [("train", n) for n in range(200)], cues_nk,
+    np.full((200, 4), np.nan, np.float32), np.full(200, 32767), flags_n, flags_n,
+  )  # fmt: skip
+
+
+def with_cue(corpus: audit.Clips, name: str, value, rows: Any = slice(None)) -> audit.Clips:
+  cues_nk = corpus.cues_nk.copy()
+  cues_nk[rows, stages.CUES.index(name)] += value
+  return dataclasses.replace(corpus, cues_nk=cues_nk)
+
+
+@pytest.mark.parametrize(
+  ("check", "fault"),
+  [
+    (audit._sides, lambda c: with_cue(c, "side_energy_ratio", 0.009**2 - 1, rows=7)),
+    (audit._delays, lambda c: with_cue(c, "itd_phat_frame_us", 501, rows=slice(3))),
+    (audit._levels, lambda c: with_cue(c, "ild_clip_db", np.nan, rows=7)),
+    (audit._levels, lambda c: dataclasses.replace(c, peak_n=np.full(200, 32768))),
+  ],
+)
+def test_one_fault_fails_one_check(corpus, check, fault):
+  assert check(corpus).passed is True
+  assert check(fault(corpus)).passed is False
+
+
+def test_bias_fails_the_balance(corpus):
+  mean, side = audit._balance(corpus)
+  assert mean.passed and side.passed
+  mean, side = audit._balance(with_cue(corpus, "ild_clip_db", 0.9))
+  assert mean.passed is False and side.passed is False
+
+
+def test_mono_is_right_straight_ahead(corpus):
+  mono = with_cue(corpus, "side_energy_ratio", -1)
+  assert audit._sides(mono).passed is False
+  ahead = dataclasses.replace(mono, frontal_n=np.ones(200, bool))
+  assert audit._sides(ahead).passed is True
+
+
+@pytest.mark.parametrize(("kept", "passed"), [(188, True), (150, False), (200, False)])
+def test_the_share_of_kept_clips(kept, passed):
+  funnel = {"files": 210, "kept": kept, "dropped": {"unlisted": 10}}
+  assert audit._kept(funnel).passed is passed
+
+
+def test_what_cannot_be_audited_is_said(tmp_path, made):
+  with pytest.raises(UserError, match="manifest.json: cannot read it"):
+    audit.Build(tmp_path)
+  shards.build([shards.Item("a", 0)], lambda _: {"x": np.zeros(2)}, tmp_path / "raw", shards=1,
+               config={})  # fmt: skip
+  with pytest.raises(UserError, match="have no .*audio.*vggsound"):
+    audit.Build(tmp_path)
+  assert command.main(["audit", str(made), "--sample", "-1"]) == 2
