@@ -127,7 +127,7 @@ def speed(out: pathlib.Path) -> str:
   return (
     f"clips per second and core: {found['clips_per_core_second']:.3g} ({per_stage}); bottleneck:"
     f" {found['bottleneck']}; {found['core_hours_for_199000_clips']:.0f} core hours for"
-    f" {ALL_OF_VGGSOUND:,} clips"
+    f" {ALL_OF_VGGSOUND:,} such clips"
   )
 
 

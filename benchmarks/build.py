@@ -1,0 +1,137 @@
+"""Times the building of a data set: each stage of a build, and how two processes compare with one.
+
+Run: python -m benchmarks.build [--videos DIR --seconds 10] [--clips 400] [--processes 1 2]
+Without `--videos` it makes procedural scenes of 2 s first. The build is a real one, in a folder
+that is thrown away; its stages are timed in processor seconds, so other work on the machine hardly
+counts. The processes are compared by the clock: all start at once, each with its share of the same
+clips, decoding first (frames and sound) and then rendering a moving source.
+"""
+
+import argparse
+import json
+import multiprocessing
+import multiprocessing.synchronize
+import os
+import pathlib
+import platform
+import tempfile
+import time
+
+import numpy as np
+import threadpoolctl
+
+from data import catalogue, funnel, spatialise
+from launch import data as command
+from spatialv2a_jax import io, localizers, schema
+
+RATE = 16_000
+PARTS = ("decoding", "rendering")
+CORES = 32  # For which hours are estimated.
+
+
+def decode(paths: list[str], seconds: float) -> None:
+  """Reads of each clip what a build reads."""
+  view = {"view": io.View(schema.SYNC_FPS, localizers.FRAME_SIZE, quick=True)}
+  for path in paths:
+    io.read_views(path, view, duration=seconds, threads=1)
+    io.read_audio(path, RATE, duration=seconds)
+
+
+def render(count: int, seconds: float) -> None:
+  """Places noise along a moving track, as often as there are clips."""
+  place = spatialise.Placer("sphere", RATE)
+  noise_ep = np.random.default_rng(0).standard_normal((1, round(seconds * RATE)), np.float32)
+  track = 50 * np.sin(np.arange(round(seconds * schema.CLIP_FPS)) / 5)
+  for _ in range(count):
+    place(noise_ep, "mono", track)
+
+
+def work(paths: list[str], seconds: float, start: multiprocessing.synchronize.Barrier) -> None:
+  """One process: warms up, then does its share of each part when all are ready."""
+  with threadpoolctl.threadpool_limits(1):
+    decode(paths[:1], seconds)
+    render(1, seconds)
+    start.wait()
+    decode(paths, seconds)
+    start.wait()
+    start.wait()
+    render(len(paths), seconds)
+    start.wait()
+
+
+def clock(paths: list[str], seconds: float, processes: int) -> dict[str, float]:
+  """Returns clips per second of each part with so many processes."""
+  context = multiprocessing.get_context("spawn")
+  barrier = context.Barrier(processes + 1)
+  workers = [
+    context.Process(target=work, args=(paths[i::processes], seconds, barrier), daemon=True)
+    for i in range(processes)
+  ]
+  for worker in workers:
+    worker.start()
+  rates = {}
+  for part in PARTS:
+    barrier.wait()
+    began = time.perf_counter()
+    barrier.wait()
+    rates[part] = len(paths) / (time.perf_counter() - began)
+  for worker in workers:
+    worker.join()
+  return rates
+
+
+def stages(videos: pathlib.Path, seconds: float, folder: pathlib.Path, jobs: int) -> None:
+  """Builds, and prints what each stage takes."""
+  arguments = ["--videos", videos, "--out", folder, "--seconds", seconds, "--jobs", jobs]
+  began = time.perf_counter()
+  code = command.main(["vggsound", "--stereo", "render", "--silence", "1", *map(str, arguments)])
+  wall = time.perf_counter() - began
+  found = json.loads((folder / "throughput.json").read_text())
+  clips = max(row["clips"] for row in found["stages"].values())
+  print(f"\nbuild: {clips} clips in {wall:.0f} s with {jobs} processes, exit code {code}\n")
+  print("| stage | clips | ms per clip | clips per second and core |\n|---|--:|--:|--:|")
+  for stage, row in found["stages"].items():
+    rate = row["clips_per_core_second"]
+    if rate:
+      print(f"| {stage} | {row['clips']} | {1e3 / rate:.1f} | {rate:.3g} |")
+  rate = found["clips_per_core_second"]
+  hours = found["core_hours_for_199000_clips"]
+  print(
+    f"| all | {clips} | {1e3 / rate:.1f} | {rate:.3g} |\n\nbottleneck: {found['bottleneck']};"
+    f" {funnel.ALL_OF_VGGSOUND:,} such clips: {hours:.1f} core hours, {hours / CORES:.2f} h on"
+    f" {CORES} cores"
+  )
+
+
+def main() -> None:
+  """Measures and prints."""
+  parser = argparse.ArgumentParser(description="Times the building of a data set.")
+  parser.add_argument("--videos", type=pathlib.Path, help="folder of clips")
+  parser.add_argument("--seconds", type=float, default=2.0, help="length of a clip")
+  parser.add_argument("--clips", type=int, default=400, help="scenes to make, or clips to take")
+  parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+  args = parser.parse_args()
+  jobs = max(args.processes)
+  print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = pathlib.Path(temporary)
+    videos = args.videos or folder / "scenes"
+    if args.videos is None:
+      given = ["--out", videos, "--clips", args.clips, "--seconds", args.seconds, "--jobs", jobs]
+      command.main(["scenes", *map(str, given)])
+    stages(videos, args.seconds, folder / "build", jobs)
+    known = catalogue.read(videos, None).clips[: args.clips]
+    dropped = json.loads((folder / "build" / "funnel.json").read_text())["clips"]
+    paths = [clip.path for clip in known if clip.id not in dropped]
+    paths *= -(-2 * jobs // len(paths))
+    rates = {count: clock(paths, args.seconds, count) for count in args.processes}
+  head, rule = "".join(f" {part} |" for part in PARTS), "--:|" * len(PARTS)
+  print(f"\n| processes |{head} (clips per second)\n|---|{rule}")
+  first = rates[args.processes[0]]
+  for count, row in rates.items():
+    cells = "".join(f" {row[part]:.3g} ({row[part] / first[part]:.2f}x) |" for part in PARTS)
+    print(f"| {count} |{cells}")
+
+
+if __name__ == "__main__":
+  main()
