@@ -93,9 +93,9 @@ def _kept(
   record: Mapping[str, Any], build: audit.Build, video: pathlib.Path | None, localizer: str
 ) -> str:
   audio_ep = tfrecord.as_float32(record["audio"])
-  facts = {
-    name: record[name] for name in ("split", "spatializer", "layout") if record.get(name)
-  } | {name: _of(value) for name, value in zip(stages.CUES, record["cues"], strict=True)}
+  facts = {name: record[name] for name in ("spatializer", "layout")} | {
+    name: _of(value) for name, value in zip(stages.CUES, record["cues"], strict=True)
+  }
   scores = zip(filters.AXES, record["aes"], strict=True)
   facts |= {axis: _of(score) for axis, score in scores if math.isfinite(score)}
   stage = _stage(video, audio_ep, build.rate, localizer)

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import captions, shards, tfrecord
+from data import captions, layout, shards, tfrecord
+from launch import data as command
+from tests.data import clips
 
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("importlib_resources")  # Which tensorflow-datasets forgets to ask for.
@@ -111,6 +113,26 @@ def test_prepared_records_are_those_of_the_shards(build, tmp_path, config):
           np.testing.assert_array_equal(
             found[f"clip{n}"][field].astype(np.float32), value.astype(np.float32)
           )
+
+
+def test_every_field_of_a_real_build_goes_through(tmp_path):
+  (tmp_path / "videos").mkdir()
+  clips.write(tmp_path / "videos" / "a.mp4", column=0.2)
+  out = tmp_path / "out"
+  options = ["--videos", tmp_path / "videos", "--out", out, "--seconds", 1, "--jobs", 1]
+  assert command.main(["vggsound", *map(str, options)]) == 0
+  builder = prepare(out, tmp_path / "tfds", "raw")
+  example = examples(pathlib.Path(str(builder.data_dir)), "train")["a"]
+  fields = layout.read_features(out / "raw")
+  raw = tfrecord.decode_example(tfrecord.TFRecordSource(shards.paths(out / "raw"))[0])
+  assert example.keys() == fields.keys()
+  for name in fields:
+    stored = tfrecord.value_of(raw[name], fields[name])
+    if isinstance(stored, str):
+      assert example[name].decode() == stored
+    else:
+      np.testing.assert_array_equal(example[name], stored)
+      assert example[name].dtype == stored.dtype
 
 
 def test_other_file_formats(build, tmp_path):
