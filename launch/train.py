@@ -38,7 +38,8 @@ import json
 import logging
 import pathlib
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -231,19 +232,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def leave(code: int) -> None:
-  """Ends the process: at once, if a thread that cannot be stopped still compiles or reads."""
+  """Ends the process, and at once where waiting for threads or other processes could last."""
   sys.stdout.flush()
   sys.stderr.flush()
-  if waiting.abandoned():
-    if jax.distributed.is_initialized():
+  if jax.distributed.is_initialized():
+    if code not in (0, preemption.EXIT_CODE):
+      cluster.part()  # The orderly end would wait for processes that know of no fault.
+      cluster.leave(code)
+    if waiting.abandoned():
       jax.distributed.shutdown()
+  if waiting.abandoned():
     cluster.leave(code)
   sys.exit(code)
 
 
-if __name__ == "__main__":
+def run_process(work: Callable[[], int]) -> None:
+  """Ends the process with the code that `work` returns; a traceback gives 1."""
   try:
-    exit_code = main()
+    code = work()
   except preemption.Interrupted as stop:
-    exit_code = int(stop.code or 0)
-  leave(exit_code)
+    code = int(stop.code or 0)
+  except Exception:
+    traceback.print_exc()
+    code = 1
+  leave(code)
+
+
+if __name__ == "__main__":
+  run_process(main)

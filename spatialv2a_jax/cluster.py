@@ -233,6 +233,19 @@ class Watch:
       pass  # The service is gone already.
 
 
+def part(seconds: float = 3.0) -> None:
+  """Waits a moment for the other processes to end as well, so that each can say why."""
+  store = client()
+  end = time.monotonic() + seconds
+  with contextlib.suppress(RuntimeError):  # They have not heard of a fault, or are gone.
+    store.key_value_set(f"ended/{jax.process_index()}", "", allow_overwrite=True)
+    for rank in range(jax.process_count()):
+      left = max(10, round(1000 * (end - time.monotonic())))
+      store.blocking_key_value_get(f"ended/{rank}", left)
+    if jax.process_index() == 0:
+      time.sleep(0.3)  # It serves the store: the others end with it.
+
+
 def leave(code: int) -> None:
   """Ends this process now, without waiting for its threads or for the other processes."""
   os._exit(code)

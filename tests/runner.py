@@ -19,7 +19,7 @@ import numpy as np
 
 from data import pipeline, shards
 from launch import train as launcher
-from spatialv2a_jax import cluster, goodput, guard, optim, preemption, replay, sharding, train
+from spatialv2a_jax import cluster, goodput, guard, optim, replay, sharding, train
 from spatialv2a_jax.errors import UserError
 from tests import test_train_step as toy
 
@@ -198,12 +198,13 @@ def main(options: Options) -> int:
   return 0
 
 
-if __name__ == "__main__":
+def work() -> int:
   try:
-    code = main(Options(**json.loads(sys.argv[1])))
+    return main(Options(**json.loads(sys.argv[1])))
   except UserError as error:
     print(error, file=sys.stderr)
-    code = error.exit_code
-  except preemption.Interrupted as stop:
-    code = int(stop.code or 0)
-  launcher.leave(code)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+  launcher.run_process(work)
