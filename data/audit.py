@@ -30,6 +30,7 @@ LEAST_SIDE, FRONTAL_DEG = 0.01, 5.0
 ILD_BAND_DB, BALANCE = 0.2, (0.45, 0.55)
 LEAST_R, MOST_ITD_US, LEAST_MID = 0.5, 800.0, 0.9
 MID_LAG_S = 0.005
+DIRECT = ("sphere", "sofa")  # Spatializers that keep what a head does to a source.
 
 # Name, unit, what it is computed from, and the published value for BinauralVGGSound
 # (arXiv 2601.15017), which comes without units or windows: the likeliest variants stand beside it.
@@ -123,7 +124,7 @@ class Build:
       record = self.record(place)
       located_v = record["located"] > 0
       frontal = not located_v.any() or float(np.abs(record["azimuth"]).max()) <= FRONTAL_DEG
-      direct = located_v.any() and record["spatializer"] not in ("recorded", "paper")
+      direct = located_v.any() and record["spatializer"].partition(":")[0] in DIRECT
       peak = int(np.abs(record["audio"].astype(np.int32)).max(initial=0))
       rows.append((record["id"], record["cues"], record["aes"], peak, frontal, direct))
       advance()

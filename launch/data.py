@@ -95,7 +95,7 @@ def add_encode(commands) -> None:
   p.add_argument("--vae", type=pathlib.Path, metavar="DIR", help="model folder; adds latents")
   p.add_argument("--shards", type=int, default=8, metavar="N", help="with --media")
   p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes")
-  p.add_argument("--storage", choices=("float32", "float16", "bfloat16"), default="float16")
+  p.add_argument("--storage", choices=("float32", "float16", "bfloat16"), default="bfloat16")
   p.add_argument("--mirror", action="store_true", help="add the features of mirrored videos")
   p.add_argument("--max-bad", type=float, default=0.01, help="share of bad clips to give up at")
   p.set_defaults(run=run_encode)
