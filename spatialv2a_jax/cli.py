@@ -48,8 +48,8 @@ def number(
 
 def localizer(text: str) -> str:
   """Argparse type of --localizer."""
-  if text != "motion" and not text.startswith("track:"):
-    raise argparse.ArgumentTypeError(f"{text!r} is none of: motion, track:FILE")
+  if text not in ("acl", "motion") and not text.startswith("track:"):
+    raise argparse.ArgumentTypeError(f"{text!r} is none of: acl, motion, track:FILE")
   return text
 
 
@@ -82,7 +82,18 @@ def parser() -> argparse.ArgumentParser:
 
   p = command("generate", "Generate binaural sound for video files or folders of them.")
   p.add_argument("inputs", nargs="+", metavar="VIDEO|DIR")
-  p.add_argument("--checkpoint", required=True, metavar="DIR", help="model folder")
+  p.add_argument(
+    "--checkpoint",
+    required=True,
+    metavar="DIR",
+    help="model folder: of a training run, or one into which `spatialv2a convert` has put "
+    "mmaudio, vae, bigvgan (or bigvgan_v2), clip, synchformer and, for two ears, clipseg",
+  )
+  p.add_argument(
+    "--parts",
+    metavar="DIR",
+    help="model folder with the networks that the checkpoint lacks, so that several share them",
+  )
   p.add_argument("--out", required=True, metavar="DIR")
   p.add_argument("--prompt", default="", help="what sounds; empty leaves it to the picture")
   p.add_argument("--negative", default="", help="what should not sound")
@@ -97,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
     "12 steps of ab2 come as close to the exact solution as 25 of euler",
   )
   p.add_argument(
-    "--guidance", type=number(float, 0), default=2.0, help="strength of all conditions; 1 adds none"
+    "--guidance",
+    type=number(float, 0),
+    help="strength of all conditions; 1 adds none; unset: the checkpoint's, 4.5 for MMAudio's",
   )
   p.add_argument(
     "--spatial-guidance",
@@ -105,7 +118,10 @@ def parser() -> argparse.ArgumentParser:
     help="strength of the spatial condition; unset: as --guidance",
   )
   p.add_argument(
-    "--localizer", type=localizer, help="motion or track:FILE; unset: the checkpoint's"
+    "--localizer",
+    type=localizer,
+    help="what tells where it sounds: acl (CLIPSeg looks for the prompt), motion or track:FILE; "
+    "unset: the checkpoint's",
   )
   p.add_argument("--phase", choices=("shared", "independent"), default="shared")
   p.add_argument(
@@ -113,7 +129,20 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument("--format", choices=("wav", "flac"), default="wav")
   p.add_argument("--no-video", dest="video", action="store_false", help="write sound only")
-  p.add_argument("--low-memory", action="store_true", help="one window at a time")
+  p.add_argument(
+    "--dtype", choices=("float32", "bfloat16"), help="of the matmuls; unset: the checkpoint's"
+  )
+  p.add_argument(
+    "--low-memory",
+    action="store_true",
+    help="one network in memory and one window at a time",
+  )
+  p.add_argument(
+    "--feature-cache",
+    metavar="DIR",
+    help="where features of trained encoders are kept, about 1 MB for 8 s; none: nowhere; unset: "
+    "SPATIALV2A_FEATURE_CACHE or ~/.cache/spatialv2a_jax/features",
+  )
   p.set_defaults(run=run_generate)
 
   p = command("spatialize", "Place the sound of a file along a track, or along its own picture.")
@@ -196,7 +225,15 @@ def run_generate(args: argparse.Namespace) -> int:
   chosen = vars(args)
   fields = (field.name for field in dataclasses.fields(generate.Settings))
   settings = generate.Settings(**{name: chosen[name] for name in fields if name in chosen})
-  return generate.run(args.inputs, args.checkpoint, args.out, settings)
+  return generate.run(
+    args.inputs,
+    args.checkpoint,
+    args.out,
+    settings,
+    parts=args.parts,
+    dtype=args.dtype,
+    feature_cache=args.feature_cache,
+  )
 
 
 def run_spatialize(args: argparse.Namespace) -> int:

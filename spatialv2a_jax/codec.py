@@ -92,8 +92,9 @@ def encode(net: vae.Vae, params: Params, audio_bep: Array, spec: AudioSpec) -> t
 
 
 def decode(net: vae.Vae, params: Params, z_betc: Array) -> Array:
-  """Returns log-mels [b, 2, m, 2 t] of latents [b, 2, t, c]."""
-  return _split(net.decode(params, _merge(z_betc)))
+  """Returns log-mels [b, e, m, 2 t] of latents [b, e, t, c], of one ear or two."""
+  mels = net.decode(params, _merge(z_betc))
+  return mels.reshape(*z_betc.shape[:2], *mels.shape[1:])
 
 
 def binaural_waveform(

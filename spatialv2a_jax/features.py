@@ -30,13 +30,13 @@ class Config:
   """What a checkpoint must remember to compute features again.
 
   Attributes:
-    encoder: "random", the seeded random-feature encoder.
+    encoder: "random", the seeded random-feature encoder, or "mmaudio", CLIP and Synchformer.
     seed: of its projections.
     clip_dim: width of the 8 fps features.
     sync_dim: width of the synchronisation features.
     text_dim: width of a text token.
     text_len: text tokens.
-    localizer: "motion", or "track:FILE" to steer the position.
+    localizer: "motion", "track:FILE" to steer the position, or "acl", CLIPSeg with a text.
   """
 
   encoder: str = "random"
@@ -56,7 +56,7 @@ def views() -> dict[str, io.View]:
 def encode(
   frames_nyxc: np.ndarray, seconds: float, config: Config, *, start: float = 0.0
 ) -> dict[str, np.ndarray]:
-  """Encodes the frames of one clip.
+  """Encodes the frames of one clip without trained networks; `encoders` does it with them.
 
   Args:
     frames_nyxc: uint8 RGB frames at 25 fps, at least `seconds` long.
@@ -69,20 +69,28 @@ def encode(
     maps `heat_vyx` [v, 48, 80] in 0..1.
   """
   if config.encoder != "random":
-    raise UserError(f"unknown encoder {config.encoder!r}, have: random")
+    raise UserError(f"encoder {config.encoder!r} needs trained networks; without them: random")
   n = schema.lengths(seconds, schema.AUDIO["16k"])
   frames = frames_nyxc.astype(np.float32)
   frames /= 255
   motion_nyx = localizers.residual_motion(frames)
   clip_vf, sync_sf = RandomFeatures.of(config)(frames, motion_nyx, n.clip, n.sync)
-  heat_vyx = localizers.heat(config.localizer, motion_nyx, n.clip, start)
+  placed = _placed(localizers.heat(config.localizer, motion_nyx, n.clip, start))
+  return {"clip_vf": clip_vf, "sync_sf": sync_sf, **placed}
+
+
+def place(
+  frames_nyxc: np.ndarray, seconds: float, localizer: str, *, start: float = 0.0
+) -> dict[str, np.ndarray]:
+  """Returns `spatial_vk` and `heat_vyx` alone, as `encode` does, by "motion" or "track:FILE"."""
+  motion_nyx = localizers.residual_motion(frames_nyxc.astype(np.float32) / 255)
+  count = schema.lengths(seconds, schema.AUDIO["16k"]).clip
+  return _placed(localizers.heat(localizer, motion_nyx, count, start))
+
+
+def _placed(heat_vyx: np.ndarray) -> dict[str, np.ndarray]:
   spatial_bvk, _ = _descriptors(heat_vyx[None])
-  return {
-    "clip_vf": clip_vf,
-    "sync_sf": sync_sf,
-    "spatial_vk": np.asarray(spatial_bvk[0], np.float32),
-    "heat_vyx": heat_vyx,
-  }
+  return {"spatial_vk": np.asarray(spatial_bvk[0], np.float32), "heat_vyx": heat_vyx}
 
 
 def encode_text(text: str, config: Config) -> np.ndarray:

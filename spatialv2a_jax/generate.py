@@ -19,12 +19,19 @@ import soxr
 
 import spatialv2a_jax
 from spatialv2a_jax import features, io, localizers, logbook, report, schema, worklist
-from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.generator import Clip, Generator, Settings, Window
+from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.feature_cache import open_cache
+from spatialv2a_jax.generator import Clip, Generator, Settings
 from spatialv2a_jax.metrics import analysis
 from spatialv2a_jax.metrics import spatial as spatial_metrics
+from spatialv2a_jax.windows import Window
 
 BATCH = 8  # Windows sampled at once.
+GROUP = 32  # Windows that go through the networks together where only one network is held.
+ONE_EAR = (
+  "this network has one ear: both channels will be equal; "
+  "`spatialv2a spatialize` places the sound where the picture moves, or along a track"
+)
 COUNT_SECONDS = 8.0  # Stretch of video that is held while frames are counted.
 CUES_SECONDS = 30.0
 CUES = ("ild_clip_db", "itd_xc_clip_us", "iacc_clip")
@@ -49,7 +56,9 @@ def sidecar(model: Generator, job: Job, settings: Settings) -> dict[str, Any]:
   return {
     "version": spatialv2a_jax.__version__,
     "checkpoint": model.folder.name,
-    "weights_sha256": model.model.sha256,
+    "weights_sha256": model.sha256(settings.localizer),
+    "dtype": model.dtype,
+    "ears": model.ears,
     "input": job.path.name,
     "input_sha256": job.sha256,
     "seed": settings.seed,
@@ -147,8 +156,21 @@ def run(
   checkpoint_dir: str | pathlib.Path,
   out: str | pathlib.Path,
   settings: Settings,
+  *,
+  parts: str | pathlib.Path | None = None,
+  dtype: str | None = None,
+  feature_cache: str | None = None,
 ) -> int:
   """Generates every file that `out` does not hold yet; returns the exit code.
+
+  Args:
+    inputs: files and folders.
+    checkpoint_dir: model folder.
+    out: folder of the outputs.
+    settings: what to make.
+    parts: model folder with the networks that the checkpoint lacks.
+    dtype: of the matmuls; None is what the checkpoint says.
+    feature_cache: folder of `feature_cache.open_cache`.
 
   Raises:
     UserError: for a fault of the inputs as a whole (see `worklist.collect`), of the model, of
@@ -157,25 +179,41 @@ def run(
   out = pathlib.Path(out)
   io.check_writable(out)
   paths = worklist.collect(inputs, out)
-  if settings.localizer is not None:
+  if settings.localizer not in (None, "acl"):
     localizers.track_of(settings.localizer)
-  model = Generator(checkpoint_dir)
+  cache = open_cache(feature_cache)
+  model = Generator(
+    checkpoint_dir, parts=parts, dtype=dtype, low_memory=settings.low_memory, cache=cache
+  )
+  if settings.guidance is None:
+    settings = dataclasses.replace(settings, guidance=model.guidance)
+  stages = model.encoders(settings.localizer).stages(settings.prompt)
   batched = len(paths) > 1 and not settings.low_memory
   rows = min(BATCH, 1 << (len(paths) - 1).bit_length()) if batched else 1
+  held = GROUP if settings.low_memory else rows
   failed: dict[pathlib.Path, UserError] = {}
   waiting: list[Job] = []
 
   def fail(path: pathlib.Path, error: UserError) -> None:
-    if len(paths) == 1:
+    if len(paths) == 1 or isinstance(error, MissingAssetError):  # The latter is no file's fault.
       raise error
     failed[path] = error
     progress.advance()
 
   def flush() -> None:
+    """Takes the files that wait through the networks, one network after the other."""
+    for some in [[stage] for stage in stages] if settings.low_memory else [stages]:
+      for job in [*waiting]:
+        try:
+          model.look(job.path, job.seconds, job.windows, some, settings, job.sha256)
+        except UserError as error:
+          waiting.remove(job)
+          fail(job.path, error)
     sample_all(model, waiting, settings, rows)
-    for job in waiting:
+    mels = [model.mels([w.first for w in job.windows], job.latents) for job in waiting]
+    for job, mel_emn in zip(waiting, mels, strict=True):
       try:
-        clip = model.clip(job.windows, job.latents, job.seconds, settings.phase)
+        clip = model.sound(job.windows, mel_emn, job.seconds, settings.phase)
         write(model, job, clip, out, settings)
       except UserError as error:
         fail(job.path, error)
@@ -183,20 +221,25 @@ def run(
         progress.advance()
     waiting.clear()
 
+  if model.ears == 1:
+    print(ONE_EAR, file=sys.stderr)
   with logbook.Progress(len(paths), "generating", "file") as progress:
+    model.report = progress.say
     for path in paths:
       try:
         job = start(path, settings)
         if finished(model, job, out, settings):
           progress.advance()
           continue
-        job.windows = list(model.windows(path, job.seconds, settings))
+        job.windows = [Window(first, {}) for first in model.firsts(job.seconds)]
         waiting.append(job)
       except UserError as error:
         fail(path, error)
-      if sum(len(job.windows) for job in waiting) >= rows:
+      if sum(len(job.windows) for job in waiting) >= held:
         flush()
     flush()
+  if settings.low_memory:
+    model.weights.drop()
   return worklist.conclude(len(paths), failed, out)
 
 

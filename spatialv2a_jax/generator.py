@@ -1,4 +1,4 @@
-"""A loaded model: frames and text in, binaural sound out. Arrays only; `generate` does the files.
+"""A loaded model: videos and text in, binaural sound out. Arrays only; `generate` does the files.
 
 A video longer than the window the model was trained on is generated in overlapping windows
 whose noise is that of the whole clip and whose latents are cross-faded, so memory does not grow
@@ -12,18 +12,23 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spatialv2a_jax import checkpoint, codec, features, flow, io, schema, sharding
+from spatialv2a_jax import checkpoint, codec, features, flow, schema
 from spatialv2a_jax import phase as phases
+from spatialv2a_jax.encoders import Encoders, Stage
 from spatialv2a_jax.errors import MissingAssetError, UserError
-from spatialv2a_jax.models import flow_net
+from spatialv2a_jax.feature_cache import Cache
+from spatialv2a_jax.models import flow_net, vocoder
+from spatialv2a_jax.weights import Weights, missing
+from spatialv2a_jax.windows import Window, azimuths, cross_fade
 
+GUIDANCE = 2.0  # Where neither the user nor the checkpoint says another.
 OVERLAP_SECONDS = 1.0  # Of neighbouring windows; their latents are cross-faded.
 
 
@@ -37,14 +42,14 @@ class Settings:
     seed: of the noise, together with the file's content.
     steps: steps of the solver.
     method: solver, one of `flow.SOLVERS`.
-    guidance: classifier-free guidance of all conditions.
+    guidance: classifier-free guidance of all conditions; None is the checkpoint's own, or 2.
     spatial_guidance: that of the spatial condition; None follows `guidance`.
-    localizer: replaces the checkpoint's: "motion" or "track:FILE".
+    localizer: replaces the checkpoint's: "motion", "track:FILE" or "acl".
     phase: "shared" keeps the interaural phase, "independent" reconstructs each ear by itself.
     duration: seconds to generate at most; None is all of the video.
     format: "wav" (float32) or "flac" (24 bit).
     video: whether to write the video with its new sound.
-    low_memory: one window at a time instead of several in a batch.
+    low_memory: one window and one network at a time, instead of several.
   """
 
   prompt: str = ""
@@ -52,7 +57,7 @@ class Settings:
   seed: int = 0
   steps: int = 25
   method: str = "euler"
-  guidance: float = 2.0
+  guidance: float | None = None
   spatial_guidance: float | None = None
   localizer: str | None = None
   phase: phases.Phase = "shared"
@@ -60,14 +65,6 @@ class Settings:
   format: str = "wav"
   video: bool = True
   low_memory: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-  """A stretch of one file: index of its first latent frame and the features of its frames."""
-
-  first: int
-  features: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,35 +81,97 @@ class Generator:
 
   Attributes:
     folder: where it came from.
-    model: networks, configs and weights hash, from `checkpoint.load_model`.
+    weights: its networks; they are put on the device when they are first used.
     audio: rates of the sound it makes.
     seconds: length of a window.
+    ears: 2; with 1 (MMAudio's own networks) both channels get the same sound.
+    report: takes lines about long work.
   """
 
-  def __init__(self, path: str | pathlib.Path):
-    """Loads a model folder; raises MissingAssetError if it is not one."""
+  def __init__(
+    self,
+    path: str | pathlib.Path,
+    *,
+    parts: str | pathlib.Path | None = None,
+    dtype: str | None = None,
+    low_memory: bool = False,
+    cache: Cache | None = None,
+  ):
+    """Opens a model folder.
+
+    Args:
+      path: model folder, or that of a finished run.
+      parts: model folder with the networks that `path` lacks.
+      dtype: "float32" or "bfloat16", of the matmuls; None is what `path` says.
+      low_memory: holds one network at a time.
+      cache: of features.
+
+    Raises:
+      MissingAssetError: no model folder, or one that lacks a network.
+      UserError: its files do not go together.
+    """
     self.folder = pathlib.Path(path)
-    self.model = checkpoint.load_model(path)
-    lacking = {"flow", "vae"} - set(self.model.params)
-    if lacking:
-      raise MissingAssetError(f"{path} holds no weights of: {', '.join(sorted(lacking))}")
-    config = self.model.config
+    opened = checkpoint.open_model(path)
+    more = [] if parts is None else [checkpoint.open_model(parts)]
+    self.weights = Weights([opened, *more], dtype=dtype, single=low_memory)
+    self.cache, self.report = cache, _silent
+    config = opened.config
     try:
       self.audio = schema.AUDIO[config["audio"]]
+      name = self.audio.name
+      flow_config = flow_net.Config(**self.weights.config("flow", name))
       self.seconds = float(config["seconds"])
       self.features = features.Config(**config["features"])
       self.correlation = float(config["ear_correlation"])
-      self.net = flow_net.build(flow_net.Config(**config["flow"]))
-      self.codec = codec.build(config["vae"], self.audio)
+      self.guidance = float(config.get("guidance", GUIDANCE))
+      self.ears, self.dtype = flow_config.ears, flow_config.dtype
+      self.net = flow_net.build(flow_config)
+      self.codec = codec.build(self.weights.config("vae", name), self.audio)
+      self.vocoder = None
+      if "vocoder" in self.weights or self.features.encoder != "random":
+        self.vocoder = vocoder.Config(**self.weights.config("vocoder", name))
       self.frames = schema.lengths(self.seconds, self.audio).latent
     except (KeyError, TypeError, ValueError) as error:
       raise UserError(f"{path}/config.json describes no model of this version: {error!r}") from None
-    inits = {"flow": (self.net.init, self.net.init_stats()), "vae": (self.codec.init, {})}
-    for name, (init, stats) in inits.items():
-      params = sharding.unboxed(jax.eval_shape(init, jax.random.key(0)))
-      found = self.model.params[name], self.model.stats[name]
-      if _shapes((params, stats)) != _shapes(found):
-        raise UserError(f"{path}/{name}.safetensors has other shapes than config.json says")
+    if flow_config.latent_channels != self.audio.latent_channels:
+      raise UserError(f"{path}/config.json says {name} sound, its flow network makes other latents")
+    bins = {"vae": self.weights.config("vae", name).get("n_mels", self.audio.n_mels)}
+    if self.vocoder is not None:
+      bins["vocoder"] = self.vocoder.n_mels
+    for network, count in bins.items():
+      if count != self.audio.n_mels:
+        where = self.weights.model(network).folder
+        raise MissingAssetError(
+          f"{where} holds a {network} for other sound ({count} mel bins, {name} sound has "
+          f"{self.audio.n_mels}); {missing(network, path, name)}"
+        )
+    self.weights.check("flow", self.net.init, self.net.init_stats())
+    self.weights.check("vae", self.codec.init)
+    if self.vocoder is not None:
+      self.weights.check("vocoder", vocoder.build(self.vocoder).init)
+    self._encoders: dict[str, Encoders] = {}
+    self._compiled: set[tuple[Any, ...]] = set()
+
+  def encoders(self, localizer: str | None = None) -> Encoders:
+    """Returns the encoders of the checkpoint, with its localizer or another.
+
+    Raises:
+      MissingAssetError: a network that they need is nowhere.
+      UserError: an unknown localizer, or a bad track.
+    """
+    chosen = localizer or self.features.localizer
+    if chosen not in self._encoders:
+      config = dataclasses.replace(self.features, localizer=chosen)
+      self._encoders[chosen] = Encoders(
+        config, self.weights, cache=self.cache, report=lambda line: self.report(line)
+      )
+    return self._encoders[chosen]
+
+  def sha256(self, localizer: str | None = None) -> dict[str, str]:
+    """Returns the digest of every network that makes the sound."""
+    names = ["flow", "vae", *self.encoders(localizer).networks]
+    names += ["vocoder"] if self.vocoder is not None else []
+    return {name: self.weights.sha256(name) for name in names}
 
   def firsts(self, seconds: float) -> list[int]:
     """Returns the first latent frame of each window of a clip."""
@@ -123,20 +182,38 @@ class Generator:
     count = math.ceil((total - self.frames) / hop) + 1
     return [round(i * (total - self.frames) / (count - 1)) for i in range(count)]
 
-  def windows(self, path: pathlib.Path, seconds: float, settings: Settings) -> Iterator[Window]:
-    """Decodes and encodes the windows of one file; a short end holds its last frame."""
-    config = self.features
-    if settings.localizer is not None:
-      config = dataclasses.replace(config, localizer=settings.localizer)
-    count = schema.whole_frames(self.seconds, schema.SYNC_FPS)
-    for first in self.firsts(seconds):
-      start = first / self.audio.latent_rate
+  def windows(
+    self, path: pathlib.Path, seconds: float, settings: Settings, sha256: str | None = None
+  ) -> list[Window]:
+    """Decodes and encodes the windows of one file; a short end holds its last frame.
+
+    Args:
+      path: of the video.
+      seconds: its length.
+      settings: the prompt, which `acl` looks for, and the localizer.
+      sha256: of the file, by which the cache knows it.
+    """
+    windows = [Window(first, {}) for first in self.firsts(seconds)]
+    encoders = self.encoders(settings.localizer)
+    self.look(path, seconds, windows, encoders.stages(settings.prompt), settings, sha256)
+    return windows
+
+  def look(
+    self,
+    path: pathlib.Path,
+    seconds: float,
+    windows: Sequence[Window],
+    stages: Sequence[Stage],
+    settings: Settings,
+    sha256: str | None = None,
+  ) -> None:
+    """Adds the features of some stages to the windows of one file."""
+    encoders = self.encoders(settings.localizer)
+    for window in windows:
+      start = window.first / self.audio.latent_rate
       left = min(self.seconds, seconds - start)
-      view = io.read_views(path, features.views(), start=start, duration=left)["frames"][:count]
-      frames = np.concatenate([view, np.repeat(view[-1:], count - len(view), axis=0)])
-      encoded = features.encode(frames, self.seconds, config, start=start)
-      encoded["heat_vyx"] = (255 * encoded["heat_vyx"][:, 2::4, 2::4]).astype(np.uint8)
-      yield Window(first, encoded)
+      found = encoders.read(path, stages, self.seconds, start=start, available=left, sha256=sha256)
+      window.features.update(found)
 
   def encode(self, audio_ep: np.ndarray, first: int) -> np.ndarray:
     """Returns the latents [e, t, c] of true sound in the window that begins at frame `first`."""
@@ -144,7 +221,7 @@ class Generator:
     piece_ep = audio_ep[:, at : at + self.frames * 2 * self.audio.hop]
     short = self.frames * 2 * self.audio.hop - piece_ep.shape[1]
     piece_ep = np.pad(piece_ep, ((0, 0), (0, short)))
-    return np.asarray(self._encode(self.model.params["vae"], piece_ep[None])[0])
+    return np.asarray(self._encode(self.weights.take("vae"), piece_ep[None])[0])
 
   @functools.cached_property
   def _encode(self) -> Callable[..., jax.Array]:
@@ -156,7 +233,7 @@ class Generator:
       key,
       self.frames,
       self.audio.latent_channels,
-      ears=2,
+      ears=self.ears,
       correlation=self.correlation,
       start=first,
     )
@@ -190,21 +267,31 @@ class Generator:
     cond = {b: np.stack([windows[i].features[n] for i in fill]) for b, n in names.items()}
 
     def text(words):
-      return np.stack([features.encode_text(words, self.features)] * rows)
+      return np.stack([self.encoders(settings.localizer).text(words)] * rows)
 
-    cond["text_bwf"] = text(settings.prompt)
+    none = np.zeros((rows, self.features.text_len, self.features.text_dim), np.float32)
+    cond["text_bwf"] = text(settings.prompt) if settings.prompt.strip() else none
+    negative_bwf = text(settings.negative) if settings.negative else None
     noise_betc = jnp.stack([self.noise(keys[i], windows[i].first) for i in fill])
+    guidance = self.guidance if settings.guidance is None else settings.guidance
+    choice = (guidance, settings.spatial_guidance), (settings.steps, settings.method)
+    self._announce("the sampler", rows, negative_bwf is None, *choice)
     x_betc = self._sample(
-      self.model.params["flow"],
-      self.model.stats["flow"],
+      self.weights.take("flow"),
+      self.weights.stats("flow"),
       cond,
-      text(settings.negative) if settings.negative else None,
+      negative_bwf,
       np.full(rows, not settings.prompt.strip()),
       noise_betc,
-      (settings.guidance, settings.spatial_guidance),
-      (settings.steps, settings.method),
+      *choice,
     )
     return np.asarray(x_betc)[: len(windows)]
+
+  def _announce(self, *what: Any) -> None:
+    """Tells that a program is about to be compiled, which takes a while the first time."""
+    if what not in self._compiled:
+      self._compiled.add(what)
+      self.report(f"compiling {what[0]} (the next run finds it in the cache)")
 
   @functools.cached_property
   def _decode(self) -> Callable[..., jax.Array]:
@@ -217,12 +304,25 @@ class Generator:
     and its memory does not grow with the clip.
     """
     z_etc = cross_fade(firsts, latents)
-    params = self.model.params["vae"]
+    params = self.weights.take("vae")
+    self._announce("the VAE's decoder")
     pieces_enm = [
       np.swapaxes(self._decode(params, z_etc[:, first : first + self.frames]), 1, 2)
       for first in firsts
     ]
     return np.swapaxes(cross_fade([2 * first for first in firsts], pieces_enm), 1, 2)
+
+  @functools.cached_property
+  def _vocode(self) -> Callable[..., jax.Array]:
+    assert self.vocoder is not None
+    return jax.jit(vocoder.build(self.vocoder).waveform)
+
+  def synthesize(self, log_mel_mn: np.ndarray, past_p: np.ndarray) -> np.ndarray:
+    """Returns the vocoder's waveform [p] of a log-mel, as `phase.binaural` asks for it."""
+    del past_p  # A network's phase depends on its mel alone.
+    params = self.weights.take("vocoder")
+    self._announce("the vocoder", log_mel_mn.shape)
+    return np.asarray(self._vocode(params, jnp.asarray(log_mel_mn)[None])[0])
 
   def clip(
     self,
@@ -232,9 +332,15 @@ class Generator:
     phase: phases.Phase,
   ) -> Clip:
     """Turns the windows of one file into sound of `seconds`."""
+    return self.sound(windows, self.mels([w.first for w in windows], latents), seconds, phase)
+
+  def sound(
+    self, windows: Sequence[Window], mel_emn: np.ndarray, seconds: float, phase: phases.Phase
+  ) -> Clip:
+    """Turns the log-mels of one file into sound of `seconds`."""
     firsts = [w.first for w in windows]
     rate = self.audio.latent_rate
-    mel_emn = self.mels(firsts, latents)[..., : 2 * math.ceil(seconds * rate)]
+    mel_emn = mel_emn[..., : 2 * math.ceil(seconds * rate)]
 
     # Frame v of the clip comes from the last window that has begun by then.
     starts = np.array(firsts) / rate
@@ -247,42 +353,15 @@ class Generator:
       for name in ("spatial_vk", "heat_vyx")
     }
     azimuth_n = azimuths(shown["spatial_vk"], time_v, mel_emn.shape[-1], self.audio)
-    audio_ep = phases.binaural(mel_emn, self.audio, azimuth_n, phase)
+    synthesize = None if self.vocoder is None else self.synthesize
+    if self.ears == 1:
+      audio_ep = np.stack([phases.mono(mel_emn[0], self.audio, synthesize)] * 2)
+    else:
+      audio_ep = phases.binaural(mel_emn, self.audio, azimuth_n, phase, synthesize)
     samples = round(seconds * self.audio.sample_rate)
     audio_ep = np.pad(audio_ep, ((0, 0), (0, max(0, samples - audio_ep.shape[1]))))[:, :samples]
     return Clip(audio_ep.astype(np.float32), shown["spatial_vk"], shown["heat_vyx"])
 
 
-def cross_fade(firsts: Sequence[int], pieces: Sequence[np.ndarray]) -> np.ndarray:
-  """Joins overlapping pieces [e, n, ...] of one length; each begins at its index of axis n."""
-  length = pieces[0].shape[1]
-  total = max(firsts) + length
-  ramp_n = np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)).astype(np.float32)
-  sum_n = np.zeros(total, np.float32)
-  for first in firsts:
-    sum_n[first : first + length] += ramp_n
-  out = np.zeros((pieces[0].shape[0], total, pieces[0].shape[2]), np.float32)
-  for first, piece_enx in zip(firsts, pieces, strict=True):
-    share_n = ramp_n / sum_n[first : first + length]
-    out[:, first : first + length] += share_n[None, :, None] * piece_enx
-  return out
-
-
-def azimuths(
-  descriptors_vk: np.ndarray, time_v: np.ndarray, count: int, audio: schema.AudioSpec
-) -> np.ndarray | None:
-  """Returns the azimuth [n] in degrees, left positive, of what is seen to sound at each mel frame.
-
-  None if nothing is: the delay between the ears then follows their levels.
-  """
-  valid_v = descriptors_vk[:, 1] > 0  # S_area
-  if not valid_v.any():
-    return None
-  azimuth_v = -0.5 * schema.HFOV_DEG * descriptors_vk[valid_v, 0]
-  time_n = (np.arange(count) + 0.5) * (audio.hop / audio.sample_rate)
-  return np.interp(time_n, time_v[valid_v], azimuth_v)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+def _silent(line: str) -> None:
+  del line

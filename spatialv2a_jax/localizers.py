@@ -1,7 +1,8 @@
 """Where something sounds: one heat map per 8 fps video frame, from motion or from the user.
 
 Both localizers give the same kind of map, of which the five descriptors of the paper's
-spatialization module are computed (`models.spatial`).
+spatialization module are computed (`models.spatial`). A third, `acl`, takes a trained network and
+is in `encoders`.
 
 Axes: n frame at 25 fps, v frame at 8 fps, y row, x column, o red, green, blue.
 """
@@ -20,6 +21,7 @@ from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
 
 FRAME_SIZE = (48, 80)  # Rows, columns of the pictures and of the heat maps.
+THUMBNAIL = (12, 20)  # Of the heat maps that are kept to be shown.
 MOTION_FLOOR = 0.02  # Grey levels (0..1) of residual motion below which nothing moves.
 HISTORY = 0.75  # What is left of a motion after 1/8 s: a struck object rings while it rests.
 TRACK_WIDTH_DEG = 8.0  # Standard deviation of the blob that a `track` draws.
@@ -38,7 +40,7 @@ def track_of(localizer: str) -> "Track | None":
   if kind == "track" and path:
     return read_track(path)
   if localizer != "motion":
-    raise UserError(f"unknown localizer {localizer!r}, have: motion, track:FILE")
+    raise UserError(f"unknown localizer {localizer!r}, have: acl, motion, track:FILE")
   return None
 
 
@@ -56,6 +58,15 @@ def heat(localizer: str, motion_nyx: np.ndarray, count: int, start: float = 0.0)
   """
   track = track_of(localizer)
   return motion_heat(motion_nyx, count) if track is None else track.heat(count, start)
+
+
+def thumbnail(heat_vyx: Any) -> Any:
+  """Returns NumPy's or JAX's heat maps [v, y, x] in 0..1 as uint8 [v, 12, 20]."""
+  rows, columns = (
+    ((np.arange(n) + 0.5) * side / n).astype(int)
+    for n, side in zip(THUMBNAIL, heat_vyx.shape[1:], strict=True)
+  )
+  return (255 * heat_vyx[:, rows[:, None], columns[None]]).astype(np.uint8)
 
 
 def residual_motion(frames_nyxo: np.ndarray) -> np.ndarray:

@@ -72,6 +72,13 @@ class Progress:
     elif time.monotonic() - self.printed >= _PLAIN_SECONDS:
       self._print(note)
 
+  def say(self, line: str) -> None:
+    """Prints a line above the bar."""
+    if self.bar:
+      self.bar.console.print(line, highlight=False, markup=False)
+    else:
+      print(line, file=self.file, flush=True)
+
   def _print(self, note: str) -> None:
     self.printed = time.monotonic()
     left = (self.total - self.done) / max(self.rate, 1e-9)

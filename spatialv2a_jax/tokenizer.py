@@ -21,7 +21,7 @@ from spatialv2a_jax.errors import MissingAssetError, UserError
 LENGTH = 77
 _MERGES = 49_152 - 256 - 2
 _START, _END = "<start_of_text>", "<end_of_text>"
-_FILE = "bpe_simple_vocab_16e6.txt.gz"
+FILE = "bpe_simple_vocab_16e6.txt.gz"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -33,13 +33,13 @@ def find_merges() -> pathlib.Path:
   """
   try:
     package = importlib.metadata.distribution("open_clip_torch")
-    path = pathlib.Path(str(package.locate_file(f"open_clip/{_FILE}")))
+    path = pathlib.Path(str(package.locate_file(f"open_clip/{FILE}")))
     if path.is_file():
       return path
   except importlib.metadata.PackageNotFoundError:
     pass
   raise MissingAssetError(
-    f"CLIP's merges file {_FILE} is missing; give its path, or install it with: "
+    f"CLIP's merges file {FILE} is missing; give its path, or install it with: "
     "pip install --no-deps open_clip_torch"
   )
 
@@ -67,7 +67,7 @@ class Tokenizer:
       ) from None
     path = find_merges() if merges is None else pathlib.Path(merges)
     if not path.is_file():
-      raise MissingAssetError(f"no such merges file: {path}; take {_FILE} from open_clip_torch")
+      raise MissingAssetError(f"no such merges file: {path}; take {FILE} from open_clip_torch")
     pairs = _read(path)
     letters = _letters()
     symbols = list(letters.values())

@@ -27,7 +27,7 @@ BASE = Settings(steps=tiny.STEPS)
 def loaded(monkeypatch, model, model_folder):
   """The tiny model is compiled once for all runs."""
   load = {model_folder: model}
-  monkeypatch.setattr(generate, "Generator", lambda path: load[path])
+  monkeypatch.setattr(generate, "Generator", lambda path, **_: load[path])
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def reference(films, model, model_folder, tmp_path_factory):
   """What the base settings make of left.mp4."""
   out = tmp_path_factory.mktemp("reference")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(generate, "Generator", lambda _: model)
+    patch.setattr(generate, "Generator", lambda *_, **__: model)
     assert generate.run([films / "left.mp4"], model_folder, out, BASE) == 0
   return out
 
@@ -102,7 +102,7 @@ def test_the_sidecar_says_what_was_done(films, reference, model_folder):
   expected = {
     "version": spatialv2a_jax.__version__, "checkpoint": "tiny", "weights_sha256": weights,
     "input": "left.mp4", "input_sha256": io.file_hash(films / "left.mp4"), "seed": 0,
-    "settings": dataclasses.asdict(BASE) | {"low_memory": None}, "prompt": "",
+    "settings": dataclasses.asdict(BASE) | {"low_memory": None, "guidance": 2.0}, "prompt": "",
     "localizer": "motion", "track_sha256": None, "duration_s": 1.28, "sample_rate": 16_000,
   }  # fmt: skip
   assert {name: got[name] for name in expected} == expected

@@ -37,6 +37,7 @@ VARIANTS = {
   "large_44k_v2": (896, 21, 40, True),
 }
 SECONDS = 8.0
+GUIDANCE = 4.5  # As MMAudio samples.
 
 
 def configure(state: State) -> flow_net.Config:
@@ -256,12 +257,22 @@ def outputs(config: flow_net.Config, params: Any, inputs: State) -> Outputs:
 def about(config: flow_net.Config) -> dict[str, Any]:
   """Returns what a model folder says beside the sizes.
 
-  Two ears start from the same noise, without which they would not be dual mono.
+  Two ears start from the same noise, without which they would not be dual mono. One ear has no
+  spatial condition; motion is then only shown beside the sound, and takes no network.
   """
   return {
     "audio": "16k" if config.latent_channels == 20 else "44k",
     "seconds": SECONDS,
     "ear_correlation": 1.0 if config.ears == 2 else 0.0,
+    "guidance": GUIDANCE,
+    "features": {
+      "encoder": "mmaudio",
+      "clip_dim": config.clip_dim,
+      "sync_dim": config.sync_dim,
+      "text_dim": config.text_dim,
+      "text_len": config.text_len,
+      "localizer": "acl" if config.ears == 2 else "motion",
+    },
   }
 
 

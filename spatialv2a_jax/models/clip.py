@@ -20,7 +20,7 @@ from jax import Array
 from spatialv2a_jax.models import vit
 from spatialv2a_jax.models.vit import normalize
 
-__all__ = ["FRAME_SIZE", "Clip", "Config", "build", "normalize"]
+__all__ = ["FRAME_SIZE", "Clip", "Config", "build", "frame_size", "normalize"]
 
 # MMAudio resizes frames to 384 x 384 (bicubic with antialiasing, on uint8, aspect ratio lost) for
 # a network of 378: 27 x 27 patches of 14 fit, the last 6 rows and columns go unseen.
@@ -72,6 +72,12 @@ class Clip(NamedTuple):
   init: Callable[[Array], Any]
   image: Callable[[Any, Array], Array]
   text: Callable[[Any, Array], tuple[Array, Array]]
+
+
+def frame_size(config: Config) -> tuple[int, int]:
+  """Returns the rows and columns of the frames that a CLIP is given."""
+  side = config.grid * config.patch
+  return FRAME_SIZE if side == 378 else (side, side)
 
 
 def build(config: Config) -> Clip:

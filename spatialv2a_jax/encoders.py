@@ -1,0 +1,300 @@
+"""Encoders behind one interface: stages that turn views of a video into features.
+
+`mmaudio` is CLIP ViT-H/14 and Synchformer, sampled and resized as MMAudio does it; `random` is the
+encoder without weights (`features`). Where something sounds is told by the picture's motion, by
+the user's track, or by `acl`: CLIPSeg under ACL's calibration, prompted with the text, or with the
+picture as a whole where there is no text.
+
+Each stage needs one network, so that no other one need be in memory. Frames go through it in
+groups of one size, spread over the devices: what a frame gives depends on no other frame, clip or
+batch.
+
+Axes: v frame at 8 fps, n frame at 25 fps, g segment, z frame of a segment, y row, x column,
+c colour, s synchronisation token, w text token, o sound, k descriptor, f feature.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from spatialv2a_jax import features, io, localizers, schema, tokenizer
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.feature_cache import Cache
+from spatialv2a_jax.models import clip, localizer, spatial, synchformer
+from spatialv2a_jax.weights import Weights
+
+GROUP = 8  # Frames, or segments of 16 frames, that are encoded at once.
+REPORT_SECONDS = 10.0
+Frames = Mapping[str, np.ndarray]
+Encoded = dict[str, np.ndarray]
+
+
+class Stage(NamedTuple):
+  """One step of encoding.
+
+  Attributes:
+    network: whose weights it needs; "" for none, and then nothing is kept in the cache.
+    views: the frames that it needs, by name.
+    identity: JSON values that determine its result beside frames and weights.
+    encode: (frames by view, seconds, time of the first frame) -> features by name.
+  """
+
+  network: str
+  views: Mapping[str, io.View]
+  identity: Mapping[str, Any]
+  encode: Callable[[Frames, float, float], Encoded]
+
+
+class Encoders:
+  """The encoders of one model: stages for its videos, features of its texts."""
+
+  def __init__(
+    self,
+    config: features.Config,
+    weights: Weights,
+    *,
+    cache: Cache | None = None,
+    devices: Sequence[Any] | None = None,
+    report: Callable[[str], None] = lambda line: None,
+  ):
+    """Builds the networks; their weights stay where they are until a stage runs.
+
+    Args:
+      config: which encoder and localizer.
+      weights: where their networks are.
+      cache: where features are kept; None keeps none.
+      devices: that share the work; by default all accelerators of this process, or one CPU.
+      report: takes lines about long work.
+
+    Raises:
+      MissingAssetError: a network that `config` names is nowhere.
+      UserError: an unknown encoder or localizer, a bad track, or weights of other sizes.
+    """
+    self.config, self.weights, self.cache, self.report = config, weights, cache, report
+    if config.encoder not in ("random", "mmaudio"):
+      raise UserError(f"unknown encoder {config.encoder!r}, have: mmaudio, random")
+    self.networks: list[str] = []
+    if config.encoder == "mmaudio":
+      self.networks += ["clip", "synchformer"]
+      self._clip = clip.Config(**weights.config("clip"))
+      self._sync = synchformer.Config(**weights.config("synchformer"))
+      weights.check("clip", clip.build(self._clip).init)
+      weights.check("synchformer", synchformer.build(self._sync).init)
+    if config.localizer == "acl":
+      self.networks.append("clipseg")
+      self._acl = localizer.Config(**weights.config("clipseg"))
+      weights.check("clipseg", localizer.build(self._acl).init)
+    else:
+      localizers.track_of(config.localizer)
+    if devices is None:
+      devices = jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
+    devices = devices[: math.gcd(GROUP, len(devices))]
+    mesh = Mesh(np.asarray(devices), ("group",), axis_types=(AxisType.Auto,))
+    single = len(devices) == 1
+    self._whole = devices[0] if single else NamedSharding(mesh, PartitionSpec())
+    self._split = devices[0] if single else NamedSharding(mesh, PartitionSpec("group"))
+    self._texts: dict[str, np.ndarray] = {}
+    self._compiled: set[str] = set()
+
+  def stages(self, prompt: str = "") -> list[Stage]:
+    """Returns the stages of a video; each can run by itself, later results replace earlier ones."""
+    stages = []
+    if self.config.encoder == "mmaudio":
+      square = self._sync.size
+      look = {"clip": io.View(schema.CLIP_FPS, clip.frame_size(self._clip))}
+      sync = {"sync": io.View(schema.SYNC_FPS, short_side=square, crop=square)}
+      stages.append(Stage("clip", look, dataclasses.asdict(self._clip), self._look))
+      stages.append(Stage("synchformer", sync, dataclasses.asdict(self._sync), self._follow))
+    if self.config.encoder == "random" or self.config.localizer != "acl":
+      stages.append(Stage("", features.views(), {}, self._plain))
+    if self.config.localizer == "acl":
+      side = self._acl.grid * self._acl.patch
+      ids_bw = self._ids(localizer.prompts(prompt), "clipseg")
+      about = dataclasses.asdict(self._acl) | {"shift": self._shift, "ids": ids_bw.tolist()}
+      views = {"place": io.View(schema.CLIP_FPS, (side, side))}
+      place = functools.partial(self._place, ids_bw)
+      stages.append(Stage("clipseg", views, about, place))
+    return stages
+
+  def read(
+    self,
+    path: str | pathlib.Path,
+    stages: Sequence[Stage],
+    seconds: float,
+    *,
+    start: float = 0.0,
+    available: float | None = None,
+    sha256: str | None = None,
+  ) -> Encoded:
+    """Decodes a stretch of a video once and runs stages on it, but for those the cache has.
+
+    Args:
+      path: of the video.
+      stages: from `stages`.
+      seconds: length of the stretch; the last frame fills up what the video lacks.
+      start: where it begins.
+      available: seconds of it that may be looked at; None is `seconds`.
+      sha256: of the file; without it the cache is passed over.
+
+    Raises:
+      UserError: the video cannot be read, or weights are damaged.
+    """
+    left = seconds if available is None else min(seconds, available)
+    stretch = {"input": sha256, "start": start, "seconds": seconds, "available": left}
+    kept = [None if sha256 is None else self._recall(stage, stretch) for stage in stages]
+    todo = [stage for stage, found in zip(stages, kept, strict=True) if found is None]
+    views = {name: view for stage in todo for name, view in stage.views.items()}
+    frames = io.read_views(path, views, start=start, duration=left) if views else {}
+    for name, view in views.items():
+      count = max(1, schema.whole_frames(seconds, int(view.fps)))
+      held = frames[name][:count]
+      frames[name] = np.concatenate([held, np.repeat(held[-1:], count - len(held), axis=0)])
+    encoded: Encoded = {}
+    for stage, found in zip(stages, kept, strict=True):
+      if found is None:
+        found = stage.encode(frames, seconds, start)
+        if self.cache is not None and sha256 is not None and stage.network:
+          self.cache.put(self._key(stage, stretch), found)
+      encoded |= found
+    return encoded
+
+  def text(self, words: str) -> np.ndarray:
+    """Returns the features of a text, float32 [w, f]."""
+    if self.config.encoder == "random":
+      return features.encode_text(words, self.config)
+    if words not in self._texts:
+      ids_bw = self._ids([words], "clip")
+      stage = Stage("clip", {}, {"ids": ids_bw.tolist(), **dataclasses.asdict(self._clip)}, _none)
+      found = self._recall(stage, {})
+      if found is None:
+        params = self.weights.take("clip", "text", self._whole)
+        self._announce("CLIP's text tower")
+        found = {"text_wf": np.asarray(self._read_text(params, ids_bw)[0])}
+        if self.cache is not None:
+          self.cache.put(self._key(stage, {}), found)
+      self._texts[words] = found["text_wf"]
+    return self._texts[words]
+
+  def _recall(self, stage: Stage, stretch: Mapping[str, Any]) -> Encoded | None:
+    if self.cache is None or not stage.network:
+      return None
+    return self.cache.get(self._key(stage, stretch))
+
+  def _key(self, stage: Stage, stretch: Mapping[str, Any]) -> dict[str, Any]:
+    views = {name: dataclasses.asdict(view) for name, view in stage.views.items()}
+    return {
+      **stretch, "network": stage.network, "weights": self.weights.sha256(stage.network),
+      "views": views, "identity": stage.identity,
+    }  # fmt: skip
+
+  def _announce(self, what: str) -> None:
+    if what not in self._compiled:
+      self._compiled.add(what)
+      self.report(f"compiling {what}")
+
+  def _run(self, what: str, function: Callable[..., Any], params: Any, x: np.ndarray, *rest) -> Any:
+    """Applies function(params, rows of x, *rest) to groups of rows."""
+    self._announce(what)
+    parts, told = [], time.monotonic()
+    for at in range(0, len(x), GROUP):
+      group = x[at : at + GROUP]
+      group = np.concatenate([group, np.repeat(group[-1:], GROUP - len(group), axis=0)])
+      result = function(params, jax.device_put(group, self._split), *rest)
+      parts.append(jax.tree.map(np.asarray, result))
+      if time.monotonic() - told > REPORT_SECONDS:
+        told = time.monotonic()
+        self.report(f"{what}: {min(at + GROUP, len(x))}/{len(x)}")
+    return jax.tree.map(lambda *ys: np.concatenate(ys)[: len(x)], *parts)
+
+  # --- stages -----------------------------------------------------------------------------------
+
+  def _plain(self, frames: Frames, seconds: float, start: float) -> Encoded:
+    """What needs no weights: the random encoder, and where motion or a track says it sounds."""
+    config, frames_nyxc = self.config, frames["frames"]
+    # Of the random encoder, `acl` replaces the places.
+    kind = "motion" if config.localizer == "acl" else config.localizer
+    if config.encoder == "random":
+      config = dataclasses.replace(config, localizer=kind)
+      encoded = features.encode(frames_nyxc, seconds, config, start=start)
+    else:
+      encoded = features.place(frames_nyxc, seconds, kind, start=start)
+    encoded["heat_vyx"] = localizers.thumbnail(encoded["heat_vyx"])
+    return encoded
+
+  def _look(self, frames: Frames, seconds: float, start: float) -> Encoded:
+    del seconds, start
+    params = self.weights.take("clip", "image", self._whole)
+    return {"clip_vf": self._run("CLIP's image tower", self._read_image, params, frames["clip"])}
+
+  def _follow(self, frames: Frames, seconds: float, start: float) -> Encoded:
+    del seconds, start
+    x_gzyxc = frames["sync"][synchformer.segments(len(frames["sync"]))]
+    params = self.weights.take("synchformer", placement=self._whole)
+    tokens_gsf = self._run("Synchformer", self._read_motion, params, x_gzyxc)
+    return {"sync_sf": tokens_gsf.reshape(-1, tokens_gsf.shape[-1])}
+
+  def _place(self, ids_bw: np.ndarray, frames: Frames, seconds: float, start: float) -> Encoded:
+    del seconds, start
+    what, x_vyxc = "CLIPSeg", frames["place"]
+    params = self.weights.take("clipseg", placement=self._whole)
+    image, text, place = self._read_place
+    if len(ids_bw):
+      e_bf = np.asarray(text(params, ids_bw))
+    else:
+      e_bf = self._run(f"{what}'s picture embedding", image, params, x_vyxc)
+    e_of = e_bf.mean(axis=0, keepdims=True)
+    d_vk, heat_vyx = self._run(what, place, params, x_vyxc, e_of, self._shift)
+    return {"spatial_vk": d_vk, "heat_vyx": heat_vyx}
+
+  @functools.cached_property
+  def _read_image(self) -> Callable[..., jax.Array]:
+    net = clip.build(self._clip)
+    return jax.jit(lambda params, x_byxc: clip.normalize(net.image({"image": params}, x_byxc)))
+
+  @functools.cached_property
+  def _read_text(self) -> Callable[..., jax.Array]:
+    net = clip.build(self._clip)
+    return jax.jit(lambda params, ids_bw: clip.normalize(net.text({"text": params}, ids_bw)[0]))
+
+  @functools.cached_property
+  def _read_motion(self) -> Callable[..., jax.Array]:
+    return jax.jit(synchformer.build(self._sync).encode)
+
+  @functools.cached_property
+  def _read_place(self) -> tuple[Callable[..., Any], ...]:
+    net = localizer.build(self._acl)
+
+    def place(params, x_byxc, e_of, shift):
+      heat_byx = net.heat(params, x_byxc, e_of, shift)
+      return spatial.descriptors(heat_byx[None])[0][0], localizers.thumbnail(heat_byx)
+
+    return jax.jit(net.image), jax.jit(net.text), jax.jit(place)
+
+  @property
+  def _shift(self) -> float:
+    calibrated = self.weights.model("clipseg").config.get("acl", {})
+    return float(calibrated.get("shift", localizer.SHIFT))
+
+  def _ids(self, texts: Sequence[str], network: str) -> np.ndarray:
+    """Returns the ids of texts, with the merges that lie beside the network if any do."""
+    if not texts:
+      return np.zeros((0, tokenizer.LENGTH), np.int32)
+    beside = self.weights.model(network).folder / tokenizer.FILE
+    return _tokenizer(beside if beside.is_file() else None)(texts)
+
+
+@functools.cache
+def _tokenizer(merges: pathlib.Path | None) -> tokenizer.Tokenizer:
+  return tokenizer.Tokenizer(merges)
+
+
+def _none(frames: Frames, seconds: float, start: float) -> Encoded:
+  raise AssertionError("a text has no frames")

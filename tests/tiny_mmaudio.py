@@ -1,0 +1,83 @@
+"""Model folders as `spatialv2a convert` leaves them, with tiny networks of random weights."""
+
+import dataclasses
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+
+from spatialv2a_jax import checkpoint, sharding, tokenizer
+from spatialv2a_jax.convert import mmaudio
+from spatialv2a_jax.models import clip, flow_net, localizer, synchformer, vae, vocoder
+
+MERGES = pathlib.Path(__file__).parent / "golden" / "clip_merges.txt.gz"
+SECONDS = 0.96  # Two segments; 7 frames at 8 fps, 24 at 25.
+
+CLIP = clip.Config(
+  grid=2, image_width=32, image_layers=2, image_heads=2, text_width=16, text_layers=2,
+  text_heads=2, dim=16,
+)  # fmt: skip
+SYNC = synchformer.Config(size=32, width=24, layers=2, heads=2)
+CLIPSEG = localizer.Config(
+  grid=3, patch=32, image_width=16, image_layers=11, image_heads=2, text_width=16, text_layers=2,
+  text_heads=2, dim=12, reduced=8, decoder_heads=2, decoder_ffn=16,
+)  # fmt: skip
+FLOW = flow_net.Config(
+  width=32, heads=1, joint_depth=2, ear_depth=1, latent_channels=20, ffn=64, clip_dim=16,
+  sync_dim=24, text_dim=16,
+)  # fmt: skip
+VAE = vae.Config(80, 20, 4)
+VOCODER = vocoder.Config(
+  width=8, rates=(16, 16), kernels=(32, 32), block_kernels=(3,), dilations=(1,)
+)
+
+
+def shaken(init, seed):
+  """Random parameters of the right shapes, of which none is zero."""
+  rng = np.random.default_rng(seed)
+
+  def leaf(path, x):
+    name = path[-1].key
+    if name in ("scale", "data_std", "latent_std"):
+      return rng.uniform(0.5, 1.5, x.shape).astype("f4")
+    size = 0.1 if x.ndim < 2 else max(1, x.size / x.shape[-1]) ** -0.5
+    if name in ("tokens", "positions"):
+      size = 1.0
+    return (size * rng.standard_normal(x.shape)).astype("f4")
+
+  shapes = sharding.unboxed(jax.eval_shape(init, jax.random.key(0)))
+  return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def networks(ears=2):
+  """Config and parameters by the name of each network."""
+  flow_config = dataclasses.replace(FLOW, ears=ears, spatial=ears == 2)
+  made = {
+    "flow": (flow_config, flow_net.build(flow_config).init),
+    "vae": (VAE, vae.build(VAE).init),
+    "vocoder": (VOCODER, vocoder.build(VOCODER).init),
+    "clip": (CLIP, clip.build(CLIP).init),
+    "synchformer": (SYNC, synchformer.build(SYNC).init),
+    "clipseg": (CLIPSEG, localizer.build(CLIPSEG).init),
+  }
+  out = {name: (config, shaken(init, i)) for i, (name, (config, init)) in enumerate(made.items())}
+  out["vae"][1]["frozen"] = {
+    "data_mean": np.full(80, -2, "f4"),
+    "data_std": np.full(80, 0.5, "f4"),
+  }
+  return out
+
+
+def save(folder: pathlib.Path, names=None, ears: int = 2) -> pathlib.Path:
+  """Writes a model folder with all networks, or those named."""
+  made = networks(ears)
+  chosen = {name: made[name] for name in names or made}
+  config = {name: dataclasses.asdict(made[name][0]) for name in chosen}
+  if "flow" in chosen:
+    config |= mmaudio.about(made["flow"][0]) | {"seconds": SECONDS}
+  stats = jax.tree.map(np.asarray, flow_net.build(made["flow"][0]).init_stats())
+  params = {name: made[name][1] for name in chosen}
+  checkpoint.save_model(folder, params, {"flow": stats}, config)
+  shutil.copy(MERGES, folder / tokenizer.FILE)
+  return folder
