@@ -78,6 +78,11 @@ def parser() -> argparse.ArgumentParser:
     )
 
   p = command("doctor", "Check this machine: versions, devices, codecs, cache, disk.")
+  p.add_argument(
+    "--memory",
+    action="store_true",
+    help="compile every full-size network for this machine and print what it takes of memory",
+  )
   p.set_defaults(run=run_doctor)
 
   p = command("generate", "Generate binaural sound for video files or folders of them.")
@@ -211,7 +216,12 @@ def parser() -> argparse.ArgumentParser:
 
 def run_doctor(args: argparse.Namespace) -> int:
   """`spatialv2a doctor`."""
-  del args
+  if args.memory:
+    from spatialv2a_jax import memory
+
+    for line in memory.table():
+      print(line, flush=True)
+    return 0
   from spatialv2a_jax import doctor
 
   return doctor.run()

@@ -240,7 +240,8 @@ def run(
     flush()
   if settings.low_memory:
     model.weights.drop()
-  return worklist.conclude(len(paths), failed, out)
+  in_order = {path: failed[path] for path in paths if path in failed}
+  return worklist.conclude(len(paths), in_order, out)
 
 
 def start(path: pathlib.Path, settings: Settings) -> Job:

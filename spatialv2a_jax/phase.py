@@ -169,6 +169,11 @@ def _to_ears(mid_p: Array, log_mel_emn: Array, delay_nf: Array, spec: AudioSpec)
   return mel.istft(spectrum[None] * gain * turn, spec)[:, pad:-pad]
 
 
+def piece_frames(frames: int) -> int:
+  """Returns the mel frames of the largest piece that a synthesizer gets of so long a clip."""
+  return min(_CHUNK, frames + -frames % _BUCKET)
+
+
 Piece = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import ml_dtypes
-import numpy as np
 
 from spatialv2a_jax import sharding
 from spatialv2a_jax.checkpoint import Model
@@ -113,11 +112,10 @@ class Weights:
         except UserError as error:
           raise MissingAssetError(str(error)) from None
         self._verified.add(name)
-      half = name not in EXACT and self.config(name)["dtype"] == "bfloat16"
-      tree = model.params[name]
-      self._held[name, part] = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.device_put(_cast(path, leaf) if half else leaf, placement),
-        tree[part] if part else tree,
+      tree = model.params[name][part] if part else model.params[name]
+      shapes = placed_shapes(tree, name, self.config(name).get("dtype", "float32"))
+      self._held[name, part] = jax.tree.map(
+        lambda leaf, to: jax.device_put(leaf.astype(to.dtype, copy=False), placement), tree, shapes
       )
     return self._held[name, part]
 
@@ -129,12 +127,20 @@ class Weights:
     self._held.clear()
 
 
-def _cast(path: tuple[Any, ...], leaf: np.ndarray) -> np.ndarray:
-  """Rounds what the network itself would round before a product, so no result changes."""
+def placed_shapes(params: Any, network: str, dtype: str) -> Any:
+  """Returns the shapes of a network's parameters as `take` would put them on the device."""
+
+  def placed(path, leaf):
+    half = dtype == "bfloat16" and network not in EXACT and _rounded(path)
+    return jax.ShapeDtypeStruct(leaf.shape, ml_dtypes.bfloat16 if half else leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(placed, params)
+
+
+def _rounded(path: tuple[Any, ...]) -> bool:
+  """Whether the network itself would round a leaf before a product: no result changes then."""
   names = [getattr(key, "key", "") for key in path]
-  if names[-1] == "kernel" and names[0] != "decoder":  # CLIPSeg's small decoder stays exact.
-    return np.asarray(leaf).astype(ml_dtypes.bfloat16)
-  return leaf
+  return names[-1] == "kernel" and names[0] != "decoder"  # CLIPSeg's small decoder stays exact.
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

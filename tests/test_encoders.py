@@ -1,0 +1,365 @@
+"""Trained encoders behind one interface: groups, devices, precision, the cache, missing parts."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spatialv2a_jax import checkpoint, encoders, feature_cache, features, io, schema
+from spatialv2a_jax.encoders import Encoders
+from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.models import clip, localizer, spatial, synchformer
+from spatialv2a_jax.weights import Weights
+from tests import tiny, tiny_mmaudio
+
+pytest.importorskip("ftfy", reason="the tokenizer is in the extra `encoders`")
+
+NAMES = ("clip_vf", "sync_sf", "spatial_vk")
+SECONDS = tiny_mmaudio.SECONDS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  names = ("clip", "synchformer", "clipseg")
+  return tiny_mmaudio.save(tmp_path_factory.mktemp("encoders") / "parts", names)
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+  at = tmp_path_factory.mktemp("films")
+  return [
+    tiny.film(at / f"{i}.mp4", 1.2, seed=i, side=i / 7, size=(72 + 8 * i, 128)) for i in range(7)
+  ]
+
+
+def open_encoders(folder, *, dtype=None, single=False, localizer="acl", **options):
+  weights = Weights([checkpoint.open_model(folder)], dtype=dtype, single=single)
+  config = features.Config("mmaudio", 0, 16, 24, 16, 77, localizer)
+  return Encoders(config, weights, **options)
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+  return open_encoders(folder)
+
+
+def read(encoders, film, prompt="a dog", **options):
+  return encoders.read(film, encoders.stages(prompt), SECONDS, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(plain, films):
+  return [read(plain, film) for film in films]
+
+
+def test_features_have_the_shapes_of_the_schema(plain, alone):
+  shapes = schema.feature_shapes(
+    SECONDS, schema.AUDIO["16k"], clip_dim=16, sync_dim=24, text_len=77, text_dim=16
+  )
+  for name, want in (("clip_vf", "clip"), ("sync_sf", "sync"), ("spatial_vk", "spatial")):
+    assert alone[0][name].shape == shapes[want] and alone[0][name].dtype == np.float32
+  assert alone[0]["heat_vyx"].shape == (7, 12, 20) and alone[0]["heat_vyx"].dtype == np.uint8
+  text = plain.text("a dog barks")
+  assert text.shape == shapes["text"]
+  np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, atol=1e-5)
+  np.testing.assert_allclose(np.linalg.norm(alone[0]["clip_vf"], axis=1), 1, atol=1e-5)
+
+
+def test_features_are_what_the_networks_say_of_frames_resized_as_mmaudio_does(films, folder, alone):
+  """By the networks themselves, whole clip at once, on frames that io samples and resizes."""
+  params = checkpoint.load_model(folder).params
+  small = io.read_video(films[2], 8, size=(28, 28), duration=SECONDS)[:7]
+  want = clip.normalize(clip.build(tiny_mmaudio.CLIP).image(params["clip"], jnp.asarray(small)))
+  np.testing.assert_allclose(alone[2]["clip_vf"], want, atol=1e-5)
+  square = io.read_video(films[2], 25, short_side=32, crop=32, duration=SECONDS)
+  net = synchformer.build(tiny_mmaudio.SYNC)
+  want = net.encode(params["synchformer"], jnp.asarray(square)[None])[0]
+  np.testing.assert_allclose(alone[2]["sync_sf"], want, atol=1e-4)
+
+
+def test_a_batch_of_seven_gives_what_each_clip_gives_alone(folder, plain, films, alone):
+  params = checkpoint.load_model(folder).params
+  views = {name: view for stage in plain.stages() for name, view in stage.views.items()}
+  frames = [io.read_views(film, views, duration=SECONDS) for film in films]
+  look, follow, place = (
+    jnp.asarray(np.stack([f[n] for f in frames])) for n in ("clip", "sync", "place")
+  )
+  look, place = (x[:, :7].reshape(-1, *x.shape[2:]) for x in (look, place))
+  heat = localizer.build(tiny_mmaudio.CLIPSEG)
+  e_of = heat.text(params["clipseg"], plain._ids(localizer.prompts("a dog"), "clipseg"))
+  together = {
+    "clip_vf": clip.normalize(clip.build(tiny_mmaudio.CLIP).image(params["clip"], look)),
+    "sync_sf": synchformer.build(tiny_mmaudio.SYNC).encode(params["synchformer"], follow),
+    "spatial_vk": spatial.descriptors(heat.heat(params["clipseg"], place, e_of)[None])[0],
+  }
+  for name, got in together.items():
+    want = np.stack([one[name] for one in alone])
+    np.testing.assert_allclose(np.reshape(got, want.shape), want, atol=1e-5)
+  again = [read(plain, film) for film in films[::-1]][::-1]
+  for one, other in zip(again, alone, strict=True):
+    for name in NAMES:
+      np.testing.assert_array_equal(one[name], other[name])
+  assert np.abs(alone[0]["clip_vf"] - alone[6]["clip_vf"]).max() > 1e-3
+
+
+def test_eight_devices_give_what_one_gives(folder, films, alone):
+  spread = open_encoders(folder, devices=jax.devices())
+  params = spread.weights.take("clip", "image", spread._whole)
+  assert all(len(leaf.devices()) == 8 for leaf in jax.tree.leaves(params))
+  got = read(spread, films[1])
+  for name in NAMES:
+    np.testing.assert_allclose(got[name], alone[1][name], atol=1e-5)
+
+
+def test_bfloat16_halves_the_weights_and_stays_close(folder, films, alone):
+  half = open_encoders(folder, dtype="bfloat16", localizer="motion")
+  got = read(half, films[1])
+
+  def size(encoders, name):
+    return sum(x.nbytes for x in jax.tree.leaves(encoders.weights.take(name)))
+
+  assert size(half, "synchformer") < 0.55 * size(open_encoders(folder), "synchformer")
+  for name in ("clip_vf", "sync_sf"):
+    a, b = got[name].ravel(), alone[1][name].ravel()
+    assert 1e-5 < 1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) < 0.01
+
+
+def test_the_prompt_decides_what_is_looked_for(plain, films, alone):
+  other = read(plain, films[0], "a train")
+  assert np.abs(other["spatial_vk"] - alone[0]["spatial_vk"]).max() > 1e-4
+  for name in ("clip_vf", "sync_sf"):
+    np.testing.assert_array_equal(other[name], alone[0][name])
+  without = read(plain, films[0], "")  # The picture as a whole is then what is looked for.
+  assert np.abs(without["spatial_vk"] - alone[0]["spatial_vk"]).max() > 1e-4
+  np.testing.assert_array_equal(without["spatial_vk"], read(plain, films[0], " ,")["spatial_vk"])
+
+
+def test_only_one_network_is_held_when_asked(folder, films):
+  encoders = open_encoders(folder, single=True)
+  before = sum(x.nbytes for x in jax.live_arrays())
+  sizes, held = {}, {}
+  for stage in encoders.stages("a dog"):
+    encoders.read(films[0], [stage], SECONDS)
+    held[stage.network] = sum(x.nbytes for x in jax.live_arrays()) - before
+    params = encoders.weights.model(stage.network).params[stage.network]
+    part = params["image"] if stage.network == "clip" else params
+    sizes[stage.network] = sum(x.nbytes for x in jax.tree.leaves(part))
+  encoders.text("a dog")
+  text = checkpoint.open_model(folder).params["clip"]["text"]
+  assert list(sizes) == ["clip", "synchformer", "clipseg"]
+  for network, size in sizes.items():
+    assert size <= held[network] < size + 50_000  # And a few results.
+  after = sum(x.nbytes for x in jax.live_arrays()) - before
+  assert after < sum(x.nbytes for x in jax.tree.leaves(text)) + 50_000
+  encoders.weights.drop()
+  assert sum(x.nbytes for x in jax.live_arrays()) - before < 50_000
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", ["24000/1001", "30000/1001", "25", "30", "60", "12"])
+def test_eight_seconds_give_all_frames_at_any_rate(tmp_path, monkeypatch, folder, rate):
+  """MMAudio's own reader gets 199 of 200 frames from such files and shortens the clip."""
+  count = int(8 * Fraction(rate))  # As files of 8 s have it; 23.976 gives 191 frames, 7.97 s.
+  pictures = np.zeros((count, 32, 32, 3), np.uint8)
+  pictures[:, :, :, 0] = np.linspace(0, 255, count).astype(np.uint8)[:, None, None]
+  io.write_video(tmp_path / "x.mp4", pictures, Fraction(rate))
+  seen = {}
+
+  def keep(name):
+    def run(what, function, params, x, *rest):
+      seen[name] = x
+      return np.zeros((len(x), 8, 4), np.float32)
+
+    return run
+
+  encoders_ = open_encoders(folder, localizer="motion")
+  for stage in encoders_.stages()[:2]:
+    monkeypatch.setattr(encoders_, "_run", keep(stage.network))
+    encoders_.read(tmp_path / "x.mp4", [stage], 8.0)
+  assert seen["clip"].shape == (64, 28, 28, 3) and seen["synchformer"].shape[:2] == (24, 16)
+  want = np.linspace(0, 255, count)
+  for name, fps, got in (
+    ("clip", 8, seen["clip"][:, 14, 14, 0]),
+    ("sync", 25, seen["synchformer"][:, :8, 14, 14, 0].ravel()),
+  ):
+    at = [min(math.ceil(Fraction(k, fps) * Fraction(rate)), count - 1) for k in range(len(got))]
+    error = np.abs(got.astype(float) - want[at])
+    assert error.max() < 6, name  # The codec's; a frame further would be 2 to 5 more.
+    assert error.mean() < 2
+
+
+def test_frames_are_squashed_for_clip_and_cropped_for_synchformer(folder):
+  look, follow, place = open_encoders(folder).stages("x")
+  assert look.views == {"clip": io.View(8, size=(28, 28))}
+  assert follow.views == {"sync": io.View(25, short_side=32, crop=32)}
+  assert place.views == {"place": io.View(8, size=(96, 96))}
+  full = clip.Config()
+  assert clip.frame_size(full) == (384, 384)  # 378 would be other pixels.
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch):
+  """Counts the stages that run."""
+  calls = []
+  run = Encoders._run
+
+  def count(self, what, *args):
+    calls.append(what)
+    return run(self, what, *args)
+
+  monkeypatch.setattr(Encoders, "_run", count)
+  return calls
+
+
+def cached(folder, tmp_path, **options):
+  return open_encoders(folder, cache=feature_cache.Cache(tmp_path / "cache"), **options)
+
+
+def test_a_film_is_encoded_once(folder, films, tmp_path, counted, alone):
+  first = read(cached(folder, tmp_path), films[0], sha256="a")
+  assert len(counted) == 3 and len(list((tmp_path / "cache").rglob("*.features"))) == 3
+  second = read(cached(folder, tmp_path), tmp_path / "gone.mp4", sha256="a")  # Not even opened.
+  assert len(counted) == 3 and second.keys() == first.keys()
+  for name in first:
+    np.testing.assert_array_equal(second[name], first[name], strict=True)
+  np.testing.assert_array_equal(first["clip_vf"], alone[0]["clip_vf"])
+  assert not [p for p in (tmp_path / "cache").rglob("*") if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+  "change, again",
+  [
+    ({"sha256": "b"}, 3),
+    ({"start": 0.08}, 3),
+    ({"available": 0.5}, 3),
+    ({"prompt": "a train"}, 1),
+    ({"prompt": "A DOG "}, 0),
+  ],
+)
+def test_whatever_changes_is_encoded_anew(folder, films, tmp_path, counted, change, again):
+  encoders_ = cached(folder, tmp_path)
+  base = {"sha256": "a", "start": 0.0, "available": 0.9}
+  read(encoders_, films[0], **base)
+  read(encoders_, films[0], **(base | change))
+  assert len(counted) == 3 + again
+
+
+def test_other_weights_and_another_precision_are_other_features(folder, films, tmp_path, counted):
+  read(cached(folder, tmp_path, localizer="motion"), films[0], sha256="a")
+  read(cached(folder, tmp_path, localizer="motion", dtype="bfloat16"), films[0], sha256="a")
+  assert len(counted) == 4
+  changed = tmp_path / "changed"
+  shutil.copytree(folder, changed)
+  params = tiny_mmaudio.shaken(clip.build(tiny_mmaudio.CLIP).init, 99)
+  checkpoint.save_model(changed, {"clip": params}, {}, {})
+  read(cached(changed, tmp_path, localizer="motion"), films[0], sha256="a")
+  assert len(counted) == 5  # CLIP alone.
+
+
+def test_another_program_is_another_entry(tmp_path, monkeypatch):
+  cache = feature_cache.Cache(tmp_path)
+  before = cache.path({"a": 1})
+  assert before == cache.path({"a": 1}) != cache.path({"a": 2})
+  feature_cache.program.cache_clear()
+  monkeypatch.setattr(feature_cache, "_SOURCES", ("features.py",))
+  assert cache.path({"a": 1}) != before
+  feature_cache.program.cache_clear()
+
+
+def test_a_damaged_entry_is_made_anew(folder, films, tmp_path, counted):
+  first = read(cached(folder, tmp_path), films[0], sha256="a")
+  entries = sorted((tmp_path / "cache").rglob("*.features"))
+  raw = [entry.read_bytes() for entry in entries]
+  entries[0].write_bytes(raw[0][:-1])
+  entries[1].write_bytes(raw[1][:60] + b"\1" + raw[1][61:])
+  entries[2].write_bytes(b"")
+  second = read(cached(folder, tmp_path), films[0], sha256="a")
+  assert len(counted) == 6
+  for name in first:
+    np.testing.assert_array_equal(second[name], first[name])
+  assert [entry.read_bytes() for entry in entries] == raw
+
+
+def test_texts_are_kept_too(folder, tmp_path, monkeypatch):
+  encoders_ = cached(folder, tmp_path)
+  first = encoders_.text("a dog")
+  later = cached(folder, tmp_path)
+  monkeypatch.setattr(later.weights, "take", lambda *a, **k: pytest.fail("needs the weights"))
+  np.testing.assert_array_equal(later.text("a dog"), first)
+  assert encoders_.text("a dog") is encoders_.text("a dog")
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(folder, films, tmp_path):
+  (tmp_path / "cache").write_text("a file")
+  assert read(cached(folder, tmp_path, localizer="motion"), films[0], sha256="a")
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+  def where(chosen=None):
+    cache = feature_cache.open_cache(chosen)
+    return cache and cache.folder
+
+  monkeypatch.delenv(feature_cache.VARIABLE, raising=False)
+  assert where() == pathlib.Path("~/.cache/spatialv2a_jax/features").expanduser()
+  monkeypatch.setenv(feature_cache.VARIABLE, str(tmp_path / "e"))
+  assert where() == tmp_path / "e" and where(str(tmp_path / "f")) == tmp_path / "f"
+  assert where("none") is None
+  monkeypatch.setenv(feature_cache.VARIABLE, "none")
+  assert where() is None
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["clip", "synchformer", "clipseg"])
+def test_a_missing_network_says_the_command_that_makes_it(folder, tmp_path, name):
+  about = json.loads((folder / "config.json").read_text())
+  shutil.copytree(folder, tmp_path / "m")
+  del about["sha256"][name]
+  (tmp_path / "m" / "config.json").write_text(json.dumps(about))
+  with pytest.raises(MissingAssetError, match=f"spatialv2a convert {name} FILE --out") as caught:
+    open_encoders(tmp_path / "m")
+  assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
+  parts = [checkpoint.open_model(tmp_path / "m"), checkpoint.open_model(folder)]
+  Encoders(features.Config("mmaudio", localizer="acl"), Weights(parts))
+
+
+def test_damaged_weights_are_not_the_fault_of_a_film(folder, films, tmp_path):
+  shutil.copytree(folder, tmp_path / "m")
+  file = tmp_path / "m" / "synchformer.safetensors"
+  raw = bytearray(file.read_bytes())
+  raw[-1] ^= 1
+  file.write_bytes(raw)
+  damaged = open_encoders(tmp_path / "m", localizer="motion")
+  with pytest.raises(MissingAssetError, match="synchformer.safetensors is damaged"):
+    read(damaged, films[0])
+
+
+def test_weights_of_other_sizes_are_refused(folder, tmp_path):
+  shutil.copytree(folder, tmp_path / "m")
+  about = json.loads((tmp_path / "m" / "config.json").read_text())
+  about["clip"]["image_layers"] = 3
+  (tmp_path / "m" / "config.json").write_text(json.dumps(about))
+  with pytest.raises(UserError, match="clip.safetensors has other shapes"):
+    open_encoders(tmp_path / "m")
+
+
+def test_an_unknown_encoder_is_refused(folder):
+  weights = Weights([checkpoint.open_model(folder)])
+  with pytest.raises(UserError, match="unknown encoder 'clap', have: mmaudio, random"):
+    Encoders(dataclasses.replace(features.Config(), encoder="clap"), weights)
+  with pytest.raises(UserError, match="unknown localizer 'bat', have: acl, motion, track:FILE"):
+    Encoders(features.Config(localizer="bat"), weights)
+  assert encoders.GROUP == 8
