@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from spatialv2a_jax import tensors
-from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
 from spatialv2a_jax.io import atomic_path
 from spatialv2a_jax.optim import names
 
@@ -284,10 +284,10 @@ class Model:
   folder: pathlib.Path = pathlib.Path()
 
   def verify(self, name: str) -> None:
-    """Reads a network's file through; UserError if it is not the one that was saved."""
+    """Reads a network's file through; DamagedAssetError if it is not the one that was saved."""
     file = self.folder / f"{name}.safetensors"
     if tensors.digest(file) != self.sha256[name]:
-      raise UserError(f"{file} is damaged: its SHA-256 is not that in config.json; copy it again")
+      raise DamagedAssetError(f"{file} is damaged: its SHA-256 is not that in config.json; copy it again")
 
 
 def save_model(

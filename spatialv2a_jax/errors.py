@@ -20,3 +20,7 @@ class MissingAssetError(UserError):
   """Weights or data that the chosen settings need are not on this machine."""
 
   exit_code = 3
+
+
+class DamagedAssetError(UserError):
+  """A file of a model folder is not the one that was written; no fault of the other inputs."""

@@ -19,7 +19,7 @@ import soxr
 
 import spatialv2a_jax
 from spatialv2a_jax import features, io, localizers, logbook, report, schema, worklist
-from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
 from spatialv2a_jax.feature_cache import open_cache
 from spatialv2a_jax.generator import Clip, Generator, Settings
 from spatialv2a_jax.metrics import analysis
@@ -195,7 +195,7 @@ def run(
   waiting: list[Job] = []
 
   def fail(path: pathlib.Path, error: UserError) -> None:
-    if len(paths) == 1 or isinstance(error, MissingAssetError):  # The latter is no file's fault.
+    if len(paths) == 1 or isinstance(error, (MissingAssetError, DamagedAssetError)):
       raise error
     failed[path] = error
     progress.advance()

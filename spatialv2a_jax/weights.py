@@ -100,17 +100,14 @@ class Weights:
       placement: device or sharding; the default device if None.
 
     Raises:
-      MissingAssetError: the file is damaged.
+      DamagedAssetError: the file is not the one that was saved.
     """
     if (name, part) not in self._held:
       if self.single:
         self.drop()
       model = self.model(name)
       if name not in self._verified:
-        try:
-          model.verify(name)
-        except UserError as error:
-          raise MissingAssetError(str(error)) from None
+        model.verify(name)
         self._verified.add(name)
       tree = model.params[name][part] if part else model.params[name]
       shapes = placed_shapes(tree, name, self.config(name).get("dtype", "float32"))

@@ -14,7 +14,7 @@ import pytest
 
 from spatialv2a_jax import checkpoint, encoders, feature_cache, features, io, schema
 from spatialv2a_jax.encoders import Encoders
-from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
 from spatialv2a_jax.models import clip, localizer, spatial, synchformer
 from spatialv2a_jax.weights import Weights
 from tests import tiny, tiny_mmaudio
@@ -343,7 +343,7 @@ def test_damaged_weights_are_not_the_fault_of_a_film(folder, films, tmp_path):
   raw[-1] ^= 1
   file.write_bytes(raw)
   damaged = open_encoders(tmp_path / "m", localizer="motion")
-  with pytest.raises(MissingAssetError, match="synchformer.safetensors is damaged"):
+  with pytest.raises(DamagedAssetError, match="synchformer.safetensors is damaged"):
     read(damaged, films[0])
 
 
