@@ -287,7 +287,9 @@ class Model:
     """Reads a network's file through; DamagedAssetError if it is not the one that was saved."""
     file = self.folder / f"{name}.safetensors"
     if tensors.digest(file) != self.sha256[name]:
-      raise DamagedAssetError(f"{file} is damaged: its SHA-256 is not that in config.json; copy it again")
+      raise DamagedAssetError(
+        f"{file} is damaged: its SHA-256 is not that in config.json; copy it again"
+      )
 
 
 def save_model(

@@ -84,7 +84,7 @@ SPATIALIZE = "spatialize {0}/tone.wav --track {0}/track.csv --out {out} "
     ("generate {0}/good.mp4 --checkpoint {0}/torn --out {out}", 2, "vae.safetensors is damaged"),
     ("generate {0}/good.mp4 --checkpoint {0}/garbled --out {out}", 2, "config.json is no JSON"),
     ("generate {0}/good.mp4 --out {out}", 2, "required: --checkpoint"),
-    (GENERATE + "--localizer sonar", 2, "'sonar' is none of: motion, track:FILE"),
+    (GENERATE + "--localizer sonar", 2, "'sonar' is none of: acl, motion, track:FILE"),
     (GENERATE + "--localizer track:{0}/absent.csv", 2, "no such track file"),
     (GENERATE + "--localizer track:{0}/bad.csv", 2, "needs numbers in time_s and azimuth_deg"),
     (GENERATE + "--steps -3", 2, "--steps: '-3' is not a whole number of at least 1"),
@@ -143,25 +143,27 @@ def test_a_real_process_says_one_line_and_its_exit_code(media, model_folder, tmp
 
 def test_flags_reach_the_settings(monkeypatch):
   seen = []
-  monkeypatch.setattr(generate, "run", lambda *a: seen.append(a) or 4)
+  monkeypatch.setattr(generate, "run", lambda *a, **k: seen.append((a, k)) or 4)
   defaults = "generate a.mp4 dir --checkpoint m --out o".split()
   assert cli.main(defaults) == 4
-  assert seen.pop() == (["a.mp4", "dir"], "m", "o", generator.Settings())
+  unset = {"parts": None, "dtype": None, "feature_cache": None}
+  assert seen.pop() == ((["a.mp4", "dir"], "m", "o", generator.Settings()), unset)
   flags = (
     "--prompt dog --negative music --seed 3 --steps 9 --guidance 7 --spatial-guidance 0 --localizer"
     " track:t.csv --phase independent --duration 2.5 --format flac --no-video --low-memory"
+    " --solver ab2 --parts p --dtype bfloat16 --feature-cache c"
   )
   assert cli.main([*defaults, *flags.split()]) == 4
-  settings = seen.pop()[3]
+  (*_, settings), options = seen.pop()
   expected = generator.Settings(
     prompt="dog", negative="music", seed=3, steps=9, guidance=7.0, spatial_guidance=0.0,
     localizer="track:t.csv", phase="independent", duration=2.5, format="flac", video=False,
-    low_memory=True,
+    low_memory=True, method="ab2",
   )  # fmt: skip
   assert settings == expected
+  assert options == {"parts": "p", "dtype": "bfloat16", "feature_cache": "c"}
   changed = [f.name for f in dataclasses.fields(settings) if getattr(settings, f.name) != f.default]
-  # All that a user can set has a flag, but for the solver's method.
-  assert {*changed} == {f.name for f in dataclasses.fields(settings)} - {"method"}
+  assert {*changed} == {f.name for f in dataclasses.fields(settings)}  # All have a flag.
 
 
 def test_the_other_commands_pass_on_what_was_typed(monkeypatch, capsys):
@@ -222,7 +224,7 @@ def test_the_console_script_is_this_function():
 
 def test_a_film_is_generated_and_reported(media, model_folder, tmp_path, monkeypatch, model):
   """All the way, as a user would."""
-  monkeypatch.setattr(generate, "Generator", lambda _: model)
+  monkeypatch.setattr(generate, "Generator", lambda *_, **__: model)
   out = tmp_path / "out"
   options = ["--checkpoint", model_folder, "--out", out, "--steps", tiny.STEPS, "--prompt", "a dog"]
   assert cli.main(list(map(str, ["generate", media / "good.mp4", *options]))) == 0
