@@ -36,8 +36,8 @@ WIDE = ("clip", "sync", "clip_mirror", "sync_mirror")  # Worth storing in 16 bit
 class Encoder(Protocol):
   """The frozen encoders. Picklable, if several processes are to encode."""
 
-  def read(self, video: pathlib.Path) -> Any:
-    """Decodes what the encoders look at; called in threads."""
+  def read(self, video: pathlib.Path, caption: str) -> Any:
+    """Decodes what the encoders look at, and for what; called in threads."""
     ...
 
   def encode(self, clips: Sequence[Any]) -> Sequence[Mapping[str, np.ndarray]]:
@@ -221,7 +221,7 @@ class _Features:
       "caption": item.payload.caption,
       "audio": _stored_audio(audio_ep[:, : self.samples], self.audio),
     }
-    return fields, self.encoder.read(video)
+    return fields, self.encoder.read(video, item.payload.caption)
 
   def _encode(self, clips: Sequence[tuple[dict[str, np.ndarray | str], Any]]) -> list[Any]:
     encoded = self.encoder.encode([seen for _, seen in clips])

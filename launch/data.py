@@ -92,6 +92,9 @@ def add_encode(commands) -> None:
   p.add_argument("--videos", type=pathlib.Path, metavar="DIR", help="of that build")
   p.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR")
   p.add_argument("--config", required=True, metavar="FILE", help="flow config to train on them")
+  p.add_argument(
+    "--parts", type=pathlib.Path, metavar="DIR", help="model folder of trained encoders, if any"
+  )
   p.add_argument("--vae", type=pathlib.Path, metavar="DIR", help="model folder; adds latents")
   p.add_argument("--shards", type=int, default=8, metavar="N", help="with --media")
   p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes")

@@ -6,10 +6,11 @@ p audio sample, t latent frame.
 
 import argparse
 import dataclasses
+import functools
 import math
 import pathlib
 import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,11 @@ import numpy as np
 from data import encode as stage
 from data import media, shards
 from spatialv2a_jax import checkpoint, codec, features, io, schema
-from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.encoders import Encoders, Stage
+from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.weights import Weights
+
+Looked = tuple[Sequence[Stage], Mapping[str, np.ndarray]]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,12 +42,15 @@ def run(args: argparse.Namespace) -> int:
     counts = {split: len(names) for split, names in shards.splits(args.raw).items()}
   else:
     items, counts = media.files(args.media), args.shards
-  net = Latents.load(args.vae, audio) if args.vae else None  # Refused before hours of encoding.
-  options = {"jobs": args.jobs, "max_bad": args.max_bad, "progress": report}
+  trained = open_encoders(encoders, args.parts)  # Refused before hours of encoding, like the VAE.
+  weights = {name: trained.weights.sha256(name) for name in trained.networks}
+  net = Latents.load(args.vae, audio) if args.vae else None
+  jobs = 1 if weights else args.jobs  # XLA uses all cores and devices by itself.
+  options = {"jobs": jobs, "max_bad": args.max_bad, "progress": report}
   stats = stage.encode_features(
     items,
     args.out / "clips",
-    Features(seconds, encoders, args.mirror),
+    Features(seconds, encoders, args.mirror, args.parts),
     samples=samples,
     sample_rate=audio.sample_rate,
     shard_count=counts,
@@ -51,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
       "seconds": seconds,
       "features": dataclasses.asdict(encoders),
       "mirror": args.mirror,
+      **({"weights": weights} if weights else {}),
     },
     storage=args.storage,
     **options,
@@ -89,6 +98,22 @@ def report(done: int, total: int, bad: int) -> None:
   print(f"shard {done}/{total}, {bad} bad clips", flush=True)
 
 
+@functools.cache  # One per process: workers get the arguments, not the networks.
+def open_encoders(config: features.Config, parts: pathlib.Path | None) -> Encoders:
+  """Returns the encoders of a config, on all devices of this process.
+
+  Raises:
+    MissingAssetError: `parts` lacks one of their networks.
+  """
+  if config.encoder == "mmaudio" and parts is None:
+    raise MissingAssetError(
+      "this config takes trained encoders: give --parts DIR, a model folder that "
+      "`spatialv2a convert clip` and its like have filled"
+    )
+  models = [] if parts is None else [checkpoint.open_model(parts)]
+  return Encoders(config, Weights(models))
+
+
 @dataclasses.dataclass(frozen=True)
 class Features:
   """The frozen encoders of a config; pickled to worker processes.
@@ -97,26 +122,35 @@ class Features:
     seconds: length of a clip.
     config: which encoders.
     mirror: also encode the mirrored picture.
+    parts: model folder of trained encoders.
   """
 
   seconds: float
   config: features.Config
   mirror: bool
+  parts: pathlib.Path | None = None
 
-  def read(self, video: pathlib.Path) -> np.ndarray:
-    """Returns `frames_nyxc`; BadClipError if the video is shorter than `seconds`."""
-    count = schema.whole_frames(self.seconds, schema.SYNC_FPS)
-    frames_nyxc = io.read_views(video, features.views(), duration=self.seconds)["frames"][:count]
-    if len(frames_nyxc) < count:
-      raise shards.BadClipError(f"video has {len(frames_nyxc)} frames at 25 fps, not {count}")
-    return frames_nyxc
+  def read(self, video: pathlib.Path, caption: str) -> Looked:
+    """Returns the stages and their frames; BadClipError if the video is shorter than `seconds`."""
+    stages = open_encoders(self.config, self.parts).stages(caption)
+    views = {name: view for stage in stages for name, view in stage.views.items()}
+    frames = io.read_views(video, views, duration=self.seconds)
+    for name, view in views.items():
+      count = schema.whole_frames(self.seconds, int(view.fps))
+      if len(frames[name]) < count:
+        raise shards.BadClipError(
+          f"video has {len(frames[name])} frames at {view.fps} fps, not {count}"
+        )
+      frames[name] = frames[name][:count]
+    return stages, frames
 
-  def encode(self, clips: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+  def encode(self, clips: Sequence[Looked]) -> list[dict[str, np.ndarray]]:
     """Encodes clips and, for `mirror`, their mirrored pictures."""
-    encoded = [self._encode(frames_nyxc) for frames_nyxc in clips]
+    encoded = [self._encode(stages, frames) for stages, frames in clips]
     if self.mirror:
-      for one, frames_nyxc in zip(encoded, clips, strict=True):
-        mirrored = self._encode(frames_nyxc[:, :, ::-1])
+      for one, (stages, frames) in zip(encoded, clips, strict=True):
+        flipped = {name: x[:, :, ::-1] for name, x in frames.items()}
+        mirrored = self._encode(stages, flipped)
         one["clip_mirror_vf"] = mirrored["clip_vf"]
         one["sync_mirror_sf"] = mirrored["sync_sf"]
         one["spatial_mirror_vk"] = mirrored["spatial_vk"]
@@ -124,10 +158,15 @@ class Features:
 
   def text(self, caption: str) -> np.ndarray:
     """Returns `text_wf`."""
-    return features.encode_text(caption, self.config)
+    return open_encoders(self.config, self.parts).text(caption)
 
-  def _encode(self, frames_nyxc: np.ndarray) -> dict[str, np.ndarray]:
-    return features.encode(frames_nyxc, self.seconds, self.config)
+  def _encode(
+    self, stages: Sequence[Stage], frames: Mapping[str, np.ndarray]
+  ) -> dict[str, np.ndarray]:
+    encoded: dict[str, np.ndarray] = {}
+    for one in stages:
+      encoded |= one.encode(frames, self.seconds, 0.0)
+    return encoded
 
 
 class Latents:

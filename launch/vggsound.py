@@ -34,6 +34,9 @@ def add_arguments(commands) -> None:
   )
   p.add_argument("--config", metavar="FILE", help="with --features: flow config to train on them")
   p.add_argument("--vae", type=pathlib.Path, metavar="DIR", help="with --features: adds latents")
+  p.add_argument(
+    "--parts", type=pathlib.Path, metavar="DIR", help="with --features: trained encoders, if any"
+  )
   p.add_argument("--mirror", action="store_true", help="with --features: also mirrored videos")
   p.add_argument(
     "--spatializer", default="sphere", metavar="NAME", help="sphere, sofa:FILE or paper"

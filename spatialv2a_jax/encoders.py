@@ -94,13 +94,7 @@ class Encoders:
       weights.check("clipseg", localizer.build(self._acl).init)
     else:
       localizers.track_of(config.localizer)
-    if devices is None:
-      devices = jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
-    devices = devices[: math.gcd(GROUP, len(devices))]
-    mesh = Mesh(np.asarray(devices), ("group",), axis_types=(AxisType.Auto,))
-    single = len(devices) == 1
-    self._whole = devices[0] if single else NamedSharding(mesh, PartitionSpec())
-    self._split = devices[0] if single else NamedSharding(mesh, PartitionSpec("group"))
+    self._devices = devices
     self._texts: dict[str, np.ndarray] = {}
     self._compiled: set[str] = set()
 
@@ -175,7 +169,7 @@ class Encoders:
       stage = Stage("clip", {}, {"ids": ids_bw.tolist(), **dataclasses.asdict(self._clip)}, _none)
       found = self._recall(stage, {})
       if found is None:
-        params = self.weights.take("clip", "text", self._whole)
+        params = self.weights.take("clip", "text", self._placement[0])
         self._announce("CLIP's text tower")
         found = {"text_wf": np.asarray(self._read_text(params, ids_bw)[0])}
         if self.cache is not None:
@@ -207,12 +201,24 @@ class Encoders:
     for at in range(0, len(x), GROUP):
       group = x[at : at + GROUP]
       group = np.concatenate([group, np.repeat(group[-1:], GROUP - len(group), axis=0)])
-      result = function(params, jax.device_put(group, self._split), *rest)
+      result = function(params, jax.device_put(group, self._placement[1]), *rest)
       parts.append(jax.tree.map(np.asarray, result))
       if time.monotonic() - told > REPORT_SECONDS:
         told = time.monotonic()
         self.report(f"{what}: {min(at + GROUP, len(x))}/{len(x)}")
     return jax.tree.map(lambda *ys: np.concatenate(ys)[: len(x)], *parts)
+
+  @functools.cached_property
+  def _placement(self) -> tuple[Any, Any]:
+    """Where parameters go, whole, and where groups go, split."""
+    devices = self._devices
+    if devices is None:
+      devices = jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
+    devices = devices[: math.gcd(GROUP, len(devices))]
+    if len(devices) == 1:
+      return devices[0], devices[0]
+    mesh = Mesh(np.asarray(devices), ("group",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("group"))
 
   # --- stages -----------------------------------------------------------------------------------
 
@@ -231,20 +237,20 @@ class Encoders:
 
   def _look(self, frames: Frames, seconds: float, start: float) -> Encoded:
     del seconds, start
-    params = self.weights.take("clip", "image", self._whole)
+    params = self.weights.take("clip", "image", self._placement[0])
     return {"clip_vf": self._run("CLIP's image tower", self._read_image, params, frames["clip"])}
 
   def _follow(self, frames: Frames, seconds: float, start: float) -> Encoded:
     del seconds, start
     x_gzyxc = frames["sync"][synchformer.segments(len(frames["sync"]))]
-    params = self.weights.take("synchformer", placement=self._whole)
+    params = self.weights.take("synchformer", placement=self._placement[0])
     tokens_gsf = self._run("Synchformer", self._read_motion, params, x_gzyxc)
     return {"sync_sf": tokens_gsf.reshape(-1, tokens_gsf.shape[-1])}
 
   def _place(self, ids_bw: np.ndarray, frames: Frames, seconds: float, start: float) -> Encoded:
     del seconds, start
     what, x_vyxc = "CLIPSeg", frames["place"]
-    params = self.weights.take("clipseg", placement=self._whole)
+    params = self.weights.take("clipseg", placement=self._placement[0])
     image, text, place = self._read_place
     if len(ids_bw):
       e_bf = np.asarray(text(params, ids_bw))

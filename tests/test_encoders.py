@@ -111,7 +111,7 @@ def test_a_batch_of_seven_gives_what_each_clip_gives_alone(folder, plain, films,
 
 def test_eight_devices_give_what_one_gives(folder, films, alone):
   spread = open_encoders(folder, devices=jax.devices())
-  params = spread.weights.take("clip", "image", spread._whole)
+  params = spread.weights.take("clip", "image", spread._placement[0])
   assert all(len(leaf.devices()) == 8 for leaf in jax.tree.leaves(params))
   got = read(spread, films[1])
   for name in NAMES:

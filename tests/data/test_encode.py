@@ -64,7 +64,8 @@ class Encoder:
   batches: list[int] = dataclasses.field(default_factory=list)
   texts: list[str] = dataclasses.field(default_factory=list)
 
-  def read(self, video: pathlib.Path) -> pathlib.Path:
+  def read(self, video: pathlib.Path, caption: str) -> pathlib.Path:
+    del caption
     return video
 
   def encode(self, clips: Sequence[pathlib.Path]) -> list[dict[str, np.ndarray]]:

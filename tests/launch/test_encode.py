@@ -80,7 +80,7 @@ def test_mirrored_features_are_those_of_the_mirrored_picture(media, tmp_path):
   from launch.encode import Features
 
   encoder = Features(SECONDS, features.Config(), mirror=True)
-  (got,) = encoder.encode([encoder.read(media / "clip0.mp4")])
+  (got,) = encoder.encode([encoder.read(media / "clip0.mp4", "")])
   frames = io.read_views(media / "clip0.mp4", features.views(), duration=SECONDS)["frames"]
   mirrored = features.encode(frames[:, :, ::-1], SECONDS, features.Config())
   np.testing.assert_array_equal(got["clip_mirror_vf"], mirrored["clip_vf"])
@@ -90,6 +90,39 @@ def test_mirrored_features_are_those_of_the_mirrored_picture(media, tmp_path):
   np.testing.assert_allclose(got["spatial_mirror_vk"], got["spatial_vk"] * signs_1k, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_trained_encoders_fill_the_shards(media, tmp_path, capsys):
+  """CLIP, Synchformer and CLIPSeg, tiny, as `generate` would encode the same clips."""
+  pytest.importorskip("ftfy", reason="the tokenizer is in the extra `encoders`")
+  from launch.encode import Features, open_encoders
+  from tests import tiny_mmaudio
+
+  parts = tiny_mmaudio.save(tmp_path / "parts", ("clip", "synchformer", "clipseg"))
+  config = tmp_path / "config.py"
+  config.write_text(
+    "import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict(dict(audio='16k',"
+    f" seconds={SECONDS}, features=dict(encoder='mmaudio', clip_dim=16, sync_dim=24, text_dim=16,"
+    " text_len=77, localizer='acl')))\n"
+  )
+  assert encode(media, tmp_path, "--config", config, "--parts", parts, "--mirror") == 0
+  assert "3 of 4 clips" in capsys.readouterr().out
+  fields = layout.read_features(tmp_path / "clips")
+  fields["text"] = captions.Table(tmp_path / "clips").tensor
+  wanted = schema.feature_shapes(SECONDS, AUDIO, clip_dim=16, sync_dim=24, text_len=77, text_dim=16)
+  for name in ("clip", "sync", "text", "spatial"):
+    assert fields[name].shape == wanted[name]
+  encoder = Features(SECONDS, features.Config("mmaudio", 0, 16, 24, 16, 77, "acl"), True, parts)
+  plain, other = encoder.encode(
+    [encoder.read(media / "clip0.mp4", caption) for caption in ("block 0", "a cat")]
+  )
+  alone = open_encoders(encoder.config, parts)
+  generated = alone.read(media / "clip0.mp4", alone.stages("block 0"), SECONDS)
+  for name in ("clip_vf", "sync_sf", "spatial_vk"):
+    np.testing.assert_array_equal(plain[name], generated[name])
+  assert np.abs(other["spatial_vk"] - plain["spatial_vk"]).max() > 1e-5  # The caption's place.
+  assert np.abs(plain["clip_mirror_vf"] - plain["clip_vf"]).max() > 1e-4
+
+
 @pytest.mark.parametrize(
   ("options", "code", "line"),
   [
@@ -97,6 +130,8 @@ def test_mirrored_features_are_those_of_the_mirrored_picture(media, tmp_path):
     (["--config", CONFIG.replace("tiny.py:smoke", "vae_tiny.py")], 2, "it has no features"),
     (["--config", CONFIG.replace(":smoke", ":huge")], 2, "unknown variant 'huge'"),
     (["--vae", "nowhere"], 3, "nowhere"),
+    (["--parts", "nowhere"], 3, "nowhere"),
+    (["--config", CONFIG.replace("tiny.py:smoke", "small_16k.py")], 3, "give --parts DIR"),
     (["--jobs", 0], 2, "--jobs 0"),
     (["--max-bad", 0, "--media", "nowhere"], 2, "no such file or folder"),
   ],
