@@ -171,7 +171,7 @@ class Encoders:
       if found is None:
         params = self.weights.take("clip", "text", self._placement[0])
         self._announce("CLIP's text tower")
-        found = {"text_wf": np.asarray(self._read_text(params, ids_bw)[0])}
+        found = {"text_wf": np.asarray(read_text(self._clip)(params, ids_bw)[0])}
         if self.cache is not None:
           self.cache.put(self._key(stage, {}), found)
       self._texts[words] = found["text_wf"]
@@ -238,20 +238,22 @@ class Encoders:
   def _look(self, frames: Frames, seconds: float, start: float) -> Encoded:
     del seconds, start
     params = self.weights.take("clip", "image", self._placement[0])
-    return {"clip_vf": self._run("CLIP's image tower", self._read_image, params, frames["clip"])}
+    return {
+      "clip_vf": self._run("CLIP's image tower", read_image(self._clip), params, frames["clip"])
+    }
 
   def _follow(self, frames: Frames, seconds: float, start: float) -> Encoded:
     del seconds, start
     x_gzyxc = frames["sync"][synchformer.segments(len(frames["sync"]))]
     params = self.weights.take("synchformer", placement=self._placement[0])
-    tokens_gsf = self._run("Synchformer", self._read_motion, params, x_gzyxc)
+    tokens_gsf = self._run("Synchformer", read_motion(self._sync), params, x_gzyxc)
     return {"sync_sf": tokens_gsf.reshape(-1, tokens_gsf.shape[-1])}
 
   def _place(self, ids_bw: np.ndarray, frames: Frames, seconds: float, start: float) -> Encoded:
     del seconds, start
     what, x_vyxc = "CLIPSeg", frames["place"]
     params = self.weights.take("clipseg", placement=self._placement[0])
-    image, text, place = self._read_place
+    image, text, place = read_place(self._acl)
     if len(ids_bw):
       e_bf = np.asarray(text(params, ids_bw))
     else:
@@ -259,30 +261,6 @@ class Encoders:
     e_of = e_bf.mean(axis=0, keepdims=True)
     d_vk, heat_vyx = self._run(what, place, params, x_vyxc, e_of, self._shift)
     return {"spatial_vk": d_vk, "heat_vyx": heat_vyx}
-
-  @functools.cached_property
-  def _read_image(self) -> Callable[..., jax.Array]:
-    net = clip.build(self._clip)
-    return jax.jit(lambda params, x_byxc: clip.normalize(net.image({"image": params}, x_byxc)))
-
-  @functools.cached_property
-  def _read_text(self) -> Callable[..., jax.Array]:
-    net = clip.build(self._clip)
-    return jax.jit(lambda params, ids_bw: clip.normalize(net.text({"text": params}, ids_bw)[0]))
-
-  @functools.cached_property
-  def _read_motion(self) -> Callable[..., jax.Array]:
-    return jax.jit(synchformer.build(self._sync).encode)
-
-  @functools.cached_property
-  def _read_place(self) -> tuple[Callable[..., Any], ...]:
-    net = localizer.build(self._acl)
-
-    def place(params, x_byxc, e_of, shift):
-      heat_byx = net.heat(params, x_byxc, e_of, shift)
-      return spatial.descriptors(heat_byx[None])[0][0], localizers.thumbnail(heat_byx)
-
-    return jax.jit(net.image), jax.jit(net.text), jax.jit(place)
 
   @property
   def _shift(self) -> float:
@@ -295,6 +273,41 @@ class Encoders:
       return np.zeros((0, tokenizer.LENGTH), np.int32)
     beside = self.weights.model(network).folder / tokenizer.FILE
     return _tokenizer(beside if beside.is_file() else None)(texts)
+
+
+# Programs are kept by the sizes of their networks: another localizer compiles nothing anew.
+
+
+@functools.cache
+def read_image(config: clip.Config) -> Callable[..., jax.Array]:
+  """Returns (CLIP's image parameters, frames_vyxc) -> clip_vf."""
+  net = clip.build(config)
+  return jax.jit(lambda params, x_vyxc: clip.normalize(net.image({"image": params}, x_vyxc)))
+
+
+@functools.cache
+def read_text(config: clip.Config) -> Callable[..., jax.Array]:
+  """Returns (CLIP's text parameters, ids_bw) -> states of all tokens [b, w, f]."""
+  net = clip.build(config)
+  return jax.jit(lambda params, ids_bw: clip.normalize(net.text({"text": params}, ids_bw)[0]))
+
+
+@functools.cache
+def read_motion(config: synchformer.Config) -> Callable[..., jax.Array]:
+  """Returns (parameters, segments_gzyxc) -> tokens of each segment [g, s, f]."""
+  return jax.jit(synchformer.build(config).encode)
+
+
+@functools.cache
+def read_place(config: localizer.Config) -> tuple[Callable[..., Any], ...]:
+  """Returns CLIPSeg's image and text embeddings, and what finds an embedding in frames."""
+  net = localizer.build(config)
+
+  def place(params, x_vyxc, e_of, shift):
+    heat_vyx = net.heat(params, x_vyxc, e_of, shift)
+    return spatial.descriptors(heat_vyx[None])[0][0], localizers.thumbnail(heat_vyx)
+
+  return jax.jit(net.image), jax.jit(net.text), jax.jit(place)
 
 
 @functools.cache

@@ -127,8 +127,8 @@ def test_bfloat16_halves_the_weights_and_stays_close(folder, films, alone):
 
   assert size(half, "synchformer") < 0.55 * size(open_encoders(folder), "synchformer")
   for name in ("clip_vf", "sync_sf"):
-    a, b = got[name].ravel(), alone[1][name].ravel()
-    assert 1e-5 < 1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) < 0.01
+    error = np.abs(got[name] - alone[1][name]).max()
+    assert 1e-5 < error < 0.02 * np.abs(alone[1][name]).max()
 
 
 def test_the_prompt_decides_what_is_looked_for(plain, films, alone):

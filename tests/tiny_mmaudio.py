@@ -66,6 +66,10 @@ def networks(ears=2):
     "data_mean": np.full(80, -2, "f4"),
     "data_std": np.full(80, 0.5, "f4"),
   }
+  # Its heat maps shall differ from place to place, about one half under ACL's shift.
+  decoder = out["clipseg"][1]["decoder"]
+  out["clipseg"][1]["decoder"] = jax.tree.map(lambda x: x * (4 if x.ndim > 1 else 1), decoder)
+  out["clipseg"][1]["decoder"]["enlarge_1"]["bias"][:] = -localizer.SHIFT
   return out
 
 
