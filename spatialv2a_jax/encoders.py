@@ -89,7 +89,7 @@ class Encoders:
       weights.check("clip", clip.build(self._clip).init)
       weights.check("synchformer", synchformer.build(self._sync).init)
     if config.localizer == "acl":
-      self.networks.append("clipseg")
+      self.networks += ["clipseg"] + ["acl"] * ("acl" in weights)
       self._acl = localizer.Config(**weights.config("clipseg"))
       weights.check("clipseg", localizer.build(self._acl).init)
     else:
@@ -262,10 +262,15 @@ class Encoders:
     d_vk, heat_vyx = self._run(what, place, params, x_vyxc, e_of, self._shift)
     return {"spatial_vk": d_vk, "heat_vyx": heat_vyx}
 
-  @property
+  @functools.cached_property
   def _shift(self) -> float:
-    calibrated = self.weights.model("clipseg").config.get("acl", {})
-    return float(calibrated.get("shift", localizer.SHIFT))
+    """ACL's learned shift if its weights are there, else that at the start of its training."""
+    if "acl" not in self.weights:
+      return localizer.SHIFT
+    model = self.weights.model("acl")
+    model.verify("acl")
+    mask = model.params["acl"]["mask"]
+    return float(mask["bias"]) / float(mask["slope"])
 
   def _ids(self, texts: Sequence[str], network: str) -> np.ndarray:
     """Returns the ids of texts, with the merges that lie beside the network if any do."""

@@ -12,11 +12,13 @@ import html
 import importlib.metadata
 import itertools
 import pathlib
+import shutil
 from collections.abc import Sequence
 
 import numpy as np
 
 from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.io import atomic_path
 
 LENGTH = 77
 _MERGES = 49_152 - 256 - 2
@@ -42,6 +44,17 @@ def find_merges() -> pathlib.Path:
     f"CLIP's merges file {FILE} is missing; give its path, or install it with: "
     "pip install --no-deps open_clip_torch"
   )
+
+
+def keep(folder: str | pathlib.Path) -> bool:
+  """Copies the merges file, if one is found, into a model folder; returns whether it did."""
+  try:
+    merges = find_merges()
+  except MissingAssetError:
+    return False
+  with atomic_path(pathlib.Path(folder) / FILE) as temporary:
+    shutil.copyfile(merges, temporary)
+  return True
 
 
 class Tokenizer:

@@ -141,6 +141,16 @@ def test_the_prompt_decides_what_is_looked_for(plain, films, alone):
   np.testing.assert_array_equal(without["spatial_vk"], read(plain, films[0], " ,")["spatial_vk"])
 
 
+def test_acls_own_shift_is_used_where_its_weights_are(plain, folder, films, alone, tmp_path):
+  mask = {"slope": np.float32(4), "bias": np.float32(8)}
+  checkpoint.save_model(tmp_path / "acl", {"acl": {"mask": mask}}, {}, {})
+  models = [checkpoint.open_model(at) for at in (folder, tmp_path / "acl")]
+  calibrated = Encoders(plain.config, Weights(models))
+  assert calibrated.networks == [*plain.networks, "acl"]
+  heat = read(calibrated, films[0])["heat_vyx"].astype(int)
+  assert (heat >= alone[0]["heat_vyx"]).all() and (heat > alone[0]["heat_vyx"] + 5).any()
+
+
 def test_only_one_network_is_held_when_asked(folder, films):
   encoders = open_encoders(folder, single=True)
   before = sum(x.nbytes for x in jax.live_arrays())

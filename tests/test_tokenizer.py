@@ -62,6 +62,8 @@ def test_merges_are_found_inside_open_clip_without_importing_it(monkeypatch, tmp
   monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
   importlib.invalidate_caches()
   assert tokenizer.Tokenizer().encode("A photo of") == [320, 1125, 539]
+  assert tokenizer.keep(tmp_path / "model")  # A converted CLIP carries them.
+  assert (tmp_path / "model" / tokenizer.FILE).read_bytes() == MERGES.read_bytes()
 
 
 def test_without_merges_the_message_says_what_to_do(monkeypatch, tmp_path):
@@ -71,6 +73,7 @@ def test_without_merges_the_message_says_what_to_do(monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.metadata, "distribution", missing)
   with pytest.raises(MissingAssetError, match="pip install --no-deps open_clip_torch"):
     tokenizer.Tokenizer()
+  assert not tokenizer.keep(tmp_path)
   with pytest.raises(MissingAssetError, match="no such merges file"):
     tokenizer.Tokenizer(tmp_path / "none.gz")
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from spatialv2a_jax import checkpoint, io
+from spatialv2a_jax import checkpoint, io, tokenizer
 from spatialv2a_jax.convert import (
   acl,
   beats,
@@ -89,6 +89,8 @@ def run(source: str, file: Path, out: Path, *, ears: int = 1) -> int:
   count = sum(x.size for x in jax.tree.leaves(params))
   print(f"{out}/{name}.safetensors: {count:,} parameters from {file}")
   print(f"licence of the weights: {chosen.licence}")
+  if name in ("clip", "clipseg") and not tokenizer.keep(out):
+    print("its texts need CLIP's merges: pip install --no-deps open_clip_torch")
   return 0
 
 
