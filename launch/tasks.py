@@ -119,6 +119,7 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
       "seconds": config["seconds"],
       "features": dataclasses.asdict(encoders),
       "ear_correlation": objective.ear_correlation,
+      "guidance": config["listen"]["guidance"],
       "flow": dataclasses.asdict(sizes),
     }
     params = {"flow": _gather(state.ema)}

@@ -125,8 +125,8 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument(
     "--localizer",
     type=localizer,
-    help="what tells where it sounds: acl (CLIPSeg looks for the prompt), motion or track:FILE; "
-    "unset: the checkpoint's",
+    help="what tells where it sounds: acl (CLIPSeg looks for the prompt, or without one for what "
+    "the picture shows), motion or track:FILE; unset: the checkpoint's",
   )
   p.add_argument("--phase", choices=("shared", "independent"), default="shared")
   p.add_argument(

@@ -84,13 +84,20 @@ class Encoders:
     self.networks: list[str] = []
     if config.encoder == "mmaudio":
       self.networks += ["clip", "synchformer"]
-      self._clip = clip.Config(**weights.config("clip"))
-      self._sync = synchformer.Config(**weights.config("synchformer"))
+      self._clip = weights.sizes("clip", clip.Config)
+      self._sync = weights.sizes("synchformer", synchformer.Config)
       weights.check("clip", clip.build(self._clip).init)
       weights.check("synchformer", synchformer.build(self._sync).init)
+      have = self._clip.dim, self._sync.width, self._clip.text_width, self._clip.text_len
+      want = config.clip_dim, config.sync_dim, config.text_dim, config.text_len
+      if have != want:
+        raise UserError(
+          f"CLIP and Synchformer of {weights.model('clip').folder} give features of {have}, the "
+          f"flow network takes {want} (frames, synchronisation, text, tokens of a text)"
+        )
     if config.localizer == "acl":
       self.networks += ["clipseg"] + ["acl"] * ("acl" in weights)
-      self._acl = localizer.Config(**weights.config("clipseg"))
+      self._acl = weights.sizes("clipseg", localizer.Config)
       weights.check("clipseg", localizer.build(self._acl).init)
     else:
       localizers.track_of(config.localizer)

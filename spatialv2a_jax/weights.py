@@ -5,7 +5,7 @@ that several checkpoints share one copy of CLIP.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import ml_dtypes
@@ -29,6 +29,7 @@ SOURCES = {
     "bigvgan_generator.pt of huggingface.co/nvidia/bigvgan_v2_44khz_128band_512x",
   ),
 }
+Sizes = TypeVar("Sizes")
 EXACT = ("vae", "vocoder")  # Always float32: they are small, and rounding is heard as noise.
 
 
@@ -74,6 +75,14 @@ class Weights:
     if name not in EXACT:
       config["dtype"] = self.dtype or config.get("dtype", "float32")
     return config
+
+  def sizes(self, name: str, kind: Callable[..., Sizes]) -> Sizes:
+    """Returns a network's sizes as its own Config; UserError if they are of another version."""
+    try:
+      return kind(**self.config(name))
+    except (TypeError, ValueError) as error:
+      where = f"{self.model(name).folder}/config.json"
+      raise UserError(f"{where} describes no {name} of this version: {error}") from None
 
   def sha256(self, name: str) -> str:
     """Returns the digest of a network's file."""

@@ -343,7 +343,7 @@ def test_a_missing_network_says_the_command_that_makes_it(folder, tmp_path, name
     open_encoders(tmp_path / "m")
   assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
   parts = [checkpoint.open_model(tmp_path / "m"), checkpoint.open_model(folder)]
-  Encoders(features.Config("mmaudio", localizer="acl"), Weights(parts))
+  Encoders(features.Config("mmaudio", 0, 16, 24, 16, 77, "acl"), Weights(parts))
 
 
 def test_damaged_weights_are_not_the_fault_of_a_film(folder, films, tmp_path):
@@ -364,6 +364,12 @@ def test_weights_of_other_sizes_are_refused(folder, tmp_path):
   (tmp_path / "m" / "config.json").write_text(json.dumps(about))
   with pytest.raises(UserError, match="clip.safetensors has other shapes"):
     open_encoders(tmp_path / "m")
+  about["clip"]["colour"] = 3
+  (tmp_path / "m" / "config.json").write_text(json.dumps(about))
+  with pytest.raises(UserError, match="config.json describes no clip of this version: .*colour"):
+    open_encoders(tmp_path / "m")
+  with pytest.raises(UserError, match=r"give features of \(16, 24, 16, 77\), the flow network"):
+    Encoders(features.Config("mmaudio"), Weights([checkpoint.open_model(folder)]))
 
 
 def test_an_unknown_encoder_is_refused(folder):
