@@ -1,13 +1,10 @@
-"""Checkpoints of a run (Orbax, any mesh) and model folders (safetensors and one JSON file).
+"""Checkpoints of a run (Orbax, any mesh); model folders are those of `model_folder`.
 
 A checkpoint has two items: `state`, the arrays of `train_step.State`, and `run`, a JSON object
-with the data position, the configuration and the versions. A model folder holds what generation
-needs: `NAME.safetensors` for each network and `config.json`.
+with the data position, the configuration and the versions.
 """
 
 import contextlib
-import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,15 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import traverse_util
 
-from spatialv2a_jax import tensors
-from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
-from spatialv2a_jax.io import atomic_path
+from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.model_folder import CHECKPOINTS as FOLDER
+from spatialv2a_jax.model_folder import Model as Model
+from spatialv2a_jax.model_folder import Path
+from spatialv2a_jax.model_folder import load_model as load_model
+from spatialv2a_jax.model_folder import open_model as open_model
+from spatialv2a_jax.model_folder import save_model as save_model
 from spatialv2a_jax.optim import names
-
-FOLDER = "checkpoints"  # Inside a working directory.
-Path = str | pathlib.Path
 
 
 class Checkpoints:
@@ -263,113 +260,6 @@ def load_params(
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
       raise UserError(f"cannot read checkpoint {where}/{step}: {_first_line(error)}") from error
   return got["state"][which], got["state"]["stats"], dict(got["run"]["config"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """What a model folder holds; arrays that were read are memory maps.
-
-  Attributes:
-    params: parameters of each network, by its name.
-    stats: running statistics of each network, by its name.
-    config: what rebuilds the networks; one object, of which each network reads its part.
-    sha256: digest of each weights file, by the name of its network.
-    folder: where it was read from or written to.
-  """
-
-  params: dict[str, Any]
-  stats: dict[str, Any]
-  config: dict[str, Any]
-  sha256: dict[str, str] = dataclasses.field(default_factory=dict)
-  folder: pathlib.Path = pathlib.Path()
-
-  def verify(self, name: str) -> None:
-    """Reads a network's file through; DamagedAssetError if it is not the one that was saved."""
-    file = self.folder / f"{name}.safetensors"
-    if tensors.digest(file) != self.sha256[name]:
-      raise DamagedAssetError(
-        f"{file} is damaged: its SHA-256 is not that in config.json; copy it again"
-      )
-
-
-def save_model(
-  folder: Path, params: Mapping[str, Any], stats: Mapping[str, Any], config: Mapping[str, Any]
-) -> Model:
-  """Writes a model folder; networks and config entries already there and not named stay.
-
-  Args:
-    folder: made if missing.
-    params: parameters of each network, by its name ("flow", "vae").
-    stats: running statistics of each network; may lack some.
-    config: JSON-able entries.
-
-  Returns:
-    The weights as written and their digests.
-  """
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  about = _read_config(folder) if (folder / "config.json").exists() else {}
-  digests = dict(about.pop("sha256", {}))
-  for name, tree in params.items():
-    flat = traverse_util.flatten_dict({"params": tree, "stats": stats.get(name, {})}, sep="/")
-    with atomic_path(folder / f"{name}.safetensors") as temporary:
-      digests[name] = tensors.write(temporary, flat)
-  about = {**about, **config}
-  with atomic_path(folder / "config.json") as temporary:
-    text = json.dumps({**about, "sha256": digests}, indent=2, sort_keys=True)
-    pathlib.Path(temporary).write_text(text + "\n")
-  return Model(dict(params), dict(stats), about, digests, folder)
-
-
-def load_model(folder: Path) -> Model:
-  """Reads a model folder, or that of a finished run (WORKDIR/model), and verifies every file.
-
-  Raises:
-    MissingAssetError: if there is no such folder, or a file of it is missing.
-    UserError: if a file is damaged.
-  """
-  model = open_model(folder)
-  for name in model.params:
-    model.verify(name)
-  return model
-
-
-def open_model(folder: Path) -> Model:
-  """Maps the files of a model folder without reading their arrays; see `Model.verify`.
-
-  Raises:
-    MissingAssetError: if there is no such folder, or a file of it is missing.
-    UserError: if a file is no safetensors file.
-  """
-  folder = pathlib.Path(folder)
-  if not folder.is_dir():
-    raise MissingAssetError(f"no model folder {folder}")
-  if not (folder / "config.json").is_file() or (folder / FOLDER).is_dir():
-    if not (folder / "model" / "config.json").is_file():
-      run = f"; {folder} is a run that has not finished" if (folder / FOLDER).is_dir() else ""
-      raise MissingAssetError(f"{folder} is no model folder: it has no config.json{run}")
-    folder = folder / "model"
-  about = _read_config(folder)
-  digests = dict(about.pop("sha256", {}))
-  params, stats = {}, {}
-  for name in digests:
-    file = folder / f"{name}.safetensors"
-    if not file.is_file():
-      raise MissingAssetError(f"model folder {folder} lacks {file.name}")
-    try:
-      arrays, _ = tensors.read(file)
-    except (ValueError, OSError) as error:
-      raise UserError(f"{file} is damaged: {_first_line(error)}; copy it again") from error
-    tree = traverse_util.unflatten_dict(arrays, sep="/")
-    params[name], stats[name] = tree.get("params", {}), tree.get("stats", {})
-  return Model(params, stats, about, digests, folder)
-
-
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-  try:
-    return dict(json.loads((folder / "config.json").read_text()))
-  except (ValueError, TypeError) as error:
-    raise UserError(f"{folder}/config.json is no JSON object: {_first_line(error)}") from error
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int) -> Any:

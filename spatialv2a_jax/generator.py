@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spatialv2a_jax import checkpoint, codec, features, flow, schema
+from spatialv2a_jax import codec, features, flow, model_folder, schema
 from spatialv2a_jax import phase as phases
 from spatialv2a_jax.encoders import Encoders, Stage
 from spatialv2a_jax.errors import MissingAssetError, UserError
@@ -111,8 +111,8 @@ class Generator:
       UserError: its files do not go together.
     """
     self.folder = pathlib.Path(path)
-    opened = checkpoint.open_model(path)
-    more = [] if parts is None else [checkpoint.open_model(parts)]
+    opened = model_folder.open_model(path)
+    more = [] if parts is None else [model_folder.open_model(parts)]
     self.weights = Weights([opened, *more], dtype=dtype, single=low_memory)
     self.cache, self.report = cache, _silent
     config = opened.config

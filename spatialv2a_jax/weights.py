@@ -11,8 +11,8 @@ import jax
 import ml_dtypes
 
 from spatialv2a_jax import sharding
-from spatialv2a_jax.checkpoint import Model
 from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.model_folder import Model
 
 # Source of `spatialv2a convert` and the file that it wants, of each network that is not trained
 # here. The vocoder and the VAE depend on the sample rate.
