@@ -87,8 +87,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(films, referenc
 def test_the_video_keeps_its_picture_and_carries_the_sound_of_the_wav(films, reference):
   before, after = io.probe(films / "left.mp4"), io.probe(reference / "left.mp4")
   assert abs(after.duration_s - before.duration_s) <= 1 / 25
-  whole = [io.read_video(folder / "left.mp4", 25) for folder in (films, reference)]
-  np.testing.assert_array_equal(*whole)
+  shown, kept = (io.read_video(folder / "left.mp4", 25) for folder in (films, reference))
+  np.testing.assert_array_equal(shown, kept)
   left, right = wav = sound(reference)
   assert wav.shape == (2, 20_480) and np.abs(wav).max() < 1
   assert np.abs(left - right).max() > 0.01  # Both ears differ, and stay apart.
@@ -229,10 +229,9 @@ def test_cues_of_long_sound_are_averaged_over_stretches(monkeypatch):
   whole = generate.spatial_cues(ears, 16_000)
   monkeypatch.setattr(generate, "CUES_SECONDS", 1.0)
   parts = generate.spatial_cues(ears, 16_000)
-  for name in whole:
-    np.testing.assert_allclose(parts[name], whole[name], rtol=0.01)
-  np.testing.assert_allclose(parts["itd_xc_clip_us"], 250, atol=2)
-  np.testing.assert_allclose(parts["ild_clip_db"], 6.02, atol=0.05)
+  assert parts == pytest.approx(whole, rel=0.01)
+  assert parts["itd_xc_clip_us"] == pytest.approx(250, abs=2)
+  assert parts["ild_clip_db"] == pytest.approx(6.02, abs=0.05)
   assert generate.spatial_cues(np.zeros((2, 100), np.float32), 16_000)["iacc_clip"] is None
 
 
