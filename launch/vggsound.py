@@ -1,4 +1,12 @@
-"""What `python -m launch.data vggsound` does: a folder of videos to shards of binaural sound."""
+"""What `python -m launch.data vggsound` does: a folder of videos to shards of binaural sound.
+
+On many machines that share a folder, as an array of batch jobs:
+
+    srun python -m launch.data vggsound ... --slice $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+
+and once more without `--slice` when all have ended: it finds all slices done, counts and describes.
+Whatever was interrupted is made good by the same command; what is done is not done again.
+"""
 
 import argparse
 import os
@@ -7,6 +15,7 @@ import re
 import sys
 
 from data import catalogue, filters, funnel, quality, shards, stages
+from launch import audit
 from spatialv2a_jax import io, logbook, schema
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
@@ -52,6 +61,9 @@ def add_arguments(commands) -> None:
   p.add_argument("--beam", metavar="RUNNER", help="run as a Beam pipeline, such as DirectRunner")
   p.add_argument("--beam-option", action="append", default=[], metavar="KEY=VALUE")
   p.add_argument("--clips-per-shard", type=int, default=catalogue.CLIPS_PER_SHARD, metavar="N")
+  p.add_argument(
+    "--audit", action="store_true", help="audit the build at the end, as the command audit does"
+  )
   p.add_argument("--max-failures", type=float, default=0.01, help="share of unreadable clips")
   limits = filters.Limits()
   p.add_argument("--seconds", type=float, default=limits.seconds, help="length of a clip")
@@ -80,7 +92,9 @@ def add_arguments(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  """Builds what is not there yet; 0 if all is well, 1 if too many clips could not be read.
+  """Builds what is not there yet.
+
+  Returns 0 if all is well, 1 if too many clips could not be read or the audit fails.
 
   Raises:
     UserError: bad arguments, list or folder, or no clip that could be used.
@@ -138,7 +152,10 @@ def run(args: argparse.Namespace) -> int:
       file=sys.stderr,
     )
     return 1
-  return _encode(args) if args.features and stats["complete"] else 0
+  if not stats["complete"]:
+    return 0
+  code = _encode(args) if args.features else 0
+  return code or (_audit(args) if args.audit else 0)
 
 
 def _encode(args: argparse.Namespace) -> int:
@@ -146,6 +163,12 @@ def _encode(args: argparse.Namespace) -> int:
 
   given = {"raw": args.out / "raw", "videos": args.videos, "out": args.out, "storage": "bfloat16"}
   return encode.run(argparse.Namespace(**{**vars(args), **given}, max_bad=args.max_failures))
+
+
+def _audit(args: argparse.Namespace) -> int:
+  command = argparse.ArgumentParser()
+  audit.add_arguments(command.add_subparsers())
+  return audit.run(command.parse_args(["audit", str(args.out), "--videos", str(args.videos)]))
 
 
 def _settings(args: argparse.Namespace) -> stages.Settings:

@@ -160,6 +160,16 @@ def test_features_follow_on_demand(videos, out, tmp_path, capsys):
       assert bytes(raw["caption"]).decode() == f"{name} label"
 
 
+def test_an_audit_on_demand_decides_the_exit_code(videos, out, tmp_path, capsys):
+  copy = tmp_path / "copy"
+  shutil.copytree(out, copy)
+  code = command.main(arguments(videos, copy, "--audit"))
+  found = json.loads((copy / "audit.json").read_text())
+  assert code == (0 if found["fit"] else 1) and (copy / "audit.html").exists()
+  assert not found["fit"]  # Three of eleven clips are no build to publish.
+  assert "not fit for release" in capsys.readouterr().err
+
+
 def test_too_many_unreadable_files_are_said_by_the_exit_code(tmp_path, capsys):
   for n in range(6):
     (tmp_path / f"{n}.mp4").write_bytes(b"no video")

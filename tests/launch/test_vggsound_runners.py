@@ -72,6 +72,20 @@ def test_beam_writes_the_same_bytes(videos, alone, tmp_path):
   assert contents(out) == contents(alone)
 
 
+def test_beam_loads_what_slices_share_once_per_worker():
+  beam = pytest.importorskip("data.beam", reason="needs the extra beam")
+  calls = []
+
+  class Make:
+    def setup(self):
+      calls.append("setup")
+
+  step = beam.MakeShard(Make())
+  assert not calls
+  step.setup()
+  assert calls == ["setup"]
+
+
 @pytest.mark.slow
 def test_four_processes_write_the_same_bytes(videos, alone, tmp_path):
   process = start(*arguments(videos, tmp_path / "out", "--jobs", "4"))
