@@ -25,21 +25,14 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from spatialv2a_jax import __version__, io, logbook
+from spatialv2a_jax import __version__, io, logbook, report_run
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, analysis, evaluate
 
 EMBED_BYTES = 3_000_000  # A larger video is shrunk, or linked if that is not enough.
 HALF_VIEW_DEG = 60.0  # Azimuth at the edges of the picture: linear law, 120 degrees wide.
-POINTS = 1500  # Per training curve; more are averaged.
 _HEAT_SIDE = 24
 _SOUNDS = (".wav", ".flac")
-_RUN_FIGURES = (
-  ("Loss, both ears and each ear", "", ("loss", "loss/left", "loss/right")),
-  ("Gradient norm", "", ("grad_norm",)),
-  ("Clips per second", "1/s", ("clips_per_s",)),
-  ("Share of time waiting for data", "", ("data_wait",)),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +78,7 @@ def write_report(
     clips_at, pathlib.Path(ref) if ref else None, pathlib.Path(truth) if truth else None, page
   )
   clips = [_clip(sidecar, folders) for sidecar in _sidecars(clips_at)]
-  runs = (_run(place) for place in (folder, folder / "checkpoint", folder / "train"))
+  runs = (report_run.read(place) for place in (folder, folder / "checkpoint", folder / "train"))
   run = next((found for found in runs if found), None)
   if not clips and not run:
     raise UserError(
@@ -131,7 +124,10 @@ def _page(title: str, payload: Mapping[str, Any]) -> str:
   parts = {
     "title": html.escape(title),
     "style": files.joinpath("report_style.css").read_text(encoding="utf-8"),
-    "script": files.joinpath("report_script.js").read_text(encoding="utf-8"),
+    "script": "".join(
+      files.joinpath(name).read_text(encoding="utf-8")
+      for name in ("report_script.js", "report_run.js")
+    ),
     "data": json.dumps(payload, allow_nan=False).replace("<", "\\u003c"),
   }
   page = files.joinpath("report_template.html").read_text(encoding="utf-8")
@@ -343,29 +339,3 @@ def _scores(path: pathlib.Path) -> dict[str, Any]:
   rows.sort(key=lambda row: place.get(row["name"], len(place)))
   dropped = [f"{one.get('id')}: {one.get('reason')}" for one in scores.get("dropped", [])]
   return {"rivals": names, "rows": rows, "dropped": dropped}
-
-
-def _run(folder: pathlib.Path) -> dict[str, Any] | None:
-  """Curves of a training run; None where there is none."""
-  rows = logbook.read_metrics(folder)
-  if not rows:
-    return None
-  figures = []
-  for title, unit, names in _RUN_FIGURES:
-    series = {name: _series(rows, name) for name in names if any(name in row for row in rows)}
-    if series:
-      figures.append({"title": title, "unit": unit, "series": series})
-  config = folder / "config.json"
-  last = {key: value for key, value in rows[-1].items() if isinstance(value, int | float)}
-  return {"figures": figures, "last": last, "config": _json(config) if config.is_file() else None}
-
-
-def _series(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, list]:
-  """Steps and values, averaged in groups where there are too many to draw."""
-  pairs = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-  group = max(1, math.ceil(len(pairs) / POINTS))
-  parts = [pairs[i : i + group] for i in range(0, len(pairs), group)]
-  return {
-    "x": [part[-1][0] for part in parts],
-    "y": [float(f"{np.mean([y for _, y in part]):.6g}") for part in parts],
-  }

@@ -57,10 +57,10 @@ function path(xs, ys, px, py) {
 }
 
 /**
- * A figure with axes. series: [{name, x, y, colour, dash}]; x runs over `span`.
+ * A figure with axes. series: [{name, x, y, colour, dash}]; x runs over `span`; marks: [{x, kind, text}].
  * Returns the figure; `figure.moveTo(x)` sets its play head and `seek(x)` hears clicks.
  */
-function plot({ title, unit, xUnit, series, span, limits, seek, height = 150 }) {
+function plot({ title, unit, xUnit, series, span, limits, seek, marks = [], height = 150 }) {
   const key = make("span", { class: "key" });
   for (const one of series) key.append(make("span", { class: one.dash ?? "", style: `--colour: ${one.colour}` }, one.name));
   const figure = make("figure", {}, make("figcaption", {}, make("b", {}, title), key));
@@ -83,6 +83,10 @@ function plot({ title, unit, xUnit, series, span, limits, seek, height = 150 }) 
       const label = i === times.length - 1 ? `${short(x, 6)} ${xUnit}` : short(x, 6);
       draw("text", { x: px(x), y: height - 6, "text-anchor": "middle" }, svg, label);
     });
+    for (const { x, kind, text } of marks) {
+      const mark = draw("line", { class: `mark ${kind}`, x1: px(x), x2: px(x), y1: TOP, y2: height - BOTTOM }, svg);
+      draw("title", {}, mark, text);
+    }
     for (const one of series) {
       draw("path", { class: `curve ${one.dash ?? ""}`, style: `--colour: ${one.colour}`, d: path(one.x, one.y, px, py) }, svg);
     }
@@ -278,21 +282,6 @@ function showScores(scores) {
   if (scores.dropped.length) section.append(make("p", { class: "note" }, `Not scored: ${scores.dropped.join("; ")}`));
 }
 
-function showRun(run) {
-  const section = document.getElementById("run");
-  section.hidden = false;
-  const last = Object.entries(run.last).map(([key, value]) => `${key.replaceAll("_", " ")} ${short(value, 4)}`);
-  document.getElementById("run-last").textContent = `Last row: ${last.join(", ")}`;
-  for (const { title, unit, series } of run.figures) {
-    const lines = Object.entries(series).map(([name, { x, y }], i) => ({ name, x, y, colour: COLOURS[i] }));
-    const steps = lines.flatMap((line) => line.x);
-    document.getElementById("run-figures").append(
-      plot({ title, unit, xUnit: "steps", series: lines, span: [Math.min(...steps), Math.max(...steps)], height: 200 }));
-  }
-  section.querySelector("details").hidden = !run.config;
-  section.querySelector("pre").textContent = JSON.stringify(run.config, null, 2);
-}
-
 let context = null;
 /** Plays 0.7 s of 440 Hz in one ear. */
 function tone(side) {
@@ -314,10 +303,9 @@ function tone(side) {
 
 document.getElementById("name").textContent = data.name;
 document.getElementById("about").textContent = [
-  data.clips.length ? `${data.clips.length} clip${data.clips.length > 1 ? "s" : ""}` : "", "left is up in every plot", `spatialv2a_jax ${data.version}`,
+  ...(data.clips.length ? [`${data.clips.length} clip${data.clips.length > 1 ? "s" : ""}`, "left is up in every plot"] : ["training run"]), `spatialv2a_jax ${data.version}`,
 ].filter(Boolean).join(" · ");
 document.getElementById("check").hidden = !data.clips.length;
 for (const button of document.querySelectorAll("[data-tone]")) button.addEventListener("click", () => tone(button.dataset.tone));
 if (data.scores) showScores(data.scores);
-if (data.run) showRun(data.run);
 data.clips.forEach(showClip);

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatialv2a_jax import io, report
+from spatialv2a_jax import io, report, report_run
 from spatialv2a_jax.errors import UserError
 
 RATE = 16000
@@ -190,7 +190,7 @@ def test_scores_put_headlines_first_beside_their_baselines(clips, tmp_path):
 
 
 def test_training_run_draws_each_ear_and_thins_long_logs(tmp_path):
-  count = 4 * report.POINTS
+  count = 4 * report_run.POINTS
   rows = (
     {"step": i, "loss": 1.0, "loss/left": i % 4, "loss/right": None, "grad_norm": 2.0}
     for i in range(count)
@@ -202,7 +202,7 @@ def test_training_run_draws_each_ear_and_thins_long_logs(tmp_path):
   assert [figure["title"] for figure in run["figures"]][1] == "Gradient norm"
   series = run["figures"][0]["series"]
   assert list(series) == ["loss", "loss/left", "loss/right"]
-  assert series["loss/left"]["y"] == [1.5] * report.POINTS and series["loss/right"]["y"] == []
+  assert series["loss/left"]["y"] == [1.5] * report_run.POINTS and series["loss/right"]["y"] == []
   assert series["loss"]["x"][-1] == count - 1 and run["config"] == {"seed": 3}
 
 

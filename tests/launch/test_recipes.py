@@ -1,0 +1,186 @@
+"""The recipes of the clusters: what can be seen of them without one."""
+
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import yaml
+
+from launch import local, train
+from spatialv2a_jax import preemption
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = ["again.sh", "tpu_vm.sh", "slurm.sbatch"]
+FATAL = [1, 2, 3]
+
+
+def bash(*arguments, env=None, **options):
+  return subprocess.run(
+    ["bash", *map(str, arguments)],
+    env=os.environ | (env or {}),
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+    **options,
+  )
+
+
+def stand_in(folder, name, body):
+  """Puts a command of this name in front of the PATH."""
+  path = folder / name
+  path.write_text(f"#!/bin/bash\n{body}\n")
+  path.chmod(0o755)
+  return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_sound(name):
+  assert bash("-n", LAUNCH / name).returncode == 0
+  if shutil.which("shellcheck"):
+    checked = subprocess.run(["shellcheck", LAUNCH / name], capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+def counted(folder, codes):
+  """A command that leaves with one code after the other."""
+  file = folder / "attempts"
+  text = (
+    f'n=$(wc -c < {file} 2>/dev/null || echo 0); printf x >> {file}; c=({codes}); exit "${{c[n]}}"'
+  )
+  return ["bash", "-c", text], file
+
+
+@pytest.mark.parametrize(
+  "codes, restarts, code, attempts",
+  [("42 43 137 0", 9, 0, 4), ("1 0", 9, 1, 1), ("2 0", 9, 2, 1), ("42 42 42 0", 2, 42, 3)],
+)
+def test_again_starts_what_asks_for_it(tmp_path, codes, restarts, code, attempts):
+  command, file = counted(tmp_path, codes)
+  done = bash(LAUNCH / "again.sh", *command, env={"RESTARTS": str(restarts), "PAUSE": "0"})
+  assert done.returncode == code, done.stderr
+  assert len(file.read_text()) == attempts
+
+
+def test_again_hands_a_signal_on_and_lets_the_command_save(tmp_path):
+  ready, saved = tmp_path / "ready", tmp_path / "saved"
+  text = (
+    f"trap 'sleep 0.5; touch {saved}; exit 42' TERM; touch {ready}; while true; do sleep 0.1; done"
+  )
+  with subprocess.Popen(["bash", LAUNCH / "again.sh", "bash", "-c", text]) as process:
+    while not ready.exists():
+      time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 42
+  assert saved.exists()
+
+
+@pytest.fixture
+def slurm(tmp_path):
+  """Runs the batch script where `srun` is a shell and `scontrol` keeps notes."""
+
+  def run(codes, restarts_so_far=0):
+    command, _ = counted(tmp_path, codes)
+    env = stand_in(tmp_path, "srun", '[ "$1" = --label ] && shift; exec "$@"')
+    env |= stand_in(tmp_path, "scontrol", f'echo "$@" >> {tmp_path / "asked"}')
+    env |= stand_in(tmp_path, "sleep", "true")
+    env |= stand_in(tmp_path, "trainer", f'echo "$@"\n{shlex.join(command)}')
+    env |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "RESTARTS": "3"}
+    env |= {"PYTHON": "trainer", "SLURM_RESTART_COUNT": str(restarts_so_far)}
+    done = bash(LAUNCH / "slurm.sbatch", "--config", "a b", env=env)
+    asked = tmp_path / "asked"
+    return done, asked.read_text() if asked.exists() else ""
+
+  return run
+
+
+@pytest.mark.parametrize("code", [42, 43, 134])
+def test_slurm_puts_the_job_back_into_the_queue(slurm, code):
+  done, asked = slurm(str(code))
+  assert asked == "requeue 7\n"
+  assert "-u -m launch.train --config a b --distributed" in done.stdout
+
+
+@pytest.mark.parametrize("code", [0, *FATAL])
+def test_slurm_ends_the_job_otherwise(slurm, tmp_path, code):
+  done, asked = slurm(str(code))
+  assert done.returncode == code and asked == ""
+  assert not list(tmp_path.glob(".spatialv2a-*"))
+
+
+def test_slurm_gives_up_after_its_restarts(slurm):
+  done, asked = slurm("42", restarts_so_far=3)
+  assert done.returncode == 42 and asked == "" and "after 3 restarts" in done.stdout
+
+
+def test_the_tpu_script_copies_the_checkout_and_keeps_arguments_whole(tmp_path):
+  log = tmp_path / "log"
+  env = stand_in(tmp_path, "gcloud", f'for a in "$@"; do printf "%s\\0" "$a"; done >> {log}')
+  missing = bash(LAUNCH / "tpu_vm.sh", "name", env=env)
+  assert missing.returncode == 1 and "zone of the TPU" in missing.stderr
+  done = bash(LAUNCH / "tpu_vm.sh", "name", "--workdir", "/a b", env=env | {"ZONE": "z"})
+  assert done.returncode == 0, done.stderr
+  words = log.read_text().split("\0")
+  assert words.count("--worker=all") == words.count("--zone=z") == 2
+  remote = next(word for word in words if word.startswith("--command=")).partition("=")[2]
+  assert bash("-n", "-c", remote).returncode == 0
+  last = remote.strip().splitlines()[-1]
+  assert shlex.split(last)[:2] == ["bash", "launch/again.sh"]
+  assert shlex.split(last)[-3:] == ["--workdir", "/a b", "--distributed"]
+
+
+def test_the_jobset_stops_on_mistakes_and_goes_on_otherwise():
+  spec = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]
+  rules = {rule["action"]: rule["onJobFailureReasons"] for rule in spec["failurePolicy"]["rules"]}
+  assert rules["FailJobSet"] == ["PodFailurePolicy"]
+  assert rules["RestartJobSet"] == ["BackoffLimitExceeded"]
+  (job,) = spec["replicatedJobs"]
+  job = job["template"]["spec"]
+  (rule,) = job["podFailurePolicy"]["rules"]
+  assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == FATAL
+  assert not {preemption.EXIT_CODE, *local.AGAIN} & set(rule["onExitCodes"]["values"])
+  pod = job["template"]["spec"]
+  # Without these the rule above is refused, or a pod starts again alone.
+  assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+  assert job["parallelism"] == job["completions"]
+  (container,) = pod["containers"]
+  assert rule["onExitCodes"]["containerName"] == container["name"]
+  chips = container["resources"]["limits"]["google.com/tpu"]
+  topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+  assert chips * job["parallelism"] == math.prod(map(int, topology.split("x")))
+  assert container["command"] == ["python", "-u", "-m", "launch.train"]
+  _parses(container["args"])
+
+
+def test_sky_recovers_what_asks_for_it(tmp_path):
+  task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+  assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == list(local.AGAIN)
+  env = stand_in(tmp_path, "python", 'for a in "$@"; do printf "%s\\n" "$a"; done')
+  env |= {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2"}
+  env |= {"SKYPILOT_NODE_RANK": "1", **task["envs"]}
+  words = bash("-c", task["run"], env=env).stdout.splitlines()
+  assert words[:3] == ["-u", "-m", "launch.train"]
+  assert words[words.index("--coordinator") + 1] == "10.0.0.1:55527"
+  _parses(words[3:])
+
+
+def _parses(arguments):
+  """The trainer understands the command line of a recipe."""
+  parsed = train.parse(["launch.train", *arguments])
+  assert parsed[0]["kind"] == "flow"
+
+
+def test_exit_codes_are_those_the_trainer_documents():
+  codes = set(
+    map(int, re.findall(r"\b(\d+) [a-z]", (train.__doc__ or "").partition("Exit codes:")[2]))
+  )
+  assert codes == {0, *FATAL, *local.AGAIN}
+  assert local.AGAIN[0] == preemption.EXIT_CODE

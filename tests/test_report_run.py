@@ -1,0 +1,120 @@
+"""The page of a training run: what it reads, and what it does with runs that left less."""
+
+import json
+
+import numpy as np
+import pytest
+
+from spatialv2a_jax import cli, goodput, logbook, report_run
+from spatialv2a_jax.errors import UserError
+from tests.test_report import payload
+
+
+def write_run(folder, steps=200):
+  """A working directory as training leaves it, with a spike, evaluations and sound."""
+  spent = dict.fromkeys(goodput.PHASES, 0.0) | {"init": 5.0, "compile": 20.0}
+  with logbook.Logbook(folder) as book:
+    for step in range(10, steps + 1, 10):
+      spent["step"] += 9.0
+      spent["data"] += 1.0
+      total = sum(spent.values())
+      book.scalars(
+        step,
+        {
+          "loss": 2 + 100 / step,
+          "loss/left": 1 + 50 / step,
+          "loss/right": 1 + 50 / step,
+          "grad_norm": 1.0,
+          "lr": 1e-4 * min(1, step / 50),
+          "clips_per_s": 16.0,
+          "tokens_per_s": 8000.0,
+          "data_wait": 0.1,
+          "mfu": float("nan"),
+          "param_norm": 10 + step / 100,
+          "skipped": float(step > 100),
+          "bad_records": 0.0,
+          "goodput": spent["step"] / total,
+          "goodput/wall_s": total,
+          **{f"goodput/{name}_s": value for name, value in spent.items()},
+        },
+      )
+      if step % 100 == 0:
+        book.scalars(step, {"eval/loss": 2.5 - (step == 100), "eval/loss/left": 1.2})
+        tone = 0.1 * np.sin(np.arange(8000) * step / 100).astype("f4")
+        book.audio(step, "clip 0/generated", np.stack([tone, 0.5 * tone]), 16000)
+    book.audio(100, "clip 0/truth", np.zeros((2, 8000), "f4") + 0.1, 16000)
+  (folder / "config.json").write_text(json.dumps({"steps": 400, "kind": "flow"}))
+  for name in ("100", "200", "300.orbax-checkpoint-tmp"):
+    (folder / "checkpoints" / name).mkdir(parents=True)
+  (folder / "faults").mkdir()
+  about = {"step": 101, "reason": "loss nan: not finite", "clips": [1]}
+  (folder / "faults" / "step-00000101.json").write_text(json.dumps(about))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  return write_run(tmp_path_factory.mktemp("run"))
+
+
+def test_the_page_shows_what_the_run_left(run, tmp_path):
+  assert cli.main(["report", str(run), "--out", str(tmp_path / "run.html")]) == 0
+  got = payload(tmp_path / "run.html")["run"]
+  titles = [figure["title"] for figure in got["figures"]]
+  assert titles[:3] == [
+    "Loss, both ears and each ear",
+    "Held-out loss of the averaged weights",
+    "Gradient norm",
+  ]
+  assert "Share of the devices' peak FLOP/s" not in titles  # Unknown here: nothing to draw.
+  assert got["figures"][1]["series"]["eval/loss"] == {"x": [100, 200], "y": [1.5, 2.5]}
+  assert [figure["title"] for figure in got["more"]] == ["bad records", "param norm", "skipped"]
+  facts = got["summary"]
+  assert facts["Step"] == "200 of 400, not finished"
+  assert facts["Held-out loss"] == "2.5; best 1.5 at step 100"
+  assert facts["Goodput"] == "80.0 % of 3.8 min" and facts["Updates left out"] == "1"
+  assert facts["Checkpoints"] == "2, the newest of step 200"
+  assert got["checkpoints"] == [100, 200]
+  assert got["skipped"] == [{"step": 101, "reason": "loss nan: not finite"}]
+
+
+def test_the_time_of_all_phases_is_that_of_the_newest_ledger(run):
+  got = report_run.read(run)
+  assert got is not None
+  phases = {one["phase"]: one["seconds"] for one in got["goodput"]}
+  assert phases == {"init": 5.0, "compile": 20.0, "step": 180.0, "data": 20.0}
+
+
+def test_sound_is_that_of_the_newest_evaluation_and_its_truth(run):
+  got = report_run.read(run)
+  assert got is not None
+  sounds = {one["name"]: one for one in got["sounds"]}
+  assert {name: one["step"] for name, one in sounds.items()} == {
+    "clip 0, generated": 200,
+    "clip 0, truth": 100,
+  }
+  made = sounds["clip 0, generated"]
+  assert made["audio"].startswith("data:audio/wav;base64,UklGR")  # RIFF
+  assert made["spectrogram"].startswith("data:image/png;base64,")
+
+
+def test_an_event_file_cut_short_is_read_as_far_as_it_goes(run, tmp_path):
+  (events,) = run.glob("events.out.tfevents.*")
+  whole = list(report_run._events(events))
+  short = tmp_path / "short"
+  short.write_bytes(events.read_bytes()[:-100])
+  assert list(report_run._events(short)) == whole[:-1]
+
+
+def test_a_run_of_an_older_version_is_drawn_as_far_as_it_goes(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n')
+  got = report_run.read(tmp_path)
+  assert got is not None and [figure["title"] for figure in got["figures"]] == [
+    "Loss, both ears and each ear"
+  ]
+  assert got["summary"] == {"Step": "2", "Loss": "2"}
+  assert not any(got[name] for name in ("more", "goodput", "checkpoints", "skipped", "sounds"))
+  assert report_run.read(tmp_path / "absent") is None
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(UserError, match="cannot read .*config.json"):
+    report_run.read(tmp_path)
