@@ -44,6 +44,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     drop_spatial=0.1,
     ear_correlation=0.0,
     difference_weight=0.0,
+    mirror_weight=0.0,
   )
 
   # Global numbers; hosts and devices never appear in a config.

@@ -39,7 +39,7 @@ class _Rows:
   """Reads the rows of one host out of a global batch of record numbers. Pickled to workers."""
 
   source: tfrecord.TFRecordSource
-  kind: str
+  fields: Mapping[str, str]  # Name in the records -> name in the batch.
   layouts: Mapping[str, Mapping[str, tfrecord.Tensor]]  # Folder -> fields of its records.
   tables: Mapping[str, captions.Table]  # Folder -> text features of its captions.
   seed: int
@@ -84,8 +84,9 @@ class _Rows:
     fields = self.layouts[folder]
     mirrored = self.mirror and is_mirrored(self.seed, epoch, clip)
     example: dict[str, Any] = {"id_b": np.uint32(schema.clip_id(clip))}
-    for field, name in KINDS[self.kind].items():
-      stored = MIRRORED.get(field, field) if mirrored else field
+    for wanted, name in self.fields.items():
+      field = wanted.removesuffix("_mirror")
+      stored = MIRRORED.get(field, field) if mirrored != (field != wanted) else field
       source = stored if stored in fields else "caption"
       if source not in raw:
         raise UserError(f"{path}: record {place} has no field {source}, only {sorted(raw)}")
@@ -166,6 +167,7 @@ def loader(
     seed: of the order, a new one each epoch, and of mirroring; None keeps the order of the shards.
     kind: "features" for the fields of `schema.AXES`, "audio" for `audio_bep` in -1..1.
     shapes: what the run needs of each field, as from `schema.feature_shapes`; None: as stored.
+      Fields of `schema.MIRROR_AXES` are read if they are among them.
     start_step: first step to deliver.
     host: which rows of each batch: [host, host + 1) * batch_size / hosts.
     hosts: number of hosts.
@@ -197,13 +199,16 @@ def loader(
     for folder, fields in layouts.items()
     if captions.FIELD in KINDS[kind] and captions.FIELD not in fields and "caption" in fields
   }
-  _check_layouts(folders, layouts, tables, {f: (shapes or {}).get(f) for f in KINDS[kind]}, mirror)
+  shapes = shapes or {}
+  more = {field: name for field, name in schema.MIRROR_AXES.items() if field in shapes}
+  fields = {**KINDS[kind], **more}
+  _check_layouts(folders, layouts, tables, {field: shapes.get(field) for field in fields}, mirror)
   rows = batch_size // hosts
   total = None if epochs is None else epochs * len(source)
   max_bad = max(5, len(source) // 100) if max_bad is None else max_bad
   read = _Rows(
     source=source,
-    kind=kind,
+    fields=fields,
     layouts=layouts,
     tables=tables,
     seed=seed or 0,

@@ -96,6 +96,7 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
     sync_dim=sizes.sync_dim,
     text_len=sizes.text_len,
     text_dim=sizes.text_dim,
+    mirror=bool(objective.mirror_weight),
   )
   folder = _model_folder(config["vae"], "vae")
   source = _Source(config, mesh, rules, "features", shapes)

@@ -61,6 +61,9 @@ class LossConfig:
       comes from the condition alone.
     difference_weight: weight of the squared error of the left-minus-right velocity, which
       carries the interaural cues; 0 is the paper's objective.
+    mirror_weight: weight of the squared difference between the velocity and that of the mirrored
+      clip with its ears exchanged, which an ideal model makes equal. Costs a second pass, and
+      needs the mirrored condition in the batch; 0 is the paper's objective.
   """
 
   drop_video: float = 0.1
@@ -68,6 +71,7 @@ class LossConfig:
   drop_spatial: float = 0.1
   ear_correlation: float = 0.0
   difference_weight: float = 0.0
+  mirror_weight: float = 0.0
 
 
 def clip_keys(key: Key[Array, ""], id_b: UInt32[Array, " b"]) -> Key[Array, " b"]:
@@ -115,7 +119,8 @@ def loss(
   Args:
     params: parameters of `net`.
     stats: running statistics of `net`.
-    batch: `mean_betc`, `std_betc`, `id_b`, `weight_b` (0 marks padding) and the condition.
+    batch: `mean_betc`, `std_betc`, `id_b`, `weight_b` (0 marks padding) and the condition; with
+      `mirror_weight` also `clip_mirror_bvf`, `sync_mirror_bsf` and `spatial_mirror_bvk`.
     key: key of this step.
     net: the network.
     config: numbers of the objective.
@@ -150,8 +155,8 @@ def loss(
   data_betc = net.normalize(params, mean_betc + batch["std_betc"] * eps_betc)
   t_b111 = t_b[:, None, None, None]
   x_betc = (1 - t_b111) * noise_betc + t_b111 * data_betc
-  error_betc = net.velocity(params, x_betc, t_b, prepared) - (data_betc - noise_betc)
-  error_betc = error_betc.astype(jnp.float32)
+  velocity_betc = net.velocity(params, x_betc, t_b, prepared)
+  error_betc = (velocity_betc - (data_betc - noise_betc)).astype(jnp.float32)
 
   def clip_mean(x_b):
     return (weight_b * x_b).sum() / jnp.maximum(weight_b.sum(), 1)
@@ -165,6 +170,14 @@ def loss(
     difference_b = jnp.square(error_betc[:, 0] - error_betc[:, 1]).mean(axis=(1, 2))
     metrics["loss/difference"] = clip_mean(difference_b)
     total = total + config.difference_weight * metrics["loss/difference"]
+  if config.mirror_weight:
+    for name in ("clip_bvf", "sync_bsf", "spatial_bvk"):
+      cond[name] = batch[name.replace("_", "_mirror_")]
+    prepared, _ = net.condition(params, stats, cond, drop, latent_len=frames, train=train)
+    there_betc = net.velocity(params, x_betc[:, ::-1], t_b, prepared)[:, ::-1]
+    gap_betc = (velocity_betc - there_betc).astype(jnp.float32)
+    metrics["loss/mirror"] = clip_mean(jnp.square(gap_betc).mean(axis=(1, 2, 3)))
+    total = total + config.mirror_weight * metrics["loss/mirror"]
   return total, (metrics, new_stats)
 
 

@@ -108,11 +108,21 @@ def _exact(seconds: float) -> Fraction:
 
 
 def feature_shapes(
-  seconds: float, audio: AudioSpec, *, clip_dim: int, sync_dim: int, text_len: int, text_dim: int
+  seconds: float,
+  audio: AudioSpec,
+  *,
+  clip_dim: int,
+  sync_dim: int,
+  text_len: int,
+  text_dim: int,
+  mirror: bool = False,
 ) -> dict[str, tuple[int, ...]]:
-  """Returns the shape of each field of one training example, without the batch axis."""
+  """Returns the shape of each field of one training example, without the batch axis.
+
+  With `mirror`, the fields of `MIRROR_AXES` are among them.
+  """
   n = lengths(seconds, audio)
-  return {
+  shapes = {
     "mean": (2, n.latent, audio.latent_channels),
     "std": (2, n.latent, audio.latent_channels),
     "clip": (n.clip, clip_dim),
@@ -120,6 +130,8 @@ def feature_shapes(
     "text": (text_len, text_dim),
     "spatial": (n.clip, len(DESCRIPTORS)),
   }
+  more = MIRROR_AXES if mirror else ()
+  return shapes | {field: shapes[field.removesuffix("_mirror")] for field in more}
 
 
 AXES = {
@@ -130,16 +142,23 @@ AXES = {
   "text": "text_bwf",
   "spatial": "spatial_bvk",
 }
+# The same condition with left and right exchanged in the picture; only the mirror loss needs it.
+MIRROR_AXES = {
+  "clip_mirror": "clip_mirror_bvf",
+  "sync_mirror": "sync_mirror_bsf",
+  "spatial_mirror": "spatial_mirror_bvk",
+}
+_NAMES = AXES | MIRROR_AXES
 
 
 def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
   """Raises ValueError naming the field if a batch breaks the contract.
 
   Args:
-    batch: `id_b` (uint32), `weight_b` (float32, 0 marks padding) and the fields of `AXES`.
+    batch: `id_b` (uint32), `weight_b` (float32, 0 marks padding) and the fields of `shapes`.
     shapes: from `feature_shapes`.
   """
-  wanted = {"id_b": (), "weight_b": ()} | {AXES[field]: shapes[field] for field in shapes}
+  wanted = {"id_b": (), "weight_b": ()} | {_NAMES[field]: shapes[field] for field in shapes}
   for name, shape in wanted.items():
     if name not in batch:
       raise ValueError(f"field {name} is missing, the batch has {sorted(batch)}")
@@ -156,7 +175,8 @@ def synthetic_batch(
   """Returns a batch of noise that keeps the contract, for tests, estimates and smoke runs."""
   rng = np.random.default_rng(seed)
   batch: dict[str, np.ndarray] = {
-    AXES[field]: rng.standard_normal((rows, *shape), np.float32) for field, shape in shapes.items()
+    _NAMES[field]: rng.standard_normal((rows, *shape), np.float32)
+    for field, shape in shapes.items()
   }
   batch["std_betc"] = np.full_like(batch["std_betc"], 0.1)
   batch["id_b"] = rng.integers(0, 2**32, rows, dtype=np.uint32)

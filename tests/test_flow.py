@@ -58,14 +58,16 @@ def batch_of(rows, ears=2, seed=0):
   return batch
 
 
-@jax.jit
-def _loss(batch, config, key):
-  config = flow.LossConfig(*config)  # Its numbers are traced: one program for all.
+@functools.partial(jax.jit, static_argnums=3)
+def _loss(batch, config, key, mirror_weight):
+  # Its other numbers are traced: one program for all.
+  config = flow.LossConfig(*config, mirror_weight=mirror_weight)
   return flow.loss(0.3, {"calls": 0}, batch, key, net=NET, config=config)
 
 
 def loss(batch, config=None, key=KEY):
-  return _loss(batch, dataclasses.astuple(config or flow.LossConfig()), key)
+  *numbers, mirror_weight = dataclasses.astuple(config or flow.LossConfig())
+  return _loss(batch, tuple(numbers), key, mirror_weight)
 
 
 # --- keys and noise -------------------------------------------------------------------------------
@@ -159,6 +161,26 @@ def test_mono_has_one_ear_and_no_difference():
   square_be, _ = by_hand(batch, KEY, flow.LossConfig())
   assert set(metrics) == {"loss/mono"}
   np.testing.assert_allclose(total, square_be.mean(), rtol=1e-4)
+
+
+def test_the_mirror_loss_is_what_exchanging_the_ears_changes():
+  batch, drops = batch_of(6), dict(drop_video=0.0, drop_text=0.0, drop_spatial=0.0)
+  batch |= {"clip_mirror_bvf": batch["clip_bvf"], "sync_mirror_bsf": batch["sync_bsf"]}
+  plain, (before, _) = loss(batch, flow.LossConfig(**drops))
+  assert "loss/mirror" not in before
+  weighted = flow.LossConfig(**drops, mirror_weight=10.0)
+  batch["spatial_mirror_bvk"] = -batch["spatial_bvk"]  # To which the network answers rightly.
+  total, (metrics, _) = loss(batch, weighted)
+  np.testing.assert_allclose(metrics["loss/mirror"], 0, atol=1e-10)
+  np.testing.assert_allclose(total, plain, rtol=1e-6)
+  batch["spatial_mirror_bvk"] = batch["spatial_bvk"]  # As if the picture had no sides.
+  batch["weight_b"][-1] = 0
+  total, (metrics, stats) = loss(batch, weighted)
+  gap_b = 2 * 0.3 * batch["spatial_bvk"].mean(axis=(1, 2))
+  np.testing.assert_allclose(metrics["loss/mirror"], np.square(gap_b[:-1]).mean(), rtol=1e-5)
+  without, _ = loss(batch, flow.LossConfig(**drops))
+  np.testing.assert_allclose(total - without, 10 * metrics["loss/mirror"], rtol=1e-4)
+  assert stats["calls"] == 1  # Statistics are those of the clips as they are.
 
 
 def test_padding_does_not_count():

@@ -155,6 +155,25 @@ def test_one_clip_is_enough(tmp_path):
   assert numbers(batch) == [0, 0, 0]
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_the_other_side_of_each_clip_is_read_if_asked_for(built, mirror):
+  both = SHAPES | {field: SHAPES[field.removesuffix("_mirror")] for field in schema.MIRROR_AXES}
+  options: dict[str, Any] = {"batch_size": 11, "seed": 3, "epochs": 2, "mirror": mirror}
+  plain = list(pipeline.loader(built, **options))
+  batches = list(pipeline.loader(built, **options, shapes=both))
+  assert_equal([{n: x for n, x in b.items() if "_mirror" not in n} for b in batches], plain)
+  seen = set()
+  for batch in batches:
+    schema.check_batch(batch, both)
+    for row, n in enumerate(numbers(batch)):
+      flip = bool(batch["clip_bvf"][row, 0, 0] >= 100)
+      seen.add(flip)
+      assert np.all(batch["clip_mirror_bvf"][row] == n + 100 * (not flip))
+      assert np.all(batch["sync_mirror_bsf"][row] == n + 100 * (not flip))
+      np.testing.assert_array_equal(batch["spatial_mirror_bvk"][row], -batch["spatial_bvk"][row])
+  assert seen == ({False, True} if mirror else {False})
+
+
 def test_mirroring_mirrors_everything_of_half_of_the_clips(built):
   options: dict[str, Any] = {"batch_size": 11, "seed": 2, "epochs": 8}
   plain = list(pipeline.loader(built, **options))

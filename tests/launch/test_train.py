@@ -78,6 +78,16 @@ def test_the_44k_family_has_the_shapes_of_mmaudio(name, variant, ours):
   assert (sizes.latent_channels, sizes.ears, sizes.dtype, sizes.remat) == (40, 2, "bfloat16", True)
 
 
+def test_the_mirror_loss_is_a_switch():
+  options = {"loss.mirror_weight": 1.0, "data.batch_size": 2}
+  task = tasks.build(config_of("tiny", "smoke", **options), one_device(), sharding.Rules())
+  batch, params = next(task.batches(0)), jax.eval_shape(task.init, jax.random.key(0))
+  assert set(schema.MIRROR_AXES.values()) < set(batch)
+  params = sharding.unboxed(params)
+  _, (metrics, _) = jax.eval_shape(task.loss, params, task.stats, batch, jax.random.key(0))
+  assert "loss/mirror" in metrics
+
+
 def test_the_paper_config_has_its_numbers():
   config = config_of("small_16k", "paper")
   sizes = tasks.flow_config(config)
