@@ -132,10 +132,14 @@ def adamw(config: Config, params: Any) -> Optimizer:
     params: parameters or their shapes, boxed or plain.
 
   Raises:
-    UserError: if a table does not cover the parameters.
+    UserError: if a table does not cover the parameters, or trains what models call frozen.
   """
   known = names(params)
   frozen = lookup(config.freeze, known, "freeze")
+  if trained := [name for name in known if name.startswith("frozen/") and not frozen[name]]:
+    raise UserError(
+      f"table freeze would train the constant {trained[0]!r}; begin it with ('frozen/.*', True)"
+    )
   lr_scale = lookup(config.lr_scale, known, "lr_scale")
   decay = lookup(config.decay_scale, known, "decay_scale")
   rate = schedule(config)

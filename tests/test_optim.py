@@ -97,6 +97,13 @@ def test_frozen_parameters_get_no_gradient():
   np.testing.assert_array_equal(total["ear"]["kernel"], 1)
 
 
+def test_constants_of_a_model_cannot_be_trained_by_a_table_that_forgets_them():
+  params = {**PARAMS, "frozen": {"std": jnp.ones(2)}}
+  with pytest.raises(UserError, match="would train the constant 'frozen/std'"):
+    optim.adamw(optim.Config(freeze=(("ear/.*", True), (".*", False))), params)
+  optim.adamw(optim.Config(freeze=(("frozen/.*", True), ("ear/.*", True), (".*", False))), params)
+
+
 def test_tables_cover_every_parameter_and_have_no_dead_rows():
   names = optim.names(PARAMS)
   assert sorted(names) == ["ear/kernel", "joint/bias", "joint/kernel", "null/text"]
