@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from launch import tasks, train
-from spatialv2a_jax import checkpoint, optim, schema, sharding
+from spatialv2a_jax import checkpoint, cli, optim, schema, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import flow_net
 
@@ -185,3 +185,9 @@ def test_the_smoke_variant_trains_and_leaves_a_model_folder(tmp_path, capsys, na
   capsys.readouterr()
   assert train.main(argv) == 0
   assert "this run is finished" in capsys.readouterr().out
+  if name == "small_16k":  # It keeps snapshots of its averages.
+    assert cli.main(["average", str(tmp_path), "--width=0.07", f"--out={tmp_path / 'wide'}"]) == 0
+    wide = checkpoint.load_model(tmp_path / "wide")
+    assert wide.config["flow"] == model.config["flow"] and wide.config["average"]["step"] == 4
+    frozen, other = (folder.params["flow"]["frozen"]["latent_std"] for folder in (model, wide))
+    np.testing.assert_array_equal(frozen, other)
