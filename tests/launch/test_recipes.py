@@ -87,12 +87,11 @@ def test_again_hands_a_signal_on_and_lets_the_command_save(tmp_path):
 def slurm(tmp_path):
   """Runs the batch script where `srun` is a shell and `scontrol` keeps notes."""
 
-  def run(codes, restarts_so_far=0):
-    command, _ = counted(tmp_path, codes)
-    env = stand_in(tmp_path, "srun", '[ "$1" = --label ] && shift; exec "$@"')
+  def run(codes="", restarts_so_far=0, trainer=None, srun=True):
+    command = shlex.join(counted(tmp_path, codes)[0]) if trainer is None else trainer
+    env = stand_in(tmp_path, "srun", 'shift; exec "$@"') if srun else {}
     env |= stand_in(tmp_path, "scontrol", f'echo "$@" >> {tmp_path / "asked"}')
-    env |= stand_in(tmp_path, "sleep", "true")
-    env |= stand_in(tmp_path, "trainer", f'echo "$@"\n{shlex.join(command)}')
+    env |= stand_in(tmp_path, "trainer", f'echo "$@"\n{command}')
     env |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "RESTARTS": "3"}
     env |= {"PYTHON": "trainer", "SLURM_RESTART_COUNT": str(restarts_so_far)}
     done = bash(LAUNCH / "slurm.sbatch", "--config", "a b", env=env)
@@ -114,6 +113,25 @@ def test_slurm_ends_the_job_otherwise(slurm, tmp_path, code):
   done, asked = slurm(str(code))
   assert done.returncode == code and asked == ""
   assert not list(tmp_path.glob(".spatialv2a-*"))
+
+
+def test_slurm_waits_while_the_trainer_saves(slurm, tmp_path):
+  """SLURM signals every process of a step, the shell around the trainer too."""
+  ready, saved = tmp_path / "ready", tmp_path / "saved"
+  trainer = (
+    f"trap 'sleep 0.5; touch {saved}; exit 42' TERM; touch {ready}; while :; do sleep 0.1; done"
+  )
+  env = stand_in(
+    tmp_path,
+    "srun",
+    'shift; setsid "$@" & child=$!\n'
+    f"until [ -e {ready} ]; do /bin/sleep 0.1; done\n"
+    'kill -TERM -- "-$child"; wait "$child"',
+  )
+  assert env["PATH"].startswith(str(tmp_path))
+  done, asked = slurm(trainer=trainer, srun=False)
+  assert asked == "requeue 7\n" and saved.exists()
+  assert "left with 42: back into the queue" in done.stdout
 
 
 def test_slurm_gives_up_after_its_restarts(slurm):
