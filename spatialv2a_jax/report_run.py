@@ -73,9 +73,8 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
 def _figure(
   rows: Rows, title: str, unit: str, names: Sequence[str], zero: bool
 ) -> dict[str, Any] | None:
-  known = [name for name in names if any(_number(row.get(name)) for row in rows)]
-  if not known:
-    return None
+  if not any(sum(_number(row.get(name)) for row in rows) > 1 for name in names):
+    return None  # A point is no curve.
   series = {name: _series(rows, name) for name in names if any(name in row for row in rows)}
   return {"title": title, "unit": unit, "series": series, "zero": zero}
 
@@ -162,7 +161,7 @@ def _sounds(folder: pathlib.Path) -> list[dict[str, Any]]:
   heard = {tag: value for tag, value in newest.items() if value[1].startswith("data:audio")}
   last = max((step for step, _ in heard.values()), default=0)
   # What is written once, such as the truth to compare with, stays beside what is new.
-  first = {tag.split("/")[0] for tag, (step, _) in heard.items() if step == last}
+  clips = {tag.rpartition("/")[0] for tag, (step, _) in heard.items() if step == last}
   return [
     {
       "name": tag.replace("/", ", ").replace("_", " "),
@@ -171,7 +170,7 @@ def _sounds(folder: pathlib.Path) -> list[dict[str, Any]]:
       "spectrogram": newest.get(f"{tag}/spectrogram", (0, None))[1],
     }
     for tag, (step, audio) in sorted(heard.items())
-    if tag.split("/")[0] in first
+    if tag.rpartition("/")[0] in clips
   ]
 
 

@@ -42,7 +42,8 @@ def write_run(folder, steps=200):
         book.scalars(step, {"eval/loss": 2.5 - (step == 100), "eval/loss/left": 1.2})
         tone = 0.1 * np.sin(np.arange(8000) * step / 100).astype("f4")
         book.audio(step, "clip 0/generated", np.stack([tone, 0.5 * tone]), 16000)
-    book.audio(100, "clip 0/truth", np.zeros((2, 8000), "f4") + 0.1, 16000)
+    for name in ("clip 0/truth", "clip 1/truth"):  # Of clip 1 nothing new was made.
+      book.audio(100, name, np.zeros((2, 8000), "f4") + 0.1, 16000)
   (folder / "config.json").write_text(json.dumps({"steps": 400, "kind": "flow"}))
   for name in ("100", "200", "300.orbax-checkpoint-tmp"):
     (folder / "checkpoints" / name).mkdir(parents=True)
@@ -107,12 +108,13 @@ def test_an_event_file_cut_short_is_read_as_far_as_it_goes(run, tmp_path):
 
 
 def test_a_run_of_an_older_version_is_drawn_as_far_as_it_goes(tmp_path):
-  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n')
+  rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": None, "lr": 1.0}]
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   got = report_run.read(tmp_path)
   assert got is not None and [figure["title"] for figure in got["figures"]] == [
     "Loss, both ears and each ear"
   ]
-  assert got["summary"] == {"Step": "2", "Loss": "2"}
+  assert got["summary"] == {"Step": "3", "Loss": "2"}
   assert not any(got[name] for name in ("more", "goodput", "checkpoints", "skipped", "sounds"))
   assert report_run.read(tmp_path / "absent") is None
   (tmp_path / "config.json").write_text("{")
