@@ -57,6 +57,7 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
   # Updates that are not finite are left out; more than `cap` of them stop the run. Few clips a step
   # make noisy losses: `sigma` 0 lets spikes pass.
   c.guard = dict(sigma=0.0, window=128, warmup=64, cap=10)
+  c.deterministic = False  # True: two runs on GPUs are equal bit for bit, at some cost in speed.
   # Seconds after which what does not move ends with exit code 43; 0: never.
   c.limits = dict(data=1800.0, step=1800.0, compile=7200.0, eval=7200.0, save=3600.0)
 

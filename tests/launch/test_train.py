@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from launch import tasks, train
-from spatialv2a_jax import checkpoint, cli, optim, schema, sharding
+from spatialv2a_jax import checkpoint, cli, guard, optim, schema, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import flow_net
 
@@ -127,6 +127,15 @@ def test_values_of_the_command_line_replace_those_of_the_file():
   assert config["optim"]["lr"] == 3e-4 and config["steps"] == 7
   assert config["rules"]["width"] == ""
   assert config["optim"]["steps"] == 7  # The schedule ends with the run.
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_every_config_has_the_switches_of_a_run(name, variant):
+  switches = {"deterministic": "true", "guard.cap": 2, "limits.data": 5, "every.profile": "(3, 4)"}
+  config = config_of(name, variant, **switches)
+  assert config["deterministic"] is True and config["guard"]["cap"] == 2
+  assert config["limits"]["data"] == 5 and config["every"]["profile"] == (3, 4)
+  guard.Config(**config["guard"])
 
 
 @pytest.mark.parametrize(
