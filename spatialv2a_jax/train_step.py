@@ -159,6 +159,8 @@ def make_train_step(
   `good` (whether the update counts) and those of `guard.judge`.
   """
   average = optim.Ema() if ema is None else ema
+  if len(layout.beside) != len(average.beside):
+    raise ValueError("the state has other averages than ema: give `init_state` the same ema")
   guard = guards.Config() if guard is None else guard
 
   def objective(params, stats, batch, key):

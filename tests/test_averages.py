@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import averages, checkpoint, cli, optim, train
+from spatialv2a_jax import averages, checkpoint, cli, optim, sharding, train, train_step
 from spatialv2a_jax.errors import UserError
 from tests.test_train import fit
-from tests.test_train_step import toy_init
+from tests.test_train_step import RULES, SGD, toy_init, toy_loss
 
 WIDTHS = (0.05, 0.1)
 
@@ -154,3 +154,15 @@ def test_a_change_of_the_tracked_widths_is_told_before_anything_is_lost(tmp_path
   with pytest.raises(UserError, match="0 averages besides the first, not 1"):
     fit(tmp_path, steps=4, ema=optim.Ema(sigma_rel=0.1, beside=(0.2,)))
   assert json.loads((tmp_path / "config.json").read_text()) and not list(tmp_path.glob("damaged*"))
+
+
+def test_a_state_made_without_the_averages_is_refused():
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  _, _, layout = train_step.init_state(
+    toy_init, {"mean": np.zeros(8, "f4")}, SGD, jax.random.key(0), mesh, RULES
+  )
+  options = {"key": jax.random.key(0), "mesh": mesh, "rules": RULES, "layout": layout}
+  with pytest.raises(ValueError, match="give `init_state` the same ema"):
+    train_step.make_train_step(
+      toy_loss, SGD, ema=optim.Ema(sigma_rel=0.1, beside=(0.2,)), **options
+    )
