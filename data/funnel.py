@@ -1,5 +1,6 @@
 """What became of every clip, and what each stage cost: the reports of a build."""
 
+import collections
 import json
 import pathlib
 import shutil
@@ -35,13 +36,16 @@ def write(
   infos = [_json(path) for path in sorted((out / "raw").glob("*.tfrecord-*.json"))]
   made = {name for info in infos for name in info.get("ids", ())}
   bad = {name: why for info in infos for name, why in info.get("bad", {}).items()}
+  summaries = [_json(out / "slices" / name / "summary.json") for name in sorted(names)]
   funnel = count(known, made, bad)
+  for field in ("spatializer", "layout"):
+    counts = sum((collections.Counter(one.get(field)) for one in summaries), collections.Counter())
+    funnel[field] = dict(sorted(counts.items()))
   layout.write_json(out / "coverage.json", known.coverage())
   layout.write_json(out / "funnel.json", funnel)
   with io.atomic_path(out / "funnel.txt") as temporary:
     pathlib.Path(temporary).write_text(table(funnel) + "\n")
-  clocks = [_json(out / "slices" / name / "seconds.json") for name in sorted(names)]
-  layout.write_json(out / "throughput.json", throughput(clocks))
+  layout.write_json(out / "throughput.json", throughput(summaries))
   return funnel
 
 
@@ -87,20 +91,23 @@ def table(funnel: Mapping[str, Any]) -> str:
   if funnel["waiting"]:
     rows.append(("  waiting", -funnel["waiting"], "in slices that are not done"))
   rows.append(("kept", funnel["kept"], ""))
+  for name, number in funnel["spatializer"].items():
+    share = number / max(1, funnel["kept"])
+    rows.append((f"  {name}", number, f"{share:.0%} of them"))
   width = max(len(f"{number:,}") for _, number, _ in rows)
   return "\n".join(f"{name:<12} {number:>{width},}  {text}".rstrip() for name, number, text in rows)
 
 
-def throughput(clocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def throughput(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """Returns of each stage clips per second of one core, the slowest, and hours for VGGSound.
 
   Args:
-    clocks: "seconds" and "clips" by stage, of each slice.
+    summaries: "seconds" and "clips" by stage, of each slice.
   """
   table = {}
   for stage in stages.STAGES:
-    clips = sum(clock.get("clips", {}).get(stage, 0) for clock in clocks)
-    seconds = sum(clock.get("seconds", {}).get(stage, 0.0) for clock in clocks)
+    clips = sum(one.get("clips", {}).get(stage, 0) for one in summaries)
+    seconds = sum(one.get("seconds", {}).get(stage, 0.0) for one in summaries)
     rate = clips / seconds if seconds else None
     table[stage] = {"clips": clips, "core_seconds": seconds, "clips_per_core_second": rate}
   total = sum(row["core_seconds"] for row in table.values())

@@ -15,9 +15,11 @@ The folder of a build:
   slices/SPLIT-00000-of-00016/
     probe.json, filter.json, localise.json   {"key", "seconds", "found": {id: what the stage found,
       or "drop": [reason, detail]}}
-    seconds.json                             processor seconds and clips of each stage
+    summary.json   processor seconds and clips of each stage; how many clips each way of placing
+      sound and each layout of channels had
   coverage.json     the list of ids against the folder of videos: missing, unlisted, duplicates
-  funnel.json       how many clips each reason dropped; funnel.txt is the same as a table
+  funnel.json       how many clips each reason dropped, and of the kept ones how many each way of
+                    placing sound had; funnel.txt is the same as a table
   throughput.json   clips per second and core of each stage, and the slowest
 
 A record of `raw` (v frames at 8 fps; NaN is unknown):
@@ -36,6 +38,7 @@ A record of `raw` (v frames at 8 fps; NaN is unknown):
   schema_version int32
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -183,6 +186,7 @@ class Slice:
       lambda job: spatialise.locate(job.clip.path, seconds, settings.localizer),
     )
     place = self._placer()
+    counts = {field: collections.Counter() for field in ("spatializer", "layout")}
     for item in chosen:
       findings = [found.get(item.id, {}) for found in (probed, heard, seen)]
       drop = next((found["drop"] for found in findings if "drop" in found), None)
@@ -196,10 +200,13 @@ class Slice:
       except Exception as error:
         yield _drop_of(error, item.payload)
         continue
+      for field, count in counts.items():
+        count[str(record[field])] += 1
       with clock("shard"):  # What the caller does with it.
         yield record
-    io.remove_leftovers(folder / "seconds.json")
-    layout.write_json(folder / "seconds.json", {"clips": clock.clips, "seconds": clock.seconds})
+    io.remove_leftovers(folder / "summary.json")
+    summary = {"clips": clock.clips, "seconds": clock.seconds, **counts}
+    layout.write_json(folder / "summary.json", summary)
 
   def _placer(self) -> spatialise.Placer:
     settings = self.settings

@@ -84,7 +84,8 @@ def test_every_clip_has_one_fate(out):
   assert (funnel["listed"], funnel["missing"], funnel["files"], funnel["kept"]) == (11, 1, 11, 3)
   assert funnel["kept"] + sum(funnel["dropped"].values()) == funnel["files"]
   table = (out / "funnel.txt").read_text().splitlines()
-  assert table[0].split() == ["listed", "11"] and table[-1].split() == ["kept", "3"]
+  assert table[0].split() == ["listed", "11"] and table[-2].split() == ["kept", "3"]
+  assert table[-1].split()[:3] == ["sphere", "3", "100%"] and funnel["layout"] == {"dual_mono": 3}
   assert json.loads((out / "coverage.json").read_text())["missing"] == ["gone"]
 
 

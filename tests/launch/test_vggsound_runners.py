@@ -55,7 +55,7 @@ def start(*args: str) -> subprocess.Popen:
 
 def contents(out: pathlib.Path) -> dict[str, str | None]:
   """Every file below `out`, with the hash of those that hold no timings."""
-  timed = ("seconds.json", "throughput.json", "probe.json", "filter.json", "localise.json")
+  timed = ("summary.json", "throughput.json", "probe.json", "filter.json", "localise.json")
   return {
     str(path.relative_to(out)): None
     if path.name in timed
