@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import grain
@@ -25,6 +25,7 @@ from spatialv2a_jax.errors import UserError
 KINDS: Mapping[str, Mapping[str, str]] = {
   "features": schema.AXES,
   "audio": {"audio": "audio_bep"},
+  "pairs": {name: name for name in ("mono", "jpeg", "ends", "column")},  # Read by `data.pairs`.
 }
 MIRRORED = {  # Stored beside the field they replace.
   "clip": "clip_mirror",
@@ -35,7 +36,7 @@ EARS = ("mean", "std", "audio")  # Fields whose first axis is the ear.
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class Rows:
   """Reads the rows of one host out of a global batch of record numbers. Pickled to workers."""
 
   source: tfrecord.TFRecordSource
@@ -50,6 +51,7 @@ class _Rows:
   max_bad: int
 
   def __call__(self, step: int, records_b: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns this host's rows of the batch of a step."""
     start = step * len(records_b)
     examples, bad = [], []
     for row in range(self.first, self.last):
@@ -66,34 +68,24 @@ class _Rows:
     skipped = []
     while True:
       try:
-        return self._parse(record, self.source[record], epoch), skipped
+        return self.parse(record, self.source[record], epoch), skipped
       except tfrecord.CorruptRecordError:
         skipped.append(record)
         if len(skipped) > self.max_bad:
           raise
         record = (record + 1) % len(self.source)
 
-  def _parse(self, record: int, payload: bytes, epoch: int) -> dict[str, Any]:
-    path, place = self.source.locate(record)
-    try:
-      raw = tfrecord.decode_example(payload)
-      clip = bytes(raw["id"]).decode()
-    except (ValueError, KeyError) as error:
-      raise UserError(f"{path}: record {place} cannot be read ({error})") from error
-    folder = str(pathlib.Path(path).parent)
+  def parse(self, record: int, payload: bytes, epoch: int) -> dict[str, Any]:
+    """Returns the fields of one clip by their names in a batch."""
+    clip, raw = self.raw(record, payload)
+    folder = self.folder(record)
     fields = self.layouts[folder]
     mirrored = self.mirror and is_mirrored(self.seed, epoch, clip)
     example: dict[str, Any] = {"id_b": np.uint32(schema.clip_id(clip))}
     for wanted, name in self.fields.items():
       field = wanted.removesuffix("_mirror")
       stored = MIRRORED.get(field, field) if mirrored != (field != wanted) else field
-      source = stored if stored in fields else "caption"
-      if source not in raw:
-        raise UserError(f"{path}: record {place} has no field {source}, only {sorted(raw)}")
-      try:
-        value = tfrecord.value_of(raw[source], fields[source])
-      except ValueError as error:
-        raise UserError(f"{path}: record {place}, field {source}: {error}") from error
+      value = self.value(record, raw, fields, stored if stored in fields else "caption")
       if isinstance(value, str):
         value = self.tables[folder][value]
       value = tfrecord.as_float32(value)
@@ -101,6 +93,36 @@ class _Rows:
         value = value[::-1]
       example[name] = value
     return example
+
+  def raw(self, record: int, payload: bytes) -> tuple[str, dict[str, memoryview]]:
+    """Returns the id and the bytes of each field of a record; UserError if it is none."""
+    try:
+      raw = tfrecord.decode_example(payload)
+      return bytes(raw["id"]).decode(), raw
+    except (ValueError, KeyError) as error:
+      path, place = self.source.locate(record)
+      raise UserError(f"{path}: record {place} cannot be read ({error})") from error
+
+  def value(
+    self,
+    record: int,
+    raw: Mapping[str, memoryview],
+    fields: Mapping[str, tfrecord.Tensor],
+    field: str,
+  ) -> np.ndarray | str:
+    """Returns a field of a record; UserError if it is missing or has another size."""
+    try:
+      if field in raw:
+        return tfrecord.value_of(raw[field], fields[field])
+      problem = f" has no field {field}, only {sorted(raw)}"
+    except ValueError as error:
+      problem = f", field {field}: {error}"
+    path, place = self.source.locate(record)
+    raise UserError(f"{path}: record {place}{problem}")
+
+  def folder(self, record: int) -> str:
+    """Returns the folder of a record's shard, which names its layout."""
+    return str(pathlib.Path(self.source.locate(record)[0]).parent)
 
 
 class Loader(Iterator[dict[str, np.ndarray]]):
@@ -145,7 +167,7 @@ def loader(
   *,
   batch_size: int,
   seed: int | None,
-  kind: Literal["features", "audio"] = "features",
+  kind: Literal["features", "audio", "pairs"] = "features",
   shapes: Mapping[str, tuple[int, ...]] | None = None,
   start_step: int = 0,
   host: int = 0,
@@ -155,6 +177,7 @@ def loader(
   epochs: int | None = None,
   mirror: bool = False,
   max_bad: int | None = None,
+  reader: Callable[..., Rows] = Rows,
 ) -> Loader:
   """Returns an iterator over the batches of one host.
 
@@ -178,6 +201,7 @@ def loader(
     mirror: mirrors left and right of half of the clips, drawn from (seed, epoch, clip).
     max_bad: distinct damaged records to replace by their successors before giving up; None: the
       larger of 5 and 1 %.
+    reader: makes the rows of a batch; "pairs" need one of their own.
 
   Raises:
     UserError: shards that are missing, cut short, empty or of another layout; a bad argument; and,
@@ -206,7 +230,7 @@ def loader(
   rows = batch_size // hosts
   total = None if epochs is None else epochs * len(source)
   max_bad = max(5, len(source) // 100) if max_bad is None else max_bad
-  read = _Rows(
+  read = reader(
     source=source,
     fields=fields,
     layouts=layouts,

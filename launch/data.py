@@ -2,7 +2,8 @@
 
 `scenes` draws procedural clips (video, stereo sound, truth) from a seed; no download, no JAX.
 `encode` makes training shards out of such a folder, or of one's own videos. `vggsound` filters
-videos and places their sound at two ears.
+videos and places their sound at two ears. `sources` makes shards of mono sound and pictures, from
+which the mono-to-binaural network's training mixes binaural pairs.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from data import scenes
-from launch import audit, vggsound
+from launch import audit, sources, vggsound
 from spatialv2a_jax import logbook
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.spatial import hrtf
@@ -122,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   commands = parser.add_subparsers(dest="command", required=True)
   add_scenes(commands)
   add_encode(commands)
+  sources.add(commands)
   vggsound.add_arguments(commands)
   audit.add_arguments(commands)
   args = parser.parse_args(argv)

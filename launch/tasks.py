@@ -66,7 +66,7 @@ def build(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   Raises:
     UserError: for an unknown kind, a model that cannot be built, or missing data.
   """
-  kinds = {"flow": flow_task, "vae": vae_task}
+  kinds = {"flow": flow_task, "vae": vae_task, "mono2binaural": mono2binaural_task}
   if config["kind"] not in kinds:
     raise UserError(f"config.kind={config['kind']!r} is unknown, have: {', '.join(kinds)}")
   if config["audio"] not in schema.AUDIO:
@@ -190,6 +190,13 @@ def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   return Task(net.init, {}, loss, values, source, hooks, export)
 
 
+def mono2binaural_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
+  """The mono-to-binaural network, on pairs that are mixed on the fly."""
+  from launch import binaural  # It builds on this module.
+
+  return binaural.task(config, mesh, rules)
+
+
 def latent_statistics(batches: Iterator[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
   """Returns mean_c and std_c of the latents' posteriors, over clips, ears and frames."""
   count, total, square = 0, np.zeros(()), np.zeros(())
@@ -235,16 +242,11 @@ class _Source:
       return self._noise(options.get("start_step", 0), first, last, size)
     if not path:
       raise UserError("config.data.path is empty: give the folder of the shards to train on")
-    return pipeline.loader(
-      shards.paths(path),
-      batch_size=size,
-      seed=seed,
-      kind=self.kind,
-      shapes=self.shapes,
-      host=first // rows,
-      hosts=size // rows,
-      **options,
-    )
+    place = {"host": first // rows, "hosts": size // rows}
+    return self._load(path, batch_size=size, seed=seed, **place, **options)
+
+  def _load(self, path: str, **options: Any) -> Iterator[dict[str, np.ndarray]]:
+    return pipeline.loader(shards.paths(path), kind=self.kind, shapes=self.shapes, **options)
 
   def _noise(self, step, first, last, size):
     for seed in itertools.count(step):

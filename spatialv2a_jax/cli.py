@@ -155,6 +155,9 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("--out", required=True, metavar="DIR")
   p.add_argument("--track", metavar="FILE", help="CSV or JSON with time_s and azimuth_deg")
   p.add_argument("--hrtf", type=hrtf, default="sphere", help="sphere or sofa:FILE")
+  p.add_argument(
+    "--checkpoint", metavar="DIR", help="mono-to-binaural network, instead of a track and a head"
+  )
   p.add_argument("--format", choices=("wav", "flac"), default="wav")
   p.set_defaults(run=run_spatialize)
 
@@ -250,7 +253,14 @@ def run_spatialize(args: argparse.Namespace) -> int:
   """`spatialv2a spatialize`."""
   from spatialv2a_jax import spatialize
 
-  return spatialize.run(args.inputs, args.out, track=args.track, hrtf=args.hrtf, format=args.format)
+  return spatialize.run(
+    args.inputs,
+    args.out,
+    track=args.track,
+    hrtf=args.hrtf,
+    format=args.format,
+    checkpoint=args.checkpoint,
+  )
 
 
 def run_evaluate(args: argparse.Namespace) -> int:

@@ -19,6 +19,9 @@ SEGMENT_FRAMES, SEGMENT_STRIDE, SEGMENT_TOKENS = 16, 8, 8
 MIN_SECONDS = SEGMENT_FRAMES / SYNC_FPS
 DESCRIPTORS = ("S_h", "S_area", "S_var", "S_LR", "S_shape")
 HFOV_DEG = 120.0  # Azimuth = (0.5 - u) * HFOV_DEG for image column u in 0..1 (linear law).
+# Windows of the mono-to-binaural network: 0.63 s, normalised to an RMS of left + right; what is
+# fainter than the last number is amplified no further.
+PAIR_RATE, PAIR_SAMPLES, PAIR_LEVEL, PAIR_FAINTEST = 16_000, 10_080, 0.1, 1e-4
 
 
 @dataclasses.dataclass(frozen=True)

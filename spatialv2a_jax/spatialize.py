@@ -1,6 +1,7 @@
-"""Places the sound of a file: one mono source, rendered along a track.
+"""Places the sound of a file: one mono source, rendered along a track, or a network's guess.
 
-The track is the user's, or, for a video, where its picture moves.
+The track is the user's, or, for a video, where its picture moves. A mono-to-binaural network hears
+the sound and sees the picture, and may place several sources.
 
 Axes: e ear (0 left, 1 right), p audio sample, v frame at 8 fps.
 """
@@ -9,8 +10,9 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+import soxr
 
-from spatialv2a_jax import features, io, localizers, logbook, schema, worklist
+from spatialv2a_jax import binauralizer, features, io, localizers, logbook, schema, worklist
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.spatial import hrtf as hrtfs
 from spatialv2a_jax.spatial import render
@@ -26,22 +28,36 @@ def run(
   track: str | None,
   hrtf: str,
   format: str,
+  checkpoint: str | None = None,
 ) -> int:
   """Spatialises files and folders; returns the exit code (4 if some files failed).
 
+  Args:
+    inputs: files and folders.
+    out: folder.
+    track: file of a track; None follows the picture.
+    hrtf: head that hears along a track.
+    format: "wav" or "flac".
+    checkpoint: model folder of a mono-to-binaural network, which replaces track and head.
+
   Raises:
-    UserError: for a bad track or HRTF, an unwritable `out`, or a fault of the only file.
+    MissingAssetError: no such model folder.
+    UserError: for a bad track, HRTF or model, both of track and model, an unwritable `out`, or a
+      fault of the only file.
   """
   out = pathlib.Path(out)
   io.check_writable(out)
   paths = worklist.collect(inputs, out, io.AUDIO_EXTENSIONS | io.VIDEO_EXTENSIONS)
+  if track is not None and checkpoint is not None:
+    raise UserError("--track and --checkpoint exclude each other: the network places the sound")
+  net = None if checkpoint is None else binauralizer.Binauralizer(checkpoint)
   chosen = None if track is None else localizers.read_track(track)
   hrtfs.load(hrtf, schema.AUDIO["44k"].sample_rate)  # A bad one is no fault of the files.
   failed: dict[pathlib.Path, UserError] = {}
   with logbook.Progress(len(paths), "spatialising", "file") as progress:
     for path in paths:
       try:
-        audio_ep, rate = spatialize(path, chosen, hrtf)
+        audio_ep, rate = binauralize(path, net) if net else spatialize(path, chosen, hrtf)
         io.write_audio(out / f"{path.stem}.{format}", audio_ep, rate)
         if io.probe(path).has_video:
           io.remux(path, audio_ep, rate, out / f"{path.stem}.mp4")
@@ -63,13 +79,7 @@ def spatialize(
   Raises:
     UserError: no sound or a broken one, or neither a track nor a picture in which something moves.
   """
-  info = io.probe(path)
-  if not info.has_audio:
-    raise UserError(f"{path} has no sound to place; `generate` makes sound for a silent video")
-  rate = max(LOWEST_RATE, info.audio_rate or schema.AUDIO["44k"].sample_rate)
-  mono_p = io.read_audio(path, rate, mono=True)[0]
-  if not np.isfinite(mono_p).all():
-    raise UserError(f"{path} holds samples that are not finite; export it again")
+  info, mono_p, rate = _sound(path)
   if track is None:
     if not info.has_video:
       raise UserError(f"{path} has no picture to follow; give --track FILE")
@@ -77,6 +87,40 @@ def spatialize(
   head = hrtfs.load(hrtf, rate)
   azimuth = (track.time_s, track.azimuth_deg)
   return render.binaural(mono_p, rate, azimuth, head), rate
+
+
+def binauralize(path: pathlib.Path, net: binauralizer.Binauralizer) -> tuple[np.ndarray, int]:
+  """Returns the binaural sound [2, p] of a video by a network at its own rate, and the rate.
+
+  What the network adds to one ear it takes from the other, below 8 kHz; the mean of both ears is
+  the mono sound, with all its frequencies.
+
+  Raises:
+    UserError: no sound or a broken one, or no picture.
+  """
+  info, mono_p, rate = _sound(path)
+  if not info.has_video:
+    raise UserError(f"{path} has no picture for the network to see; give --track FILE instead")
+  difference = binauralizer.Difference(net, soxr.resample(mono_p, rate, binauralizer.RATE))
+  view = {"frames": io.View(schema.CLIP_FPS, size=(net.config.rows, net.config.columns))}
+  for window in io.iter_views(path, view, WINDOW_SECONDS):
+    start = round(window.start_s * schema.CLIP_FPS)
+    difference.see(window.frames["frames"], start, window.last)
+  side_p = soxr.resample(difference.result(), binauralizer.RATE, rate) / 2
+  side_p = np.pad(side_p, (0, max(0, len(mono_p) - len(side_p))))[: len(mono_p)]
+  return np.stack([mono_p + side_p, mono_p - side_p]).astype(np.float32), rate
+
+
+def _sound(path: pathlib.Path) -> tuple[io.MediaInfo, np.ndarray, int]:
+  """Returns what a file is, the mean of its channels, and the rate."""
+  info = io.probe(path)
+  if not info.has_audio:
+    raise UserError(f"{path} has no sound to place; `generate` makes sound for a silent video")
+  rate = max(LOWEST_RATE, info.audio_rate or schema.AUDIO["44k"].sample_rate)
+  mono_p = io.read_audio(path, rate, mono=True)[0]
+  if not np.isfinite(mono_p).all():
+    raise UserError(f"{path} holds samples that are not finite; export it again")
+  return info, mono_p, rate
 
 
 def visible_track(path: pathlib.Path) -> localizers.Track:

@@ -61,7 +61,7 @@ def test_a_moving_track_moves_and_formats_agree(tmp_path):
 def test_what_the_channels_say_of_direction_is_replaced(tmp_path):
   sound = noise(0.5)
   for name, gains in (("left", [2, 0]), ("both", [1, 1])):
-    io.write_audio(tmp_path / f"{name}.wav", sound * np.float32(gains)[:, None], RATE)
+    io.write_audio(tmp_path / f"{name}.wav", sound * np.array(gains, np.float32)[:, None], RATE)
   path = track(tmp_path, 0)
   run(tmp_path / "left.wav", tmp_path / "both.wav", out=tmp_path / "out", track=path)
   left, both = (io.read_audio(tmp_path / "out" / f"{name}.wav") for name in ("left", "both"))
@@ -160,6 +160,28 @@ def test_outputs_never_replace_inputs_nor_each_other(tmp_path):
   tiny.film(tmp_path / "x.mp4", side=0.1, sound=True)
   with pytest.raises(UserError, match="share outputs named x"):
     run(tmp_path / "x.wav", tmp_path / "x.mp4", out=tmp_path / "out", track=here)
+
+
+@pytest.mark.parametrize("rate, seconds", [(RATE, 1.6), (44_100, 0.4)])
+def test_a_network_places_the_sound_of_a_video(tmp_path, rate, seconds):
+  folder = tiny.save_mono2binaural(tmp_path / "model")
+  film = tiny.film(tmp_path / "x.mp4", seconds)
+  sound = noise(seconds, 1, rate)
+  io.remux(film, np.repeat(sound, 2, 0), rate, tmp_path / "with" / "x.mp4")
+  mono = io.read_audio(tmp_path / "with" / "x.mp4", mono=True)[0]
+  options = {"track": None, "hrtf": "sphere", "format": "wav"}
+  video = tmp_path / "with" / "x.mp4"
+  assert spatialize.run([video], tmp_path / "out", **options, checkpoint=str(folder)) == 0
+  ears = io.read_audio(tmp_path / "out" / "x.wav")
+  assert io.probe(tmp_path / "out" / "x.wav").audio_rate == rate
+  np.testing.assert_allclose(ears.mean(0), mono, atol=1e-6)  # Of which nothing is lost.
+  assert np.abs(ears[0] - ears[1]).max() > 1e-3
+  with pytest.raises(UserError, match="exclude each other"):
+    both = options | {"track": str(track(tmp_path, 0))}
+    spatialize.run([video], tmp_path / "both", **both, checkpoint=str(folder))
+  io.write_audio(tmp_path / "blind.wav", sound, rate)
+  with pytest.raises(UserError, match="no picture for the network"):
+    spatialize.run([tmp_path / "blind.wav"], tmp_path / "no", **options, checkpoint=str(folder))
 
 
 def test_the_picture_is_seen_by_the_default_localizer():

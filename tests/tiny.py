@@ -1,12 +1,13 @@
 """A model small enough to run in every test, and films to run it on."""
 
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 
-from spatialv2a_jax import checkpoint, codec, features, io, schema, sharding
-from spatialv2a_jax.models import flow_net
+from spatialv2a_jax import binauralizer, checkpoint, codec, features, io, schema, sharding
+from spatialv2a_jax.models import flow_net, mono2binaural
 
 SECONDS = 1.28  # Of the model's window.
 RATE = 16_000
@@ -16,7 +17,7 @@ STEPS = 2
 def save_model(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
   """Writes a model folder with random weights, of which none is zero, so that all have effects."""
   encoders = features.Config(clip_dim=16, sync_dim=16, text_dim=8, text_len=4)
-  sizes = dict(
+  sizes: dict[str, Any] = dict(
     width=32, heads=1, joint_depth=1, ear_depth=1, latent_channels=20, ffn=64,
     clip_dim=16, sync_dim=16, text_dim=8, text_len=4,
   )  # fmt: skip
@@ -48,6 +49,22 @@ def save_model(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     "vae": {"width": 4},
   }
   checkpoint.save_model(folder, {"flow": flow, "vae": vae}, {"flow": stats}, config)
+  return folder
+
+
+def save_mono2binaural(folder: pathlib.Path) -> pathlib.Path:
+  """Writes a model folder with a random mono-to-binaural network for pictures of 32 x 64."""
+  sizes = mono2binaural.Config(width=2, planes=2, rows=32, columns=64)
+  net = mono2binaural.build(sizes)
+  shapes = sharding.unboxed(jax.eval_shape(net.init, jax.random.key(0)))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: (rng.standard_normal(x.shape) / max(1, x.size / x.shape[-1]) ** 0.5).astype("f4"),
+    shapes,
+  )
+  stats = jax.tree.map(np.asarray, net.init_stats())
+  name = binauralizer.NETWORK
+  checkpoint.save_model(folder, {name: params}, {name: stats}, {name: {**vars(sizes)}})
   return folder
 
 

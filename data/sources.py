@@ -1,0 +1,173 @@
+"""Records from which binaural pairs are mixed: mono sound, pictures, and the place of what sounds.
+
+Of a clip are kept its mono sound at 16 kHz, its pictures at 8 frames per second as JPEG, and where
+in each picture the one thing is that moves; pictures in which several things move, or none, or
+while nothing sounds, are not used as the middle of a pair. A clip without a usable one is left out.
+
+Axes: e channel, p audio sample, n picture, r frame at 25 fps, y row, x column, c colour, i byte.
+"""
+
+import dataclasses
+import io as bytes_io
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data import shards
+from spatialv2a_jax import io, localizers, schema
+
+RATE = schema.PAIR_RATE
+FPS = schema.CLIP_FPS
+SEEN = 0.5  # Heat from which on a pixel belongs to the source, as in the descriptors.
+WIDEST = 0.4  # Share of the picture: what moves at two places farther apart is not one thing.
+SILENT = 10 ** (-50 / 20)  # RMS of the half second around a picture.
+ANTIPHASE = -0.9  # Correlation of channels below which their mean would cancel.
+QUALITIES = (90, 75, 60, 45, 30, 15)
+COMPRESSION = 10  # Raw bytes of a picture to one byte of its room in the record.
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What a record depends on.
+
+  Attributes:
+    seconds: length; longer clips are cut, shorter ones left out.
+    rows: of the pictures.
+    columns: of the pictures.
+    localizer: as for `localizers.heat`; "motion".
+  """
+
+  seconds: float
+  rows: int
+  columns: int
+  localizer: str = "motion"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """Item of a video -> "mono" int16 [p], "jpeg" uint8 [i] padded with zeros, "ends" int32 [n] of
+  each picture in it, "column" float32 [n], 0 left to 1 right, -1 for a picture of no use.
+  Pickled to worker processes.
+  """  # noqa: D205
+
+  settings: Settings
+
+  def __call__(self, item: shards.Item) -> Mapping[str, np.ndarray | str]:
+    """Makes the record; BadClipError says why a clip is of no use."""
+    s, video = self.settings, pathlib.Path(item.payload)
+    sound = video.with_suffix(".wav")
+    mono_p = mono(io.read_audio(sound if sound.exists() else video, RATE))
+    samples = round(s.seconds * RATE)
+    if len(mono_p) < samples:
+      raise shards.BadClipError(f"sound has {len(mono_p)} samples, fewer than {samples}")
+    views = {
+      "small": io.View(schema.SYNC_FPS, size=localizers.FRAME_SIZE),
+      "frames": io.View(FPS, size=(s.rows, s.columns)),
+    }
+    seen = io.read_views(video, views, duration=s.seconds)
+    count, wanted = len(seen["frames"]), schema.whole_frames(s.seconds, FPS)
+    if count < wanted:
+      raise shards.BadClipError(f"video has {count} frames at {FPS} fps, not {wanted}")
+    motion_ryx = localizers.residual_motion(seen["small"].astype(np.float32) / 255)
+    column_n = places(localizers.heat(s.localizer, motion_ryx, wanted))
+    column_n = np.where(levels(mono_p[:samples], wanted) > SILENT, column_n, -1.0)
+    if column_n.max() < 0:
+      raise shards.BadClipError("there is no picture in which one thing moves while it sounds")
+    jpeg_i, end_n = pack(seen["frames"][:wanted])
+    return {
+      "mono": np.clip(np.rint(mono_p[:samples] * 32768), -32768, 32767).astype(np.int16),
+      "jpeg": jpeg_i,
+      "ends": end_n,
+      "column": column_n.astype(np.float32),
+    }
+
+
+def items(folder: str | pathlib.Path) -> list[shards.Item]:
+  """Returns the videos of a folder; `<id>.wav` beside one is its sound, stamps change with both."""
+  found = []
+  for path in io.list_media(folder):
+    stats = [p.stat() for p in (path, path.with_suffix(".wav")) if p.exists()]
+    found.append(shards.Item(path.stem, path, str([(s.st_size, s.st_mtime_ns) for s in stats])))
+  return found
+
+
+def mono(audio_ep: np.ndarray) -> np.ndarray:
+  """Returns the mean of the channels, or the louder one where they would cancel."""
+  power_e = np.square(audio_ep, dtype=np.float64).mean(1)
+  if len(audio_ep) == 2 and power_e.min() > 0:
+    both = (audio_ep[0].astype(np.float64) * audio_ep[1]).mean() / np.sqrt(power_e.prod())
+    if both < ANTIPHASE:
+      return audio_ep[power_e.argmax()]
+  return audio_ep.mean(0)
+
+
+def places(heat_nyx: np.ndarray) -> np.ndarray:
+  """Returns the column of the middle of what is hot, -1 where nothing or too much is."""
+  seen_nx = np.any(heat_nyx >= SEEN, axis=1)
+  width = seen_nx.shape[1]
+  first_n, end_n = seen_nx.argmax(1), width - seen_nx[:, ::-1].argmax(1)
+  good_n = seen_nx.any(1) & (end_n - first_n <= WIDEST * width)
+  return np.where(good_n, (first_n + end_n) / (2 * width), -1.0)
+
+
+def levels(mono_p: np.ndarray, count: int) -> np.ndarray:
+  """Returns the RMS of the half second around each picture."""
+  total = np.concatenate([[0.0], np.cumsum(np.square(mono_p, dtype=np.float64))])
+  middle_n = (np.arange(count) + 0.5) / FPS * RATE
+  first_n, end_n = (
+    np.clip(middle_n + side * RATE / 4, 0, len(mono_p)).astype(int) for side in (-1, 1)
+  )
+  return np.sqrt((total[end_n] - total[first_n]) / np.maximum(end_n - first_n, 1))
+
+
+def pack(frames_nyxc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the pictures as JPEG, one after the other in uint8 [i], and where each ends.
+
+  All clips of one size get equally many bytes: the quality is the best at which they fit.
+
+  Raises:
+    BadClipError: they do not fit.
+  """
+  room = frames_nyxc.size // COMPRESSION + 2048 * len(frames_nyxc)
+  for quality in QUALITIES:
+    parts = []
+    for frame_yxc in frames_nyxc:
+      file = bytes_io.BytesIO()
+      Image.fromarray(frame_yxc).save(file, "JPEG", quality=quality)
+      parts.append(file.getvalue())
+    joined = b"".join(parts)
+    if len(joined) <= room:
+      jpeg_i = np.frombuffer(joined.ljust(room, b"\0"), np.uint8)
+      return jpeg_i, np.cumsum([len(part) for part in parts]).astype(np.int32)
+  raise shards.BadClipError("the pictures do not fit into their room")
+
+
+def unpack(jpeg_i: np.ndarray, end_n: np.ndarray, place: int) -> np.ndarray:
+  """Returns one picture, uint8 [y, x, 3]."""
+  start = int(end_n[place - 1]) if place else 0
+  with Image.open(bytes_io.BytesIO(jpeg_i[start : int(end_n[place])].tobytes())) as image:
+    return np.asarray(image.convert("RGB"))
+
+
+def build(
+  media: str | pathlib.Path, out: str | pathlib.Path, settings: Settings, **options: Any
+) -> dict[str, Any]:
+  """Makes the shards of a folder of videos; any share of them may be left out.
+
+  Args:
+    media: the folder.
+    out: folder of the shards.
+    settings: on which records depend.
+    **options: `shards`, `jobs`, `part`, `progress` of `shards.build`.
+
+  Returns:
+    The statistics of `shards.build`.
+
+  Raises:
+    UserError: no videos in the folder, no clip of any use, and as `shards.build`.
+  """
+  config = {"stage": "sources", **dataclasses.asdict(settings)}
+  return shards.build(items(media), Record(settings), out, config=config, max_bad=1.0, **options)

@@ -1,0 +1,70 @@
+"""The training task of the mono-to-binaural network.
+
+Axes: b pair, e ear (0 left, 1 right), p audio sample, y row, x column, c colour.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from data import pairs, shards
+from launch import sources, tasks
+from spatialv2a_jax import binauralizer, schema, sharding
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.models import mono2binaural
+
+AUDIO = "16k"
+
+
+def task(config: tasks.Config, mesh: Mesh, rules: sharding.Rules) -> tasks.Task:
+  """Returns what `train.fit` needs; the model folder has one network, `mono2binaural`."""
+  if config["audio"] != AUDIO:
+    raise UserError(f"config.audio={config['audio']!r}: this network works at {AUDIO}")
+  sizes = tasks._sizes(mono2binaural.Config, "model", config["model"])
+  objective = tasks._sizes(binauralizer.LossConfig, "loss", config["loss"])
+  net = mono2binaural.build(sizes, sharding.constrainer(mesh, rules))
+  loss = functools.partial(binauralizer.loss, net=net, heads=sizes.heads, config=objective)
+  source = Pairs(config, mesh, rules, "pairs", {"image": (sizes.rows, sizes.columns, 3)})
+  start = tasks._model_folder(config["init_from"], binauralizer.NETWORK)
+  stats = start.stats.get(binauralizer.NETWORK) or net.init_stats()
+
+  def values() -> Any:
+    return start.params.get(binauralizer.NETWORK, {})
+
+  def export(path, state):
+    about = {"audio": AUDIO, binauralizer.NETWORK: dataclasses.asdict(sizes)}
+    content = {binauralizer.NETWORK: tasks._gather(state.ema)}
+    tasks._write(path, content, {binauralizer.NETWORK: tasks._gather(state.stats)}, about)
+
+  held_out = functools.partial(loss, train=False)
+  hooks = (
+    tasks._Evaluation(held_out, config, mesh, rules, source) if config["data"]["eval"] else None
+  )
+  return tasks.Task(net.init, stats, loss, values, source, hooks, export)
+
+
+class Pairs(tasks._Source):
+  """Batches of pairs mixed on the fly."""
+
+  def _load(self, path: str, **options: Any) -> Iterator[dict[str, np.ndarray]]:
+    sources.check_size(path, *self.shapes["image"][:2])
+    options.pop("mirror", None)  # Sources are mirrored as they are cut.
+    return pairs.loader(shards.paths(path), self.config["data"]["spatializer"], **options)
+
+  def _noise(self, step, first, last, size):
+    for number in itertools.count(step):
+      rng = np.random.default_rng(number)
+      audio_bep = rng.standard_normal((size, 2, schema.PAIR_SAMPLES)) * schema.PAIR_LEVEL / 2**0.5
+      image_byxc = rng.integers(0, 256, (size, *self.shapes["image"]), dtype=np.uint8)
+      batch = {
+        "id_b": np.arange(size, dtype=np.uint32),
+        "audio_bep": audio_bep.astype(np.float32),
+        "image_byxc": image_byxc,
+        "weight_b": np.ones(size, np.float32),
+      }
+      yield {name: array[first:last] for name, array in batch.items()}

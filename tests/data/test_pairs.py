@@ -1,0 +1,167 @@
+"""Sources and pairs: what is kept of a clip, where pairs put it, and that they repeat."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data import pairs, shards, sources
+from launch import data as launch_data
+from spatialv2a_jax import io, schema
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.spatial import spatializer
+from tests import tiny
+
+SETTINGS = sources.Settings(seconds=1.6, rows=32, columns=64)
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+  """Bright squares at known places, one that stands still and one without sound."""
+  folder = tmp_path_factory.mktemp("media")
+  for i, side in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
+    tiny.film(folder / f"clip{i}.mp4", 1.6, seed=i, side=side, sound=True)
+  tiny.film(folder / "still.mp4", 1.6, still=True, sound=True)
+  io.write_audio(folder / "mute.wav", np.zeros((1, 25_600), "f4"), 16_000)
+  tiny.film(folder / "mute.mp4", 1.6, side=0.5)
+  tiny.film(folder / "brief.mp4", 1.0, side=0.5, sound=True)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def built(media, tmp_path_factory):
+  out = tmp_path_factory.mktemp("sources")
+  stats = sources.build(media, out, SETTINGS, shards=2)
+  return out, stats
+
+
+def test_clips_without_one_sounding_place_are_left_out_with_the_reason(built):
+  _, stats = built
+  assert (stats["clips_in"], stats["clips_out"]) == (8, 5)
+  assert set(stats["bad"]) == {"still", "mute", "brief"}
+  assert "one thing moves" in stats["bad"]["still"] and "one thing moves" in stats["bad"]["mute"]
+  assert "16000 samples, fewer than 25600" in stats["bad"]["brief"]
+
+
+def test_a_record_knows_where_its_source_is(media):
+  for i, side in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
+    record = sources.Record(SETTINGS)(shards.Item("x", media / f"clip{i}.mp4"))
+    column = np.asarray(record["column"])
+    want = side * 70 / 80 + 5 / 80  # The square of 10 pixels begins at 70 x side of 80 pixels.
+    assert (column >= 0).sum() > 8 and np.abs(column[column >= 0] - want).max() < 0.1
+    image = sources.unpack(np.asarray(record["jpeg"]), np.asarray(record["ends"]), 5)
+    bright = np.flatnonzero(image.max((0, 2)) > 200)
+    assert image.shape == (32, 64, 3) and abs(bright.mean() / 64 - want) < 0.05
+
+
+def test_a_place_is_one_place():
+  heat = np.zeros((4, 8, 20), np.float32)
+  heat[0, 2, 4:8] = 0.6  # Columns 4 to 7 of 20.
+  heat[1, 2, [1, 18]] = 1.0  # Two places.
+  heat[2] = 0.4  # Nothing reaches one half.
+  heat[3, :, 12:20] = 1.0
+  np.testing.assert_allclose(sources.places(heat), [0.3, -1, -1, 0.8])
+
+
+def test_the_louder_channel_stands_for_channels_that_cancel():
+  x = np.random.default_rng(0).standard_normal(1000).astype("f4")
+  np.testing.assert_allclose(sources.mono(np.stack([x, 0.5 * x])), 0.75 * x, rtol=1e-5)
+  np.testing.assert_array_equal(sources.mono(np.stack([0.5 * x, -x])), -x)
+  np.testing.assert_array_equal(sources.mono(x[None]), x)
+
+
+def test_columns_rise_apart_and_reach_both_edges():
+  rng = np.random.default_rng(0)
+  for count in (1, 2, 3):
+    drawn = np.stack([pairs.draw_columns(rng, count) for _ in range(400)])
+    assert drawn.min() >= pairs.EDGE and drawn.max() <= 1 - pairs.EDGE
+    assert drawn.min() < 0.1 and drawn.max() > 0.9
+    if count > 1:
+      assert np.diff(drawn, axis=1).min() >= pairs.APART - 1e-9
+
+
+def painted(column, colour, width=100):
+  image = np.zeros((4, width, 3), np.uint8)
+  image[:, int(column * width), :] = colour
+  mono = np.random.default_rng(int(colour)).standard_normal(schema.PAIR_SAMPLES + 2 * pairs.CONTEXT)
+  return pairs.Source(mono.astype("f4"), image, column)
+
+
+def test_every_source_is_seen_once_and_where_it_was_put():
+  found = [painted(0.8, 100), painted(0.1, 200), painted(0.5, 255)]
+  columns = np.array([0.2, 0.5, 0.85])
+  image = pairs.canvas(found, columns)
+  for colour, column in zip((100, 200, 255), columns, strict=True):
+    seen = np.flatnonzero(np.abs(image[0, :, 0] - colour) < 1)
+    assert len(seen) == 1 and abs(seen[0] - 100 * column) <= 1
+
+
+def level_db(ears):
+  return 10 * np.log10(np.divide(*np.square(ears, dtype=np.float64).sum(-1)))
+
+
+def test_sound_is_where_the_picture_is_and_normalised():
+  place = spatializer.load("sphere", schema.PAIR_RATE)
+  for column in (0.1, 0.3, 0.7, 0.9):
+    rng = np.random.default_rng(3)
+    ears = pairs.mix(rng, [painted(0.5, 9)], np.array([column]), place)
+    assert ears.shape == (2, schema.PAIR_SAMPLES) and ears.dtype == np.float32
+    assert np.sqrt(np.square(ears.sum(0)).mean()) == pytest.approx(schema.PAIR_LEVEL, rel=1e-4)
+    assert np.sign(level_db(ears)) == np.sign(0.5 - column)
+    assert (
+      np.square(ears[:, :160]).mean() > 0.3 * np.square(ears).mean()
+    )  # It rings from the start.
+
+
+def batches(out, count=2, **options):
+  options = {"batch_size": 4, "seed": 1, "threads": 1} | options
+  stream = pairs.loader(shards.paths(out), "sphere", **options)
+  return [next(stream) for _ in range(count)]
+
+
+def test_pairs_are_a_function_of_seed_epoch_and_clip(built):
+  out, _ = built
+  whole = batches(out, 4)
+  assert whole[0]["audio_bep"].shape == (4, 2, schema.PAIR_SAMPLES)
+  assert whole[0]["image_byxc"].shape == (4, 32, 64, 3)
+  assert whole[0]["image_byxc"].dtype == np.uint8
+  resumed = batches(out, 2, start_step=2)
+  halves = [batches(out, 2, host=h, hosts=2) for h in (0, 1)]
+  for name in ("id_b", "audio_bep", "image_byxc"):
+    for step in (0, 1):
+      np.testing.assert_array_equal(resumed[step][name], whole[2 + step][name])
+      joined = np.concatenate([half[step][name] for half in halves])
+      np.testing.assert_array_equal(joined, whole[step][name])
+  other = batches(out, 1, seed=2)[0]
+  assert not np.array_equal(other["audio_bep"], whole[0]["audio_bep"])
+  # The same clip is another pair in the next epoch.
+  rows = [(b["id_b"][i], b["audio_bep"][i]) for b in whole for i in range(4)]
+  twice = [(x, y) for i, (a, x) in enumerate(rows) for b, y in rows[i + 1 :] if a == b]
+  assert twice and not any(np.array_equal(x, y) for x, y in twice)
+
+
+def test_the_louder_ear_is_on_the_side_of_what_is_seen(built):
+  """A bright square on a dull background is the only thing in these pictures."""
+  out, _ = built
+  same = []
+  for batch in batches(out, 8, batch_size=8):
+    for ears, image in zip(batch["audio_bep"], batch["image_byxc"], strict=True):
+      bright = np.flatnonzero(image.astype(int).sum(2).max(0) > 0.93 * image.sum(2).max())
+      if np.ptp(bright) < 12 and abs(bright.mean() / 64 - 0.5) > 0.15:  # One source, aside.
+        same.append((level_db(ears) > 0) == (bright.mean() < 32))
+  assert len(same) > 8 and np.mean(same) > 0.9
+
+
+def test_the_command_makes_sources_and_counts_what_it_left_out(media, tmp_path, capsys):
+  argv = ["sources", f"--media={media}", f"--out={tmp_path}", "--seconds=1.6", "--jobs=1"]
+  assert launch_data.main([*argv, "--rows=32", "--columns=64", "--shards=1"]) == 0
+  told = capsys.readouterr().out
+  assert "5 of 8 clips" in told and "left out 2: there is no picture" in told
+  assert json.loads((tmp_path / "manifest.json").read_text())["config"]["rows"] == 32
+  assert launch_data.main([*argv, "--rows=30"]) == 2
+  assert "give multiples of 32" in capsys.readouterr().err
+
+
+def test_a_bad_spatializer_is_refused_before_reading(built):
+  with pytest.raises(UserError, match="unknown spatializer"):
+    pairs.loader(shards.paths(built[0]), "kemar", batch_size=2, seed=0)

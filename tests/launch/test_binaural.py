@@ -1,0 +1,78 @@
+"""Training of the mono-to-binaural network by its config, from pairs to a folder that is used."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from data import sources
+from launch import tasks, train
+from spatialv2a_jax import binauralizer, checkpoint, optim, sharding
+from spatialv2a_jax.errors import UserError
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def config_of(variant, **options):
+  flags = [f"--config.{key}={value}" for key, value in options.items()]
+  config = f"--config={ROOT}/configs/mono2binaural.py:{variant}"
+  return train.parse(["launch.train", config, *flags, "--workdir=runs/none"])[0]
+
+
+def build(config):
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  return tasks.build(config, mesh, sharding.Rules(**config["rules"]))
+
+
+@pytest.mark.parametrize("variant", ["tiny", "smoke", "paper"])
+def test_every_variant_builds_its_model_and_optimizer(variant):
+  config = config_of(variant, **{"data.path": "synthetic", "data.batch_size": 2})
+  task = build(config)
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  optim.adamw(optim.from_mapping(config["optim"]), shapes)
+  batch = next(task.batches(0))
+  sizes = config["model"]
+  assert batch["image_byxc"].shape == (2, sizes["rows"], sizes["columns"], 3)
+  assert np.sqrt(np.square(batch["audio_bep"].sum(1)).mean()) == pytest.approx(0.1, rel=0.05)
+
+
+def test_mistakes_are_one_line(tmp_path):
+  for options, message in (
+    ({"model.norm": "layer"}, "config.model: norm 'layer' is unknown"),
+    ({"loss.power": 3}, "config.loss: power 3"),
+    ({"audio": "44k"}, "works at 16k"),
+    ({"data.path": ""}, "config.data.path is empty"),
+    ({"data.path": str(tmp_path)}, "no finished shards"),
+  ):
+    with pytest.raises(UserError, match=message):
+      build(config_of("smoke", **options)).batches(0)
+
+
+@pytest.mark.slow
+def test_training_on_pairs_lowers_the_loss_and_leaves_a_folder_that_is_used(tmp_path):
+  media = tmp_path / "media"
+  for i in range(6):
+    tiny.film(media / f"{i}.mp4", 1.6, seed=i, side=0.15 * (i + 0.5), sound=True)
+  settings = sources.Settings(seconds=1.6, rows=32, columns=64)
+  sources.build(media, tmp_path / "sources", settings, shards=1)
+  run = tmp_path / "run"
+  argv = [
+    "launch.train", f"--config={ROOT}/configs/mono2binaural.py:smoke", f"--workdir={run}",
+    f"--config.data.path={tmp_path / 'sources'}", f"--config.data.eval={tmp_path / 'sources'}",
+    "--config.steps=40",
+  ]  # fmt: skip
+  assert train.main(argv) == 0
+  rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  losses = [row["loss"] for row in rows if "loss" in row]
+  assert len(losses) == 40 and np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4])
+  assert any("eval/explained_apnet" in row for row in rows)
+  model = checkpoint.load_model(run / "model")
+  assert set(model.params) == {binauralizer.NETWORK} == set(model.stats)
+  assert any(x.min() > 0 for x in jax.tree.leaves(model.stats))
+  net = binauralizer.Binauralizer(run)  # A run's folder stands for its model.
+  mix = np.random.default_rng(0).standard_normal((2, binauralizer.WINDOW)).astype("f4")
+  found = net.windows(mix, np.zeros((2, 32, 64, 3), np.uint8))
+  assert np.isfinite(found).all() and found.any()
