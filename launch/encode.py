@@ -145,28 +145,22 @@ class Features:
     return stages, frames
 
   def encode(self, clips: Sequence[Looked]) -> list[dict[str, np.ndarray]]:
-    """Encodes clips and, for `mirror`, their mirrored pictures."""
-    encoded = [self._encode(stages, frames) for stages, frames in clips]
-    if self.mirror:
-      for one, (stages, frames) in zip(encoded, clips, strict=True):
-        flipped = {name: x[:, :, ::-1] for name, x in frames.items()}
-        mirrored = self._encode(stages, flipped)
-        one["clip_mirror_vf"] = mirrored["clip_vf"]
-        one["sync_mirror_sf"] = mirrored["sync_sf"]
-        one["spatial_mirror_vk"] = mirrored["spatial_vk"]
-    return encoded
+    """Encodes clips together and, for `mirror`, their mirrored pictures with them."""
+    flipped = [
+      (stages, {name: x[:, :, ::-1] for name, x in frames.items()})
+      for stages, frames in (clips if self.mirror else ())
+    ]
+    encoded = open_encoders(self.config, self.parts).encode([*clips, *flipped], self.seconds)
+    plain, mirrored = encoded[: len(clips)], encoded[len(clips) :]
+    for one, other in zip(plain, mirrored, strict=False):
+      one["clip_mirror_vf"] = other["clip_vf"]
+      one["sync_mirror_sf"] = other["sync_sf"]
+      one["spatial_mirror_vk"] = other["spatial_vk"]
+    return plain
 
   def text(self, caption: str) -> np.ndarray:
     """Returns `text_wf`."""
     return open_encoders(self.config, self.parts).text(caption)
-
-  def _encode(
-    self, stages: Sequence[Stage], frames: Mapping[str, np.ndarray]
-  ) -> dict[str, np.ndarray]:
-    encoded: dict[str, np.ndarray] = {}
-    for one in stages:
-      encoded |= one.encode(frames, self.seconds, 0.0)
-    return encoded
 
 
 class Latents:

@@ -45,12 +45,14 @@ class Stage(NamedTuple):
     views: the frames that it needs, by name.
     identity: JSON values that determine its result beside frames and weights.
     encode: (frames by view, seconds, time of the first frame) -> features by name.
+    together: the same for the frames of several clips, where that saves something.
   """
 
   network: str
   views: Mapping[str, io.View]
   identity: Mapping[str, Any]
   encode: Callable[[Frames, float, float], Encoded]
+  together: Callable[[Sequence[Frames]], list[Encoded]] | None = None
 
 
 class Encoders:
@@ -63,6 +65,7 @@ class Encoders:
     *,
     cache: Cache | None = None,
     devices: Sequence[Any] | None = None,
+    group: int = GROUP,
     report: Callable[[str], None] = lambda line: None,
   ):
     """Builds the networks; their weights stay where they are until a stage runs.
@@ -72,6 +75,7 @@ class Encoders:
       weights: where their networks are.
       cache: where features are kept; None keeps none.
       devices: that share the work; by default all accelerators of this process, or one CPU.
+      group: frames, or segments of 16 frames, that are encoded at once.
       report: takes lines about long work.
 
     Raises:
@@ -101,7 +105,7 @@ class Encoders:
       weights.check("clipseg", localizer.build(self._acl).init)
     else:
       localizers.track_of(config.localizer)
-    self._devices = devices
+    self._devices, self._group = devices, group
     self._texts: dict[str, np.ndarray] = {}
     self._compiled: set[str] = set()
 
@@ -112,8 +116,12 @@ class Encoders:
       square = self._sync.size
       look = {"clip": io.View(schema.CLIP_FPS, clip.frame_size(self._clip))}
       sync = {"sync": io.View(schema.SYNC_FPS, short_side=square, crop=square)}
-      stages.append(Stage("clip", look, dataclasses.asdict(self._clip), self._look))
-      stages.append(Stage("synchformer", sync, dataclasses.asdict(self._sync), self._follow))
+      for network, views, sizes, together in (
+        ("clip", look, self._clip, self._look),
+        ("synchformer", sync, self._sync, self._follow),
+      ):
+        one = functools.partial(_alone, together)
+        stages.append(Stage(network, views, dataclasses.asdict(sizes), one, together))
     if self.config.encoder == "random" or self.config.localizer != "acl":
       stages.append(Stage("", features.views(), {}, self._plain))
     if self.config.localizer == "acl":
@@ -167,6 +175,27 @@ class Encoders:
       encoded |= found
     return encoded
 
+  def encode(
+    self, clips: Sequence[tuple[Sequence[Stage], Frames]], seconds: float
+  ) -> list[Encoded]:
+    """Runs stages on clips whose frames are there, the frames of all clips in full groups.
+
+    Args:
+      clips: of each the stages, in the same order, and the frames that they need.
+      seconds: length of each.
+    """
+    encoded: list[Encoded] = [{} for _ in clips]
+    for steps in zip(*(stages for stages, _ in clips), strict=True):
+      frames_b = [frames for _, frames in clips]
+      if steps[0].together is not None:
+        found = steps[0].together(frames_b)
+      else:
+        pairs = zip(steps, frames_b, strict=True)
+        found = [step.encode(frames, seconds, 0.0) for step, frames in pairs]
+      for one, features_of in zip(encoded, found, strict=True):
+        one |= features_of
+    return encoded
+
   def text(self, words: str) -> np.ndarray:
     """Returns the features of a text, float32 [w, f]."""
     if self.config.encoder == "random":
@@ -205,14 +234,14 @@ class Encoders:
     """Applies function(params, rows of x, *rest) to groups of rows."""
     self._announce(what)
     parts, told = [], time.monotonic()
-    for at in range(0, len(x), GROUP):
-      group = x[at : at + GROUP]
-      group = np.concatenate([group, np.repeat(group[-1:], GROUP - len(group), axis=0)])
+    for at in range(0, len(x), self._group):
+      group = x[at : at + self._group]
+      group = np.concatenate([group, np.repeat(group[-1:], self._group - len(group), axis=0)])
       result = function(params, jax.device_put(group, self._placement[1]), *rest)
       parts.append(jax.tree.map(np.asarray, result))
       if time.monotonic() - told > REPORT_SECONDS:
         told = time.monotonic()
-        self.report(f"{what}: {min(at + GROUP, len(x))}/{len(x)}")
+        self.report(f"{what}: {min(at + self._group, len(x))}/{len(x)}")
     return jax.tree.map(lambda *ys: np.concatenate(ys)[: len(x)], *parts)
 
   @functools.cached_property
@@ -221,7 +250,7 @@ class Encoders:
     devices = self._devices
     if devices is None:
       devices = jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
-    devices = devices[: math.gcd(GROUP, len(devices))]
+    devices = devices[: math.gcd(self._group, len(devices))]
     if len(devices) == 1:
       return devices[0], devices[0]
     mesh = Mesh(np.asarray(devices), ("group",), axis_types=(AxisType.Auto,))
@@ -242,19 +271,24 @@ class Encoders:
     encoded["heat_vyx"] = localizers.thumbnail(encoded["heat_vyx"])
     return encoded
 
-  def _look(self, frames: Frames, seconds: float, start: float) -> Encoded:
-    del seconds, start
+  def _look(self, frames_b: Sequence[Frames]) -> list[Encoded]:
     params = self.weights.take("clip", "image", self._placement[0])
-    return {
-      "clip_vf": self._run("CLIP's image tower", read_image(self._clip), params, frames["clip"])
-    }
+    x_bvyxc = [frames["clip"] for frames in frames_b]
+    y_bvf = self._run_all("CLIP's image tower", read_image(self._clip), params, x_bvyxc)
+    return [{"clip_vf": y_vf} for y_vf in y_bvf]
 
-  def _follow(self, frames: Frames, seconds: float, start: float) -> Encoded:
-    del seconds, start
-    x_gzyxc = frames["sync"][synchformer.segments(len(frames["sync"]))]
+  def _follow(self, frames_b: Sequence[Frames]) -> list[Encoded]:
     params = self.weights.take("synchformer", placement=self._placement[0])
-    tokens_gsf = self._run("Synchformer", read_motion(self._sync), params, x_gzyxc)
-    return {"sync_sf": tokens_gsf.reshape(-1, tokens_gsf.shape[-1])}
+    x_bgzyxc = [frames["sync"][synchformer.segments(len(frames["sync"]))] for frames in frames_b]
+    y_bgsf = self._run_all("Synchformer", read_motion(self._sync), params, x_bgzyxc)
+    return [{"sync_sf": y_gsf.reshape(-1, y_gsf.shape[-1])} for y_gsf in y_bgsf]
+
+  def _run_all(
+    self, what: str, function: Callable[..., Any], params: Any, x_b: Sequence[np.ndarray]
+  ) -> list[np.ndarray]:
+    """Does the same as `_run` for the rows of several clips."""
+    ends = np.cumsum([len(x) for x in x_b])[:-1]
+    return np.split(self._run(what, function, params, np.concatenate(x_b)), ends)
 
   def _place(self, ids_bw: np.ndarray, frames: Frames, seconds: float, start: float) -> Encoded:
     del seconds, start
@@ -325,6 +359,12 @@ def read_place(config: localizer.Config) -> tuple[Callable[..., Any], ...]:
 @functools.cache
 def _tokenizer(merges: pathlib.Path | None) -> tokenizer.Tokenizer:
   return tokenizer.Tokenizer(merges)
+
+
+def _alone(
+  together: Callable[[Sequence[Frames]], list[Encoded]], frames: Frames, *_: float
+) -> Encoded:
+  return together([frames])[0]
 
 
 def _none(frames: Frames, seconds: float, start: float) -> Encoded:
