@@ -99,6 +99,9 @@ def add_encode(commands) -> None:
   p.add_argument("--vae", type=pathlib.Path, metavar="DIR", help="model folder; adds latents")
   p.add_argument("--shards", type=int, default=8, metavar="N", help="with --media")
   p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes")
+  p.add_argument(
+    "--batch", type=int, default=8, metavar="N", help="clips that networks see at once"
+  )
   p.add_argument("--storage", choices=("float32", "float16", "bfloat16"), default="bfloat16")
   p.add_argument("--mirror", action="store_true", help="add the features of mirrored videos")
   p.add_argument("--max-bad", type=float, default=0.01, help="share of bad clips to give up at")
@@ -109,7 +112,7 @@ def run_encode(args: argparse.Namespace) -> int:
   """Makes the shards that are not there yet; errors as `encode.run`."""
   from launch import encode  # Imports JAX, which making scenes does without.
 
-  for flag, value in (("shards", args.shards), ("jobs", args.jobs)):
+  for flag, value in (("shards", args.shards), ("jobs", args.jobs), ("batch", args.batch)):
     if value < 1:
       raise UserError(f"--{flag} {value}: give 1 or more")
   if bool(args.raw) != bool(args.videos):

@@ -19,10 +19,11 @@ import numpy as np
 from data import encode as stage
 from data import media, shards
 from spatialv2a_jax import checkpoint, codec, features, io, schema
-from spatialv2a_jax.encoders import Encoders, Stage
+from spatialv2a_jax.encoders import GROUP, Encoders, Stage
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.weights import Weights
 
+ACCELERATED_GROUP = 64  # Frames at once: those of a clip of 8 s.
 Looked = tuple[Sequence[Stage], Mapping[str, np.ndarray]]
 
 
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
       **({"weights": weights} if weights else {}),
     },
     storage=args.storage,
+    batch=args.batch if weights else 1,  # Nothing is gained together without networks.
     **options,
   )
   print(f"{args.out / 'clips'}: {stats['clips_out']} of {stats['clips_in']} clips")
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
       args.out / "latents",
       net,
       config={"audio": audio.name, "vae": net.sha256},
+      batch=args.batch,
       max_bad=args.max_bad,
       progress=report,
     )
@@ -111,7 +114,8 @@ def open_encoders(config: features.Config, parts: pathlib.Path | None) -> Encode
       "`spatialv2a convert clip` and its like have filled"
     )
   models = [] if parts is None else [checkpoint.open_model(parts)]
-  return Encoders(config, Weights(models))
+  group = GROUP if jax.default_backend() == "cpu" else ACCELERATED_GROUP
+  return Encoders(config, Weights(models), group=group)
 
 
 @dataclasses.dataclass(frozen=True)

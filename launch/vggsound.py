@@ -161,7 +161,13 @@ def run(args: argparse.Namespace) -> int:
 def _encode(args: argparse.Namespace) -> int:
   from launch import encode  # Imports JAX, which all before does without.
 
-  given = {"raw": args.out / "raw", "videos": args.videos, "out": args.out, "storage": "bfloat16"}
+  given = {
+    "raw": args.out / "raw",
+    "videos": args.videos,
+    "out": args.out,
+    "storage": "bfloat16",
+    "batch": 8,
+  }
   return encode.run(argparse.Namespace(**{**vars(args), **given}, max_bad=args.max_failures))
 
 

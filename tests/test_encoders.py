@@ -118,6 +118,23 @@ def test_eight_devices_give_what_one_gives(folder, films, alone):
     np.testing.assert_allclose(got[name], alone[1][name], atol=1e-5)
 
 
+@pytest.mark.slow
+def test_clips_share_groups_and_devices(folder, films, alone, monkeypatch):
+  groups, image = [], encoders.read_image(tiny_mmaudio.CLIP)
+  counted = lambda params, x: groups.append(len(x)) or image(params, x)  # noqa: E731
+  monkeypatch.setattr(encoders, "read_image", lambda _: counted)
+  spread, clips = open_encoders(folder, devices=jax.devices(), group=16), []
+  for film in films[:3]:
+    stages = spread.stages("a dog")
+    views = {name: view for stage in stages for name, view in stage.views.items()}
+    frames = io.read_views(film, views, duration=SECONDS)
+    clips.append((stages, {n: x[: 24 if n == "sync" else 7] for n, x in frames.items()}))
+  for got, want in zip(spread.encode(clips, SECONDS), alone, strict=False):
+    for name in NAMES:
+      np.testing.assert_allclose(got[name], want[name], atol=1e-5)
+  assert groups == [16, 16]  # Of 21 frames.
+
+
 def test_bfloat16_halves_the_weights_and_stays_close(folder, films, alone):
   half = open_encoders(folder, dtype="bfloat16", localizer="motion")
   got = read(half, films[1])

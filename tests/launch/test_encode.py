@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from data import captions, layout, pipeline, shards
+from data import captions, layout, pipeline, shards, tfrecord
 from launch import data as launch_data
-from spatialv2a_jax import checkpoint, codec, features, io, schema
+from spatialv2a_jax import checkpoint, codec, features, io, model_folder, schema
 from spatialv2a_jax.models import spatial
 
 AUDIO = schema.AUDIO["16k"]
@@ -46,6 +46,15 @@ def only_batch(folder: pathlib.Path, **options) -> dict[str, np.ndarray]:
     shards.paths(folder), batch_size=3, seed=0, epochs=1, mirror=True, **options
   )
   return batch
+
+
+def records(folder: pathlib.Path) -> list[dict[str, np.ndarray | str]]:
+  fields, found = layout.read_features(folder), []
+  source = tfrecord.TFRecordSource(shards.paths(folder))
+  for place in range(len(source)):
+    raw = tfrecord.decode_example(source[place])
+    found.append({name: tfrecord.value_of(raw[name], fields[name]) for name in raw})
+  return found
 
 
 def test_clips_fit_the_config_they_were_made_for(media, tmp_path, capsys):
@@ -91,7 +100,7 @@ def test_mirrored_features_are_those_of_the_mirrored_picture(media, tmp_path):
 
 
 @pytest.mark.slow
-def test_trained_encoders_fill_the_shards(media, tmp_path, capsys):
+def test_trained_encoders_fill_the_shards(media, tmp_path, capsys, monkeypatch):
   """CLIP, Synchformer and CLIPSeg, tiny, as `generate` would encode the same clips."""
   pytest.importorskip("ftfy", reason="the tokenizer is in the extra `encoders`")
   from launch.encode import Features, open_encoders
@@ -104,8 +113,21 @@ def test_trained_encoders_fill_the_shards(media, tmp_path, capsys):
     f" seconds={SECONDS}, features=dict(encoder='mmaudio', clip_dim=16, sync_dim=24, text_dim=16,"
     " text_len=77, localizer='acl')))\n"
   )
-  assert encode(media, tmp_path, "--config", config, "--parts", parts, "--mirror") == 0
+  loaded = []
+  verify = model_folder.Model.verify
+  monkeypatch.setattr(
+    model_folder.Model, "verify", lambda self, name: loaded.append(name) or verify(self, name)
+  )
+  options = ["--config", config, "--parts", parts, "--mirror"]
+  assert encode(media, tmp_path, *options, "--batch", 3) == 0
+  assert sorted(loaded) == ["clip", "clipseg", "synchformer"]  # Once each, however many clips.
   assert "3 of 4 clips" in capsys.readouterr().out
+  assert encode(media, tmp_path / "one", *options, "--batch", 1) == 0
+  for one, other in zip(records(tmp_path / "clips"), records(tmp_path / "one/clips"), strict=True):
+    assert one["id"] == other["id"] and one.keys() == other.keys()
+    for name in ("clip", "sync", "spatial", "clip_mirror", "sync_mirror", "spatial_mirror"):
+      a, b = (np.asarray(x[name], np.float32) for x in (one, other))
+      np.testing.assert_allclose(a, b, atol=1e-5, rtol=2**-7)  # One step of bfloat16.
   fields = layout.read_features(tmp_path / "clips")
   fields["text"] = captions.Table(tmp_path / "clips").tensor
   wanted = schema.feature_shapes(SECONDS, AUDIO, clip_dim=16, sync_dim=24, text_len=77, text_dim=16)
