@@ -1,5 +1,6 @@
 import json
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ def encode(media: pathlib.Path, out: pathlib.Path, *options: object) -> int:
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-  sizes = {"clip_dim": 64, "sync_dim": 64, "text_dim": 32, "text_len": 8}
+  sizes: Any = {"clip_dim": 64, "sync_dim": 64, "text_dim": 32, "text_len": 8}
   return schema.feature_shapes(SECONDS, AUDIO, **sizes)
 
 
