@@ -6,7 +6,7 @@
 #     --config.data.path=/mnt/disk/shards
 #
 # /mnt/disk stands for a disk that all hosts have mounted (Filestore, or a bucket through gcsfuse).
-# Copies this checkout to the hosts of the TPU called NAME, installs it there, and runs
+# Copies the last commit to the hosts of the TPU called NAME, installs it there, and runs
 # `python -m launch.train ARGUMENTS --distributed` on each; a run that asks for it is started again
 # by launch/again.sh. Call it once more after the slice was taken away and made anew: the run goes on.
 #
