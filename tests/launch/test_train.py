@@ -41,7 +41,8 @@ def one_device():
 @pytest.mark.parametrize("name, variant", VARIANTS)
 def test_every_config_builds_its_model_and_optimizer(name, variant):
   config = config_of(name, variant, **{"data.path": "synthetic", "data.batch_size": 2})
-  task = tasks.build(config, one_device(), sharding.Rules(**config["rules"]))
+  rules = sharding.Rules(**{name: axes or None for name, axes in config["rules"].items()})
+  task = tasks.build(config, one_device(), rules)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   optimizer = optim.adamw(optim.from_mapping(config["optim"]), shapes)
   names = optim.names(shapes)
