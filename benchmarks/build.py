@@ -4,7 +4,8 @@ Run: python -m benchmarks.build [--videos DIR --seconds 10] [--clips 400] [--pro
 Without `--videos` it makes procedural scenes of 2 s first. The build is a real one, in a folder
 that is thrown away; its stages are timed in processor seconds, so other work on the machine hardly
 counts. The processes are compared by the clock: all start at once, each with the same clips,
-decoding first (frames and sound) and then rendering a moving source.
+decoding first (frames and sound) and then rendering a moving source; one process and several in
+turn, round after round, so that a drift of the machine meets all alike.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import multiprocessing.synchronize
 import os
 import pathlib
 import platform
+import statistics
 import tempfile
 import time
 
@@ -26,7 +28,7 @@ from spatialv2a_jax import io, localizers, schema
 
 RATE = 16_000
 PARTS = ("decoding", "rendering")
-LEAST = 50  # Clips that a process gets; fewer are gone through again.
+RENDERED = 100  # Sounds that a process places; with the clips decoded, a round takes seconds.
 CORES = 32  # For which hours are estimated.
 
 
@@ -56,7 +58,7 @@ def work(paths: list[str], seconds: float, start: multiprocessing.synchronize.Ba
     decode(paths, seconds)
     start.wait()
     start.wait()
-    render(len(paths), seconds)
+    render(RENDERED, seconds)
     start.wait()
 
 
@@ -75,7 +77,8 @@ def clock(paths: list[str], seconds: float, processes: int) -> dict[str, float]:
     barrier.wait()
     began = time.perf_counter()
     barrier.wait()
-    rates[part] = processes * len(paths) / (time.perf_counter() - began)
+    done = processes * (len(paths) if part == "decoding" else RENDERED)
+    rates[part] = done / (time.perf_counter() - began)
   for worker in workers:
     worker.join()
   return rates
@@ -110,6 +113,7 @@ def main() -> None:
   parser.add_argument("--videos", type=pathlib.Path, help="folder of clips")
   parser.add_argument("--seconds", type=float, default=2.0, help="length of a clip")
   parser.add_argument("--clips", type=int, default=400, help="scenes to make; to compare with")
+  parser.add_argument("--rounds", type=int, default=5, help="of comparing processes")
   parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
   args = parser.parse_args()
   jobs = max(args.processes)
@@ -124,13 +128,19 @@ def main() -> None:
     known = catalogue.read(videos, None).clips[: args.clips]
     dropped = json.loads((folder / "build" / "funnel.json").read_text())["clips"]
     paths = [clip.path for clip in known if clip.id not in dropped]
-    paths *= -(-LEAST // len(paths))
-    rates = {count: clock(paths, args.seconds, count) for count in args.processes}
+    rounds = [
+      {count: clock(paths, args.seconds, count) for count in args.processes}
+      for _ in range(args.rounds)
+    ]
   head, rule = "".join(f" {part} |" for part in PARTS), "--:|" * len(PARTS)
-  print(f"\n| processes |{head} (clips per second)\n|---|{rule}")
-  first = rates[args.processes[0]]
-  for count, row in rates.items():
-    cells = "".join(f" {row[part]:.3g} ({row[part] / first[part]:.2f}x) |" for part in PARTS)
+  print(f"\nclips per second, median of {args.rounds} rounds (ratio to the first: median, best)\n")
+  print(f"| processes |{head}\n|---|{rule}")
+  for count in args.processes:
+    cells = ""
+    for part in PARTS:
+      ratios = [one[count][part] / one[args.processes[0]][part] for one in rounds]
+      rate = statistics.median(one[count][part] for one in rounds)
+      cells += f" {rate:.3g} ({statistics.median(ratios):.2f}x, {max(ratios):.2f}x) |"
     print(f"| {count} |{cells}")
 
 

@@ -112,20 +112,45 @@ def test_ten_kills_leave_the_same_bytes_and_nothing_else(videos, alone, tmp_path
         os.killpg(process.pid, signal.SIGKILL)
       else:
         process.kill()
-      process.communicate()
+      process.wait()  # Not for its pipes: orphans would hold them.
       deadline = time.monotonic() + 20
-      while _alive(process.pid) and time.monotonic() < deadline:
+      while _members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)  # Workers notice that their parent is gone.
-      assert not _alive(process.pid)
+      assert not _members(process.pid)
   process = start(*arguments(videos, out, "--jobs", "2"))
   _, errors = process.communicate(timeout=120)
   assert process.returncode == 0, errors
   assert contents(out) == contents(alone)
 
 
-def _alive(group: int) -> bool:
-  try:
-    os.killpg(group, 0)
-  except ProcessLookupError:
-    return False
-  return True
+@pytest.mark.slow
+def test_idle_workers_end_with_a_killed_parent(videos, tmp_path):
+  """Two slices for two workers: who is done first has nobody left to wait for."""
+  out = tmp_path / "out"
+  process = start(*arguments(videos, out, "--jobs", "2", "--clips-per-shard", "7"))
+  deadline = time.monotonic() + 60
+  while not list(out.glob("raw/*.tfrecord-?????-of-00002.json")) and time.monotonic() < deadline:
+    time.sleep(0.005)
+  assert len(_members(process.pid)) >= 3
+  process.kill()
+  process.wait()
+  deadline = time.monotonic() + 20
+  while _members(process.pid) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  left = _members(process.pid)
+  for pid in left:
+    os.kill(pid, signal.SIGKILL)
+  assert not left
+
+
+def _members(group: int) -> list[int]:
+  """Processes of a group, as Linux lists them."""
+  found = []
+  for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+    try:
+      state, _, member = path.read_text().rpartition(")")[2].split()[:3]
+    except (OSError, ValueError):
+      continue
+    if int(member) == group and state != "Z":
+      found.append(int(path.parent.name))
+  return found
