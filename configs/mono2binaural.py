@@ -3,7 +3,9 @@ r"""Mono-to-binaural network on pairs mixed on the fly out of mono clips, as Pse
 Sources:  python -m launch.data sources --media VIDEOS --out SOURCES --rows 96 --columns 160
 Run:      python -m launch.train --config configs/mono2binaural.py --workdir runs/mono2binaural \
             --config.data.path=SOURCES
-Full:     the variant `paper`, on pictures of 224 x 448 (`--rows 224 --columns 448`).
+Full:     the variant `paper`, on pictures of 224 x 448 (`--rows 224 --columns 448`), begins with
+          ImageNet's ResNet-18: spatialv2a convert resnet18 resnet18-f37072fd.pth --out RESNET,
+          then --config.init_from=RESNET
 Smoke:    python -m launch.train --config configs/mono2binaural.py:smoke --workdir runs/smoke
 Apply:    spatialv2a spatialize VIDEO --checkpoint runs/mono2binaural/model --out DIR
 Cost:     the variant `tiny` trains in minutes on 2 CPU cores from 640 procedural scenes.
@@ -45,7 +47,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
     mirror=False,
     workers=0,
   )
-  c.init_from = ""  # Model folder to start from, such as converted PseudoBinaural weights.
+  c.init_from = ""  # Model folder to start from: PseudoBinaural's weights, or a ResNet-18.
 
   scale: tuple = ((".*", 1.0),)
   c.optim = dict(

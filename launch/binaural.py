@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 
 from data import pairs, shards
 from launch import sources, tasks
-from spatialv2a_jax import binauralizer, schema, sharding
+from spatialv2a_jax import binauralizer, checkpoint, schema, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import mono2binaural
 
 AUDIO = "16k"
+RESNET = "resnet18"  # A network of ImageNet weights to begin with.
 
 
 def task(config: tasks.Config, mesh: Mesh, rules: sharding.Rules) -> tasks.Task:
@@ -30,11 +31,7 @@ def task(config: tasks.Config, mesh: Mesh, rules: sharding.Rules) -> tasks.Task:
   net = mono2binaural.build(sizes, sharding.constrainer(mesh, rules))
   loss = functools.partial(binauralizer.loss, net=net, heads=sizes.heads, config=objective)
   source = Pairs(config, mesh, rules, "pairs", {"image": (sizes.rows, sizes.columns, 3)})
-  start = tasks._model_folder(config["init_from"], binauralizer.NETWORK)
-  stats = start.stats.get(binauralizer.NETWORK) or net.init_stats()
-
-  def values() -> Any:
-    return start.params.get(binauralizer.NETWORK, {})
+  start, stats = _start(config["init_from"])
 
   def export(path, state):
     about = {"audio": AUDIO, binauralizer.NETWORK: dataclasses.asdict(sizes)}
@@ -45,7 +42,22 @@ def task(config: tasks.Config, mesh: Mesh, rules: sharding.Rules) -> tasks.Task:
   hooks = (
     tasks._Evaluation(held_out, config, mesh, rules, source) if config["data"]["eval"] else None
   )
-  return tasks.Task(net.init, stats, loss, values, source, hooks, export)
+  stats = net.init_stats() | stats
+  return tasks.Task(net.init, stats, loss, lambda: start, source, hooks, export)
+
+
+def _start(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns parameters and running statistics to begin with: all, the picture's part, or none."""
+  if not path:
+    return {}, {}
+  model, name = checkpoint.load_model(path), binauralizer.NETWORK
+  if name in model.params:
+    return model.params[name], model.stats[name]
+  if RESNET in model.params:
+    return {"visual": model.params[RESNET]}, {"visual": model.stats[RESNET]}
+  raise UserError(
+    f"config.init_from: {path} has neither {name!r} nor {RESNET!r}, only {sorted(model.params)}"
+  )
 
 
 class Pairs(tasks._Source):

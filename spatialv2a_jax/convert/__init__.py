@@ -42,6 +42,7 @@ SOURCES: dict[str, engine.Source] = {
   "bigvgan_v2": bigvgan.V2,
   "vae": vae.SOURCE,
   "mono2binaural": mono2binaural.SOURCE,
+  "resnet18": mono2binaural.RESNET,
 }
 TOLERANCE = 1e-4
 Path = str | pathlib.Path

@@ -2,10 +2,12 @@
 
 Upstream saves each network by itself: `visual_SUFFIX.pth`, `audio_SUFFIX.pth` and, with APNet or
 AssoConv, `fusion_SUFFIX.pth`. Together their keys begin with `visual.`, `audio.`, `apnet.` and
-`assoconv.`.
+`assoconv.`. Where their training begins, torchvision's ResNet-18 with ImageNet weights, is a source
+of its own.
 """
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,13 +79,18 @@ def configure(state: State) -> mono2binaural.Config:
 def table(state: State, config: mono2binaural.Config) -> Table:
   """Returns the recipes."""
   del state
-  recipes = under("visual", _resnet()) | under("audio", _unet(config.norm))
+  visual = _resnet(f"{_VISUAL}.0", f"{_VISUAL}.1", lambda stage: f"{_VISUAL}.{4 + stage}")
+  recipes = under("visual", visual) | under("audio", _unet(config.norm))
   if config.apnet:
     recipes |= under("apnet", _head("apnet", 4, config.norm))
   if config.assoconv:
     recipes |= under("assoconv", _head("assoconv", 1, config.norm))
-  moving = ("mean", "var")
-  stats = {path: leaf for path, leaf in recipes.items() if path.rpartition("/")[2] in moving}
+  return _apart(recipes)
+
+
+def _apart(recipes: Table) -> Table:
+  """Returns the recipes with those of running statistics below STATS."""
+  stats = {path: leaf for path, leaf in recipes.items() if path.endswith(("/mean", "/var"))}
   plain = {path: leaf for path, leaf in recipes.items() if path not in stats}
   return plain | under(STATS, stats)
 
@@ -93,12 +100,12 @@ def _batch_norm(key: str) -> Table:
   return norm(key) | moving
 
 
-def _resnet() -> Table:
-  recipes = under("stem", linear(f"{_VISUAL}.0", bias=False))
-  recipes |= under("stem_norm", _batch_norm(f"{_VISUAL}.1"))
+def _resnet(stem: str, stem_norm: str, name: Callable[[int], str]) -> Table:
+  recipes = under("stem", linear(stem, bias=False))
+  recipes |= under("stem_norm", _batch_norm(stem_norm))
   for stage in range(resnet.STAGES):
     for i in range(resnet.BLOCKS):
-      key, block = f"{_VISUAL}.{4 + stage}.{i}", {}
+      key, block = f"{name(stage)}.{i}", {}
       for part in ("1", "2"):
         block |= under(f"conv{part}", linear(f"{key}.conv{part}", bias=False))
         block |= under(f"norm{part}", _batch_norm(f"{key}.bn{part}"))
@@ -191,4 +198,36 @@ SOURCE = Source(
   "without the layers that upstream never uses (channel_mapping_conv_b): load with strict=False",
   stats=True,
   read=read,
+)
+
+
+def _resnet_outputs(config: resnet.Config, params: Any, inputs: State) -> Outputs:
+  """Returns the features [b, d, y, x] of `image`."""
+  net = resnet.build(config)
+  weights = {key: part for key, part in params.items() if key != STATS}
+
+  def features() -> Any:
+    image = jnp.asarray(np.moveaxis(inputs["image"], 1, -1))
+    return jnp.moveaxis(jax.jit(net.apply)(weights, params[STATS], image), -1, 1)
+
+  return {"features": features}
+
+
+def _resnet_init(config: resnet.Config) -> Any:
+  net = resnet.build(config)
+  return lambda key: {**net.init(key), STATS: net.init_stats()}
+
+
+RESNET = Source(
+  network="resnet18",
+  upstream="torchvision's ResNet-18 (github.com/pytorch/vision)",
+  licence="BSD-3-Clause; trained on ImageNet, whose terms are for research",
+  sizes=resnet.Config,
+  configure=lambda state: resnet.Config(state["conv1.weight"].shape[0]),
+  table=lambda state, config: _apart(_resnet("conv1", "bn1", lambda stage: f"layer{stage + 1}")),
+  init=_resnet_init,
+  outputs=_resnet_outputs,
+  ignore=(r".*\.num_batches_tracked", r"fc\.(weight|bias)"),
+  note="without the last layer, fc: load with strict=False",
+  stats=True,
 )

@@ -289,10 +289,7 @@ def build(config: Config, constrain: layers.Constrain = layers.unconstrained) ->
     return example(key)["params"]
 
   def init_stats() -> Any:
-    shapes = jax.eval_shape(example, jax.random.key(0))["stats"]
-    return jax.tree_util.tree_map_with_path(
-      lambda path, x: (jnp.ones if path[-1].key == "var" else jnp.zeros)(x.shape), shapes
-    )
+    return resnet.empty_stats(example)
 
   def apply(
     params: Any, stats: Any, mix_bftz: Array, image_byxc: Array, train: bool = False

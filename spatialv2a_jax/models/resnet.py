@@ -6,7 +6,9 @@ uses those of the batch and moves the running ones.
 Axes: b clip, y image row, x image column, d channel, i and o input and output channels.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -137,3 +139,49 @@ class ResNet18(nn.Module):
         block = Block(2**stage * self.planes, stride, self.train, name=f"stage{stage}_block{i}")
         x = block(x)
     return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Size.
+
+  Attributes:
+    planes: see `ResNet18`.
+  """
+
+  planes: int = 64
+
+
+class ResNet(NamedTuple):
+  """Functions of one network.
+
+  Attributes:
+    init: key -> boxed parameters.
+    init_stats: () -> running statistics of the norms.
+    apply: (params, stats, image_byxc uint8 RGB) -> features [b, y / 32, x / 32, 8 planes].
+  """
+
+  init: Callable[[Array], Any]
+  init_stats: Callable[[], Any]
+  apply: Callable[[Any, Any, Array], Array]
+
+
+def empty_stats(init: Callable[[Array], Any]) -> Any:
+  """Returns the running statistics before any batch of a module whose `init` this is."""
+  shapes = jax.eval_shape(init, jax.random.key(0))["stats"]
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: (jnp.ones if path[-1].key == "var" else jnp.zeros)(x.shape), shapes
+  )
+
+
+def build(config: Config) -> ResNet:
+  """Returns the functions of a network of the given size."""
+  net = ResNet18(config.planes)
+
+  def variables(key: Array) -> Any:
+    return net.init(key, jnp.zeros((1, STRIDE, STRIDE, 3), jnp.uint8))
+
+  def apply(params: Any, stats: Any, image_byxc: Array) -> Array:
+    return cast(Array, net.apply({"params": params, "stats": stats}, image_byxc))
+
+  return ResNet(lambda key: variables(key)["params"], lambda: empty_stats(variables), apply)

@@ -108,6 +108,22 @@ def test_the_way_back_gives_upstreams_tensors(tmp_path):
     np.testing.assert_array_equal(x, state[name], err_msg=name)
 
 
+def test_torchvisions_resnet_is_the_same_network_under_other_names():
+  state = {k: x for k, x in part("batch", "param/visual.feature_extraction.").items()}
+  names = {"0": "conv1", "1": "bn1", **{str(4 + i): f"layer{i + 1}" for i in range(4)}}
+  theirs = {f"{names[k.split('.')[0]]}.{k.partition('.')[2]}": x for k, x in state.items()}
+  theirs |= {"fc.weight": np.zeros((1000, 16), "f4"), "fc.bias": np.zeros(1000, "f4")}
+  config, params = engine.convert(mono2binaural.RESNET, theirs, "state")
+  assert config.planes == 2
+  outputs = mono2binaural.RESNET.outputs(config, params, inputs("batch"))
+  features = np.asarray(outputs["features"]())
+  assert convert.relative_error(features, golden("batch")["out/visual_features"]) < 1e-5
+  whole = engine.convert(mono2binaural.SOURCE, part("batch", "param/"), "state")[1]
+  stats = params.pop(engine.STATS)
+  for ours, want in ((params, whole), (stats, whole[engine.STATS])):
+    jax.tree.map(np.testing.assert_array_equal, ours, want["visual"])
+
+
 def test_a_missing_or_alien_part_is_told(tmp_path):
   state = part("batch", "param/")
   split(state, tmp_path)

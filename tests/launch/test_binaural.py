@@ -51,6 +51,23 @@ def test_mistakes_are_one_line(tmp_path):
       build(config_of("smoke", **options)).batches(0)
 
 
+def test_a_run_begins_with_all_or_with_the_picture_s_part_of_a_model_folder(tmp_path):
+  whole = checkpoint.load_model(tiny.save_mono2binaural(tmp_path / "whole"))
+  params, stats = (tree[binauralizer.NETWORK] for tree in (whole.params, whole.stats))
+  stats = jax.tree.map(lambda x: x + 1, stats)
+  seen = {"resnet18": params["visual"]}, {"resnet18": stats["visual"]}, {}
+  checkpoint.save_model(tmp_path / "resnet", *seen)
+  for folder, parts in (("whole", {"visual", "audio", "apnet"}), ("resnet", {"visual"})):
+    task = build(config_of("smoke", init_from=tmp_path / folder))
+    assert set(task.values()) == parts and set(task.stats) == {"visual", "audio", "apnet"}
+    for part in parts:
+      jax.tree.map(np.testing.assert_array_equal, task.values()[part], params[part])
+  assert jax.tree.leaves(task.stats["visual"])[0].min() >= 1
+  checkpoint.save_model(tmp_path / "other", {"vae": {"x": np.zeros(1, "f4")}}, {}, {})
+  with pytest.raises(UserError, match="neither 'mono2binaural' nor 'resnet18'"):
+    build(config_of("smoke", init_from=tmp_path / "other"))
+
+
 @pytest.mark.slow
 def test_training_on_pairs_lowers_the_loss_and_leaves_a_folder_that_is_used(tmp_path):
   media = tmp_path / "media"
