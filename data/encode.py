@@ -102,6 +102,7 @@ def encode_features(
     batched=True,
     shards=shard_count,
     part=part,
+    unknown=media.COMMON,
     config={
       **config,
       "stage": "features",
@@ -156,6 +157,7 @@ def encode_latents(
     out,
     batched=True,
     shards={split: len(names) for split, names in splits.items()},
+    unknown=media.COMMON,
     config={**config, "stage": "latents"},
     **options,
   )
@@ -211,13 +213,14 @@ class _Features:
     return in_batches(items, self._read, self._encode, self.batch)
 
   def _read(self, item: shards.Item) -> tuple[dict[str, np.ndarray | str], Any]:
-    audio_ep, video = item.payload.read(self.sample_rate)
+    audio_ep, video, about = item.payload.read(self.sample_rate)
     if len(audio_ep) != 2:
       raise shards.BadClipError(f"sound has {len(audio_ep)} channels, not 2")
     if audio_ep.shape[1] < self.least:
       raise shards.BadClipError(f"sound has {audio_ep.shape[1]} samples, fewer than {self.least}")
     audio_ep = np.pad(audio_ep, ((0, 0), (0, max(0, self.samples - audio_ep.shape[1]))))
     fields: dict[str, np.ndarray | str] = {
+      **about,
       "caption": item.payload.caption,
       "audio": _stored_audio(audio_ep[:, : self.samples], self.audio),
     }

@@ -7,13 +7,28 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from data import layout, shards, tfrecord
 from spatialv2a_jax import io, schema
 from spatialv2a_jax.errors import UserError
+
+# What a build says of a clip besides its sound; in numbers NaN is unknown.
+COMMON = (
+  "label", "video", "layout", "spatializer", "hrtf", "source_channels", "correlation", "agreement",
+  "silence", "gain_db", "aes", "cues", "schema_version",
+)  # fmt: skip
+
+
+class Clip(NamedTuple):
+  """What is read of a clip: its sound, where the video is, and what else is known of it."""
+
+  audio_ep: np.ndarray
+  video: pathlib.Path
+  about: Mapping[str, np.ndarray | str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +43,11 @@ class File:
     truth = self.video.with_suffix(".json")
     return (json.loads(truth.read_text()).get("caption") or "") if truth.exists() else ""
 
-  def read(self, sample_rate: int) -> tuple[np.ndarray, pathlib.Path]:
-    """Returns the sound [e, p] and where the video is."""
+  def read(self, sample_rate: int) -> Clip:
+    """Reads the clip, of which nothing more is known."""
     sound = self.video.with_suffix(".wav")
-    return io.read_audio(sound if sound.exists() else self.video, sample_rate), self.video
+    audio_ep = io.read_audio(sound if sound.exists() else self.video, sample_rate)
+    return Clip(audio_ep, self.video, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +59,13 @@ class Record:
   caption: str
   videos: pathlib.Path
 
-  def read(self, sample_rate: int) -> tuple[np.ndarray, pathlib.Path]:
-    """Returns the sound [e, p], stored at that rate, and where the video is."""
+  def read(self, sample_rate: int) -> Clip:
+    """Reads the clip, whose sound is stored at that rate."""
     fields = _fields(str(pathlib.Path(self.shard).parent))
     raw = tfrecord.decode_example(tfrecord.TFRecordSource([self.shard])[self.place])
     audio_ep = np.asarray(tfrecord.value_of(raw["audio"], fields["audio"]))
-    return tfrecord.as_float32(audio_ep), self.videos / bytes(raw["video"]).decode()
+    about = {name: tfrecord.value_of(raw[name], fields[name]) for name in COMMON if name in raw}
+    return Clip(tfrecord.as_float32(audio_ep), self.videos / str(about["video"]), about)
 
 
 _fields = functools.lru_cache(maxsize=8)(layout.read_features)

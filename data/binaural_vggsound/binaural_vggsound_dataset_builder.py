@@ -36,27 +36,28 @@ def _fields(config: str) -> dict[str, Any]:
   wide = ml_dtypes.bfloat16
   if config == "text":
     return {"id": tfds.features.Text(), "text": _tensor(wide, 77, 1024)}
-  fields: dict[str, Any] = {name: tfds.features.Text() for name in ("id", "caption")}
-  if config == "features_16k":
-    return fields | {
-      "clip": _tensor(wide, None, 1024),
-      "sync": _tensor(wide, None, 768),
-      "spatial": _tensor(np.float32, None, 5),
-      "mean": _tensor(np.float32, 2, None, 20),
-      "std": _tensor(wide, 2, None, 20),
-    }
-  texts = ("label", "video", "layout", "spatializer", "hrtf")
+  texts = ("id", "caption", "label", "video", "layout", "spatializer", "hrtf")
   numbers = ("correlation", "agreement", "silence", "gain_db")
-  return fields | {
+  fields: dict[str, Any] = {
     **{name: tfds.features.Text() for name in texts},
     **{name: _tensor(np.float32) for name in numbers},
-    "audio": _tensor(np.int16, 2, None),
-    "azimuth": _tensor(np.float32, None),
-    "located": _tensor(np.uint8, None),
     "aes": _tensor(np.float32, 4),
     "cues": _tensor(np.float32, 10),
     "source_channels": _tensor(np.int32),
     "schema_version": _tensor(np.int32),
+  }
+  if config == "raw":
+    return fields | {
+      "audio": _tensor(np.int16, 2, None),
+      "azimuth": _tensor(np.float32, None),
+      "located": _tensor(np.uint8, None),
+    }
+  return fields | {
+    "clip": _tensor(wide, None, 1024),
+    "sync": _tensor(wide, None, 768),
+    "spatial": _tensor(np.float32, None, 5),
+    "mean": _tensor(np.float32, 2, None, 20),
+    "std": _tensor(wide, 2, None, 20),
   }
 
 

@@ -14,7 +14,7 @@ RATE, SAMPLES = 16_000, 320
 class Encoder:
   """Sees nothing but where the video lies."""
 
-  def read(self, video: pathlib.Path) -> float:
+  def read(self, video: pathlib.Path, caption: str) -> float:
     return float(video.stem.removeprefix("clip"))
 
   def encode(self, clips):
@@ -31,11 +31,15 @@ def raw(tmp_path) -> pathlib.Path:
       "audio": np.full((2, SAMPLES), item.payload, np.int16),
       "caption": f"number {item.payload}",
       "video": f"deep/clip{item.payload}.mp4",
+      "label": f"label {item.payload}",
+      "aes": np.full(4, np.nan, np.float32),
+      "azimuth": np.zeros(3, np.float32),
     }
 
   items = [shards.Item(f"c{n}", n, "", "test" if n % 3 else "train") for n in range(9)]
   counts = {"train": 2, "test": 4}
-  shards.build(items, record, tmp_path / "raw", shards=counts, config={"audio": "16k"})
+  config = {"audio": "16k"}
+  shards.build(items, record, tmp_path / "raw", shards=counts, config=config, unknown=["aes"])
   return tmp_path / "raw"
 
 
@@ -62,6 +66,9 @@ def test_splits_come_through_both_steps(raw, tmp_path):
       seen = np.frombuffer(fields["clip"], "u2")
       assert len(set(mean)) == len(set(seen)) == 1
       assert bytes(fields["caption"]).decode() == f"number {int(mean[0])}"
+      assert bytes(fields["label"]).decode() == f"label {int(mean[0])}"
+      assert np.isnan(np.frombuffer(fields["aes"], np.float32)).all()
+      assert "azimuth" not in fields and "audio" not in fields
       found[bytes(fields["id"]).decode()] = int(mean[0])
     assert found == {f"c{n}": n for n in numbers}
 

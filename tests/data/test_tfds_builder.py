@@ -16,9 +16,7 @@ pytest.importorskip("importlib_resources")  # Which tensorflow-datasets forgets 
 
 NAME = "binaural_vggsound"
 FRAMES, LATENTS, SAMPLES = 3, 4, 320
-RAW = {
-  "azimuth": np.zeros(FRAMES, np.float32),
-  "located": np.ones(FRAMES, np.uint8),
+COMMON = {
   "aes": np.full(4, np.nan, np.float32),
   "cues": np.arange(10, dtype=np.float32),
   "source_channels": np.array(2, np.int32),
@@ -30,16 +28,25 @@ RAW = {
 TEXTS = ("label", "video", "layout", "spatializer", "hrtf")
 
 
+def common(n: int) -> dict[str, np.ndarray | str]:
+  texts = {name: f"{name} {n}" for name in TEXTS}
+  return {"caption": f"caption {n % 2}", **COMMON, **texts}
+
+
 def raw(item: shards.Item) -> shards.Record:
   audio_ep = np.array([[item.payload], [-item.payload]], np.int16).repeat(SAMPLES, axis=1)
-  texts = {name: f"{name} {item.payload}" for name in TEXTS}
-  return {"caption": f"caption {item.payload % 2}", "audio": audio_ep, **RAW, **texts}
+  return {
+    **common(item.payload),
+    "audio": audio_ep,
+    "azimuth": np.zeros(FRAMES, np.float32),
+    "located": np.ones(FRAMES, np.uint8),
+  }
 
 
 def latent(item: shards.Item) -> shards.Record:
   n = item.payload
   return {
-    "caption": f"caption {n % 2}",
+    **common(n),
     "clip": np.full((FRAMES, 1024), n, "float16"),  # Another storage than the builder's.
     "sync": np.full((8, 768), n, "bfloat16"),
     "spatial": np.full((FRAMES, 5), n, np.float32),
@@ -55,7 +62,7 @@ def build(tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp("build")
   items = [shards.Item(f"clip{n}", n, split="test" if n < 2 else "train") for n in range(5)]
   shards.build(items, raw, folder / "raw", shards=2, config={}, unknown=["aes"], name=NAME)
-  shards.build(items, latent, folder / "latents", shards=2, config={}, name=NAME)
+  shards.build(items, latent, folder / "latents", shards=2, config={}, unknown=["aes"], name=NAME)
   captions.build(
     [f"caption {n}" for n in range(2)],
     lambda caption: np.full((77, 1024), float(caption[-1])),
