@@ -6,15 +6,17 @@ y image row, x image column.
 
 import dataclasses
 import math
+import pathlib
 from typing import Any
 
 import numpy as np
+import soxr
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from data import filters
 from spatialv2a_jax import io, localizers, schema
-from spatialv2a_jax.spatial import hrtf, spatializer
+from spatialv2a_jax.spatial import spatializer
 
 SMOOTH_S = 0.375  # Standard deviation: a source does not jump, a localizer does.
 FULL_SCALE = 32767 / 32768
@@ -104,7 +106,7 @@ class Placed:
   Attributes:
     audio_ep: float32 [2, p], within full scale.
     spatializer: "recorded" where the file's own two channels were kept, else the renderer.
-    hrtf: identity of the head that rendered, "" if none did.
+    hrtf: identity of the head or network that placed it, "" if none did.
     gain_db: by how much both ears were turned down to stay within full scale, 0 or negative.
     agreement: of the file's own two channels with the picture, NaN if unknown.
   """
@@ -116,45 +118,89 @@ class Placed:
   agreement: float
 
 
+class Network:
+  """Places sound by a trained mono-to-binaural network, which looks at the picture itself."""
+
+  def __init__(self, folder: str, sample_rate: int):
+    """Loads a model folder.
+
+    Raises:
+      MissingAssetError: no such folder.
+      UserError: it holds no such network.
+    """
+    from spatialv2a_jax import binauralizer  # Imports JAX, which other ways do without.
+
+    self._of, self.sample_rate = binauralizer.Difference, sample_rate
+    self._net, self._rate = binauralizer.Binauralizer(folder), binauralizer.RATE
+    # It names the digests of the weights.
+    self.hash = io.file_hash(pathlib.Path(folder) / "config.json")[:16]
+
+  def __call__(self, mono_p: np.ndarray, video: str) -> np.ndarray:
+    """Returns both ears [2, p]; their mean is the mono sound."""
+    size = (self._net.config.rows, self._net.config.columns)
+    seconds = len(mono_p) / self.sample_rate
+    frames = io.read_video(video, schema.CLIP_FPS, size, duration=seconds, threads=1)
+    difference = self._of(self._net, soxr.resample(mono_p, self.sample_rate, self._rate))
+    difference.see(frames, 0, True)
+    side_p = soxr.resample(difference.result(), self._rate, self.sample_rate) / 2
+    side_p = np.pad(side_p, (0, max(0, len(mono_p) - len(side_p))))[: len(mono_p)]
+    return np.stack([mono_p + side_p, mono_p - side_p])
+
+
 class Placer:
   """Puts the sound of a file where its picture moves, unless it was recorded in true stereo."""
 
   def __init__(self, name: str, sample_rate: int, keep_stereo: bool = True):
-    """Loads the head.
+    """Loads the head or network.
 
     Args:
-      name: as for `spatializer.load`.
+      name: as for `spatializer.load`, or "network:DIR".
       sample_rate: Hz.
       keep_stereo: leave recordings alone that have two true channels.
 
     Raises:
+      MissingAssetError: no such network.
       UserError: another name, or a bad file.
     """
-    self.render, self.keep_stereo = spatializer.load(name, sample_rate), keep_stereo
-    # Where a file of filters lay is none of the record's business; the head's hash says what it is.
-    self.label = f"{name.partition(':')[0]}:{self.head.name}" if ":" in name else name
+    self.sample_rate, self.keep_stereo = sample_rate, keep_stereo
+    kind, _, path = name.partition(":")
+    self.network = Network(path, sample_rate) if kind == "network" else None
+    self.render = None if self.network else spatializer.load(name, sample_rate)
+    # Where a file lay is none of the record's business; the hash says what it was.
+    self.label = kind
+    if self.render and path:
+      head = self.render.head.name
+      self.label = head if kind == "sofa" else f"{kind}:{head}"
 
   @property
-  def head(self) -> hrtf.Hrtf:
-    """Whose ears hear."""
-    return self.render.head
+  def hash(self) -> str:
+    """Identity of the head or network."""
+    return self.network.hash if self.network else self.render.head.hash if self.render else ""
 
-  def __call__(self, audio_ep: np.ndarray, layout: str, azimuth_v: np.ndarray) -> Placed:
+  def __call__(
+    self, audio_ep: np.ndarray, layout: str, azimuth_v: np.ndarray, video: str = ""
+  ) -> Placed:
     """Places one clip.
 
     Args:
       audio_ep: [e, p] the file's sound.
       layout: of `filters.layout_of`.
       azimuth_v: smoothed track at 8 fps, degrees, left positive.
+      video: the file, which a network wants to see.
     """
     agrees = math.nan
     if layout == "stereo":
-      agrees = agreement(audio_ep, self.head.sample_rate, azimuth_v)
+      agrees = agreement(audio_ep, self.sample_rate, azimuth_v)
       if self.keep_stereo and not agrees <= REVERSED:
         return _placed(audio_ep, "recorded", "", agrees)
     mono_p = filters.mono(audio_ep, layout).astype(np.float32)
-    track = ((np.arange(len(azimuth_v)) + 0.5) / schema.CLIP_FPS, azimuth_v)
-    return _placed(self.render(mono_p, track), self.label, self.head.hash, agrees)
+    if self.render:
+      track = ((np.arange(len(azimuth_v)) + 0.5) / schema.CLIP_FPS, azimuth_v)
+      placed_ep = self.render(mono_p, track)
+    else:
+      assert self.network
+      placed_ep = self.network(mono_p, video)
+    return _placed(placed_ep, self.label, self.hash, agrees)
 
 
 def _placed(audio_ep: np.ndarray, label: str, head: str, agrees: float) -> Placed:

@@ -31,7 +31,7 @@ A record of `raw` (v frames at 8 fps; NaN is unknown):
   layout text               of the file's channels: mono, dual_mono, stereo, one_sided, antiphase,
                             surround; source_channels int32: their number
   spatializer text          what placed the sound; "recorded" where true stereo was kept
-  hrtf text                 identity of the head, "" for recorded sound
+  hrtf text                 identity of the head or network, "" for recorded sound
   correlation, agreement float32   of the file's two channels; of their level with the picture
   silence, gain_db float32  share of silence; how far both ears were turned down
   aes float32 [4]           CE, CU, PC, PQ;  cues float32 [10]: `CUES` of the two ears
@@ -100,12 +100,12 @@ class Settings:
     return round(self.limits.seconds * self.sample_rate)
 
   def config(self) -> dict[str, Any]:
-    """Returns the settings as plain values, with the identity of the head."""
+    """Returns the settings as plain values, with the identity of the head or network."""
     place = spatialise.Placer(self.spatializer, self.sample_rate)
     return {
       **json.loads(json.dumps(dataclasses.asdict(self))),
       "spatializer": place.label,
-      "hrtf": place.head.hash,
+      "hrtf": place.hash,
       "schema_version": SCHEMA_VERSION,
     }
 
@@ -238,7 +238,7 @@ class Slice:
       audio_ep = self._sound(job)[:, : settings.samples]
       audio_ep = np.pad(audio_ep, ((0, 0), (0, settings.samples - audio_ep.shape[1])))
       azimuth_v = spatialise.smooth(seen["azimuth_deg"], seen["located"])
-      placed = place(audio_ep, heard["layout"], azimuth_v)
+      placed = place(audio_ep, heard["layout"], azimuth_v, job.clip.path)
     with clock("encode"):
       scores = {**heard.get("scores", {}), **job.scores}
       values = cues(placed.audio_ep, settings.sample_rate)

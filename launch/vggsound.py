@@ -48,8 +48,11 @@ def add_arguments(commands) -> None:
   )
   p.add_argument("--mirror", action="store_true", help="with --features: also mirrored videos")
   p.add_argument(
-    "--spatializer", default="sphere", metavar="NAME", help="sphere, sofa:FILE or paper"
-  )
+    "--spatializer",
+    default="sphere",
+    metavar="NAME",
+    help="sphere, sofa:FILE, paper or network:DIR",
+  )  # fmt: skip
   p.add_argument(
     "--stereo", choices=("keep", "render"), default="keep", help="what to do with true stereo"
   )

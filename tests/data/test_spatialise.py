@@ -5,8 +5,10 @@ import pytest
 
 from data import spatialise
 from spatialv2a_jax.spatial import hrtf
+from tests import tiny
 from tests.data import clips
 from tests.data.clips import RATE, noise
+from tests.spatial.test_hrtf import sphere_set, write_sofa
 
 SECONDS = 4.0
 STILL = np.zeros(32)
@@ -81,3 +83,26 @@ def test_full_scale_is_kept_with_both_ears_turned_down_alike():
   assert peak > 1 and np.abs(placed.audio_ep).max() == pytest.approx(32767 / 32768, abs=1e-6)
   assert placed.gain_db == pytest.approx(-20 * np.log10(peak), abs=0.01)
   np.testing.assert_allclose(placed.audio_ep * peak, loud_ep, atol=1e-4)
+
+
+def test_a_network_places_what_is_not_stereo(tmp_path):
+  folder = tiny.save_mono2binaural(tmp_path / "model")
+  video = str(clips.write(tmp_path / "a.mp4", 2.0))
+  mono_p = noise(2.0)
+  place = spatialise.Placer(f"network:{folder}", RATE)
+  placed = place(mono_p[None], "mono", STILL[:16], video)
+  assert placed.spatializer == "network" and len(placed.hrtf) == 16
+  np.testing.assert_allclose(placed.audio_ep.mean(0), mono_p, atol=1e-6)
+  assert np.abs(placed.audio_ep[0] - placed.audio_ep[1]).max() > 1e-3
+  stereo_ep = np.stack([mono_p, noise(2.0, 1)])
+  assert place(stereo_ep, "stereo", STILL[:16], video).spatializer == "recorded"
+
+
+@pytest.mark.parametrize("way", ["sofa:{}", "paper:sofa:{}"])
+def test_measured_heads_by_their_file_name_alone(tmp_path, way):
+  path = write_sofa(tmp_path / "head.sofa", *sphere_set())
+  place = spatialise.Placer(way.format(path), RATE)
+  placed = place(noise(SECONDS)[None], "mono", STILL + 40)
+  assert placed.spatializer == way.format("head.sofa") and placed.hrtf == place.hash != ""
+  left, right = np.square(placed.audio_ep).sum(1)
+  assert left > 1.5 * right
