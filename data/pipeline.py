@@ -9,6 +9,7 @@ Axes: b clip, e ear (0 left, 1 right); the others as in `spatialv2a_jax.schema`.
 
 import dataclasses
 import hashlib
+import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from data import captions, layout, tfrecord
+from data import captions, layout, shards, tfrecord
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
 
@@ -147,7 +148,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
     for record in batch.pop("bad_records").tolist():
       if record not in self.bad:
         path, place = self._source.locate(record)
-        self.bad[record] = f"{path}: record {place}"
+        self.bad[record] = f"{path}: record {place}{_whose(path, place)}"
         logging.warning("skipped a damaged record, %d so far: %s", len(self.bad), self.bad[record])
     if len(self.bad) > self._max_bad:
       named = ", ".join(list(self.bad.values())[:5])
@@ -256,6 +257,15 @@ def loader(
       flags.FLAGS.mark_as_parsed()
     stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
   return Loader(iter(stream), source, start_step, max_bad)
+
+
+def _whose(path: str, place: int) -> str:
+  """Returns " (clip ID)" as the JSON beside a shard has it, nothing without one."""
+  try:
+    ids = json.loads(shards.sidecar(pathlib.Path(path)).read_text())["ids"]
+    return f" (clip {ids[place]})"
+  except (OSError, ValueError, KeyError, IndexError):
+    return ""
 
 
 def is_mirrored(seed: int, epoch: int, clip: str) -> bool:

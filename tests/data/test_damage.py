@@ -36,7 +36,7 @@ def test_damaged_records_are_replaced_by_their_successor_and_named(paths):
   assert seen == [
     int((successor if f"clip{n}" == lost else f"clip{n}").removeprefix("clip")) for n in clean
   ]
-  assert batches.bad == {record_number: f"{paths[1]}: record {place}"}
+  assert batches.bad == {record_number: f"{paths[1]}: record {place} (clip {lost})"}
 
 
 def test_the_last_record_is_succeeded_by_the_first(paths):
@@ -59,7 +59,8 @@ def test_any_flipped_bit_costs_one_record(paths, place, byte, bit):
   batches = pipeline.loader(paths, batch_size=CLIPS, seed=7, epochs=1)
   (batch,) = batches
   paths[0].write_bytes(whole)
-  assert batches.bad == {place: f"{paths[0]}: record {place}"}
+  assert batches.bad.keys() == {place}
+  assert batches.bad[place].startswith(f"{paths[0]}: record {place} (clip ")
   assert len(set(numbers(batch))) == CLIPS - 1
 
 
