@@ -343,6 +343,18 @@ def test_outputs_appear_whole_or_not_at_all(tmp_path):
       pass
 
 
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+  path = tmp_path / "a.tfrecord-00000-of-00002"
+  with io.atomic_path(path) as temporary:
+    left = temporary
+  neighbours = [path, left.with_suffix(".tfrecord-00001-of-00002"), tmp_path / ".b.01234567.json"]
+  for file in (left, *neighbours):
+    file.touch()
+  io.remove_leftovers(path)
+  assert sorted(tmp_path.iterdir()) == sorted(neighbours)
+  io.remove_leftovers(tmp_path / "no" / "folder")
+
+
 def test_list_media_is_sorted_and_passes_over_other_files(tmp_path):
   for name in ("b.MP4", "a.mov", "notes.txt", ".hidden.mp4"):
     (tmp_path / name).touch()
