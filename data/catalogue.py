@@ -271,5 +271,5 @@ def _clip(
 ) -> Clip:
   stat = path.stat()
   name = path.relative_to(videos).as_posix()
-  stamp = f"{stat.st_size} {stat.st_mtime_ns} {entry.label} {listed}"
+  stamp = f"{stat.st_size} {stat.st_mtime_ns}"
   return Clip(entry.id, entry.label, entry.split, str(path), name, stamp, listed)

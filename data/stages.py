@@ -132,8 +132,8 @@ def items(
     count = counts[clip.split]
     name = f"{clip.split}-{catalogue.slice_of(clip.id, count):05d}-of-{count:05d}"
     job = Job(clip, name, scores.get(clip.id, {}), tags.get(clip.id, {}))
-    stamp = f"{clip.stamp} {sorted(job.scores.items())} {sorted(job.tags.items())}"
-    made.append(shards.Item(clip.id, job, stamp, clip.split))
+    about = [clip.stamp, clip.label, clip.listed, sorted(job.scores.items())]
+    made.append(shards.Item(clip.id, job, str([*about, sorted(job.tags.items())]), clip.split))
   return made
 
 
@@ -172,7 +172,8 @@ class Slice:
     jobs = [item.payload for item in chosen]
     run = Run(folder, clock)
     length = {"seconds": seconds, "tolerance_s": limits.tolerance_s}
-    probed = run.stage("probe", jobs, length, lambda job: _probe(job, limits))
+    probed = run.stage("probe", jobs, length, lambda job: filters.probe(job.clip.path, limits))
+    probed = {job.clip.id: _listed(job, probed[job.clip.id]) for job in jobs}
     jobs = [job for job in jobs if "drop" not in probed[job.clip.id]]
     sound = {"sample_rate": settings.sample_rate, "seconds": seconds}
     sound["judge"] = self.judge.identity if self.judge else None
@@ -344,11 +345,11 @@ def cues(audio_ep: np.ndarray, sample_rate: int) -> list[float]:
 _placer = functools.lru_cache(maxsize=4)(spatialise.Placer)
 
 
-def _probe(job: Job, limits: filters.Limits) -> dict[str, Any]:
-  found = filters.probe(job.clip.path, limits)
-  if not job.clip.listed:
-    raise filters.DropError("unlisted", "the list of labels does not name it")
-  return found
+def _listed(job: Job, found: dict[str, Any]) -> dict[str, Any]:
+  """Returns the findings, with a drop if the list has no such clip."""
+  if "drop" in found or job.clip.listed:
+    return found
+  return {**found, "drop": ["unlisted", "the list of labels does not name it"]}
 
 
 def _judged(job: Job, found: dict[str, Any], limits: filters.Limits) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from data import catalogue, filters, funnel, quality, shards, stages
 from launch import audit
@@ -139,11 +141,7 @@ def run(args: argparse.Namespace) -> int:
       )
     finally:
       found = funnel.write(args.out, known, work, whole)
-  print(funnel.table(found))
-  named = [f"{name}: {drop['reason']}, {drop['detail']}" for name, drop in found["clips"].items()]
-  print("\n".join(named[:_NAMED]))
-  if len(named) > _NAMED:
-    print(f"... and {len(named) - _NAMED} more in {args.out / 'funnel.json'}")
+      _print(found, args.out)
   print(funnel.speed(args.out))
   state = "complete" if stats["complete"] else "not complete: run the other slices"
   print(f"{args.out / 'raw'}: {found['kept']} clips in {sum(counts.values())} shards, {state}")
@@ -159,6 +157,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
   code = _encode(args) if args.features else 0
   return code or (_audit(args) if args.audit else 0)
+
+
+def _print(found: Mapping[str, Any], out: pathlib.Path) -> None:
+  print(funnel.table(found))
+  named = [f"{name}: {drop['reason']}, {drop['detail']}" for name, drop in found["clips"].items()]
+  print("\n".join(named[:_NAMED]))
+  if len(named) > _NAMED:
+    print(f"... and {len(named) - _NAMED} more in {out / 'funnel.json'}")
 
 
 def _encode(args: argparse.Namespace) -> int:

@@ -130,6 +130,27 @@ def test_other_limits_need_no_second_look(videos, out, tmp_path, monkeypatch):
   assert "poor" in records(copy)
 
 
+def test_other_labels_need_no_second_look(videos, out, tmp_path, monkeypatch):
+  copy, folder = tmp_path / "copy", tmp_path / "lists"
+  shutil.copytree(out, copy)
+  folder.mkdir()
+  text = (videos / "labels.csv").read_text().replace("left label", "a bell").replace("poor,", "x,")
+  (folder / "labels.csv").write_text(text)
+  monkeypatch.setattr(filters, "probe", lambda *_: pytest.fail("probed again"))
+  built(videos, copy, "--labels", str(folder / "labels.csv"))
+  assert records(copy)["left"]["caption"] == "a bell"
+  funnel = json.loads((copy / "funnel.json").read_text())
+  assert funnel["clips"]["poor"]["reason"] == "unlisted" and funnel["missing"] == 2
+
+
+def test_nothing_left_is_an_error_after_the_report(tmp_path, capsys):
+  clips.write(tmp_path / "mute.mp4", sound=False)
+  given = ["vggsound", "--videos", str(tmp_path), "--out", str(tmp_path / "out"), "--seconds", "1"]
+  assert command.main([*given, "--jobs", "1"]) == 2
+  said = capsys.readouterr()
+  assert "mute: no_sound" in said.out and "not one clip could be used" in said.err
+
+
 def test_parts_make_the_same_bytes(videos, out, tmp_path, capsys):
   parts = tmp_path / "parts"
   built(videos, parts, "--slice", "1/2")
