@@ -77,7 +77,7 @@ def on_model(checkpoint: str, videos: list[str], guidance: float) -> str:
   """Returns the table of a model; the truth is what 64 steps of "rk4" reach."""
   model = generator.Generator(checkpoint)
   paths = [pathlib.Path(path) for path in videos]
-  windows = [next(model.windows(p, model.seconds, generator.Settings())) for p in paths]
+  windows = [model.windows(p, model.seconds, generator.Settings())[0] for p in paths]
   keys = [jax.random.key(i) for i in range(len(windows))]
 
   def solve(name, steps):
