@@ -174,7 +174,7 @@ def test_the_other_commands_pass_on_what_was_typed(monkeypatch, capsys):
   monkeypatch.setattr(doctor, "run", lambda: 1)
   assert cli.main("spatialize a.wav --out o --track t --hrtf sofa:f --format flac".split()) == 0
   assert seen["spatialize"] == (
-    (["a.wav"], "o"), {"track": "t", "hrtf": "sofa:f", "format": "flac"}
+    (["a.wav"], "o"), {"track": "t", "hrtf": "sofa:f", "format": "flac", "checkpoint": None}
   )  # fmt: skip
   line = "evaluate --pred p --ref r --truth t --out o --baseline a=b --baseline c=d --jobs 3"
   assert cli.main(line.split()) == 0
