@@ -8,14 +8,13 @@ import shutil
 from fractions import Fraction
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from spatialv2a_jax import checkpoint, encoders, feature_cache, features, io, schema
 from spatialv2a_jax.encoders import Encoders
 from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
-from spatialv2a_jax.models import clip, localizer, spatial, synchformer
+from spatialv2a_jax.models import clip, localizer, synchformer
 from spatialv2a_jax.weights import Weights
 from tests import tiny, tiny_mmaudio
 
@@ -72,50 +71,55 @@ def test_features_have_the_shapes_of_the_schema(plain, alone):
   np.testing.assert_allclose(np.linalg.norm(alone[0]["clip_vf"], axis=1), 1, atol=1e-5)
 
 
-def test_features_are_what_the_networks_say_of_frames_resized_as_mmaudio_does(films, folder, alone):
-  """By the networks themselves, whole clip at once, on frames that io samples and resizes."""
-  params = checkpoint.load_model(folder).params
-  small = io.read_video(films[2], 8, size=(28, 28), duration=SECONDS)[:7]
-  want = clip.normalize(clip.build(tiny_mmaudio.CLIP).image(params["clip"], jnp.asarray(small)))
-  np.testing.assert_allclose(alone[2]["clip_vf"], want, atol=1e-5)
-  square = io.read_video(films[2], 25, short_side=32, crop=32, duration=SECONDS)
-  net = synchformer.build(tiny_mmaudio.SYNC)
-  want = net.encode(params["synchformer"], jnp.asarray(square)[None])[0]
-  np.testing.assert_allclose(alone[2]["sync_sf"], want, atol=1e-4)
+def close(got, want):
+  """Features within 1e-5; places too, but for pixels on the edge of the mask that may flip."""
+  for name in ("clip_vf", "sync_sf"):
+    np.testing.assert_allclose(got[name], want[name], atol=1e-5)
+  assert np.abs(got["heat_vyx"].astype(int) - want["heat_vyx"].astype(int)).max() <= 1
+  assert np.median(np.abs(got["spatial_vk"] - want["spatial_vk"])) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_batch_of_seven_gives_what_each_clip_gives_alone(folder, plain, films, alone):
+  """Also: the networks get frames that io samples and resizes as MMAudio does."""
   params = checkpoint.load_model(folder).params
-  views = {name: view for stage in plain.stages() for name, view in stage.views.items()}
-  frames = [io.read_views(film, views, duration=SECONDS) for film in films]
-  look, follow, place = (
-    jnp.asarray(np.stack([f[n] for f in frames])) for n in ("clip", "sync", "place")
-  )
-  look, place = (x[:, :7].reshape(-1, *x.shape[2:]) for x in (look, place))
-  heat = localizer.build(tiny_mmaudio.CLIPSEG)
-  e_of = heat.text(params["clipseg"], plain._ids(localizer.prompts("a dog"), "clipseg"))
-  together = {
-    "clip_vf": clip.normalize(clip.build(tiny_mmaudio.CLIP).image(params["clip"], look)),
-    "sync_sf": synchformer.build(tiny_mmaudio.SYNC).encode(params["synchformer"], follow),
-    "spatial_vk": spatial.descriptors(heat.heat(params["clipseg"], place, e_of)[None])[0],
+  views = {
+    "clip": io.View(8, size=(28, 28)),
+    "sync": io.View(25, short_side=32, crop=32),
+    "place": io.View(8, size=(96, 96)),
   }
-  for name, got in together.items():
-    want = np.stack([one[name] for one in alone])
-    np.testing.assert_allclose(np.reshape(got, want.shape), want, atol=1e-5)
-  again = [read(plain, film) for film in films[::-1]][::-1]
-  for one, other in zip(again, alone, strict=True):
-    for name in NAMES:
-      np.testing.assert_array_equal(one[name], other[name])
+  frames = [io.read_views(film, views, duration=SECONDS) for film in films]
+  look, follow, place = (np.stack([f[name] for f in frames]) for name in views)
+  look, place = (x[:, :7].reshape(-1, *x.shape[2:]) for x in (look, place))
+  ids_bw = plain._ids(localizer.prompts("a dog"), "clipseg")
+  _, text, find = encoders.read_place(tiny_mmaudio.CLIPSEG)
+  e_of = text(params["clipseg"], ids_bw)
+  spatial_vk, heat_vyx = find(params["clipseg"], place, e_of, localizer.SHIFT)
+  read_sync = jax.jit(synchformer.build(tiny_mmaudio.SYNC).encode)
+  together = {
+    "clip_vf": encoders.read_image(tiny_mmaudio.CLIP)(params["clip"]["image"], look),
+    "sync_sf": read_sync(params["synchformer"], follow),
+    "spatial_vk": spatial_vk,
+    "heat_vyx": heat_vyx,
+  }
+  want = {name: np.stack([one[name] for one in alone]) for name in together}
+  close({name: np.reshape(x, want[name].shape) for name, x in together.items()}, want)
   assert np.abs(alone[0]["clip_vf"] - alone[6]["clip_vf"]).max() > 1e-3
 
 
+def test_the_order_of_clips_does_not_matter(plain, films, alone):
+  for film, one in [*zip(films, alone, strict=True)][::-3]:
+    again = read(plain, film)
+    for name in NAMES:
+      np.testing.assert_array_equal(one[name], again[name])
+
+
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(folder, films, alone):
   spread = open_encoders(folder, devices=jax.devices())
   params = spread.weights.take("clip", "image", spread._placement[0])
   assert all(len(leaf.devices()) == 8 for leaf in jax.tree.leaves(params))
-  got = read(spread, films[1])
-  for name in NAMES:
-    np.testing.assert_allclose(got[name], alone[1][name], atol=1e-5)
+  close(read(spread, films[1]), alone[1])
 
 
 @pytest.mark.slow
@@ -135,6 +139,7 @@ def test_clips_share_groups_and_devices(folder, films, alone, monkeypatch):
   assert groups == [16, 16]  # Of 21 frames.
 
 
+@pytest.mark.slow
 def test_bfloat16_halves_the_weights_and_stays_close(folder, films, alone):
   half = open_encoders(folder, dtype="bfloat16", localizer="motion")
   got = read(half, films[1])

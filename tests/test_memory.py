@@ -20,6 +20,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.slow
 def test_networks_have_upstreams_sizes():
   works = memory.works("float32")
   assert works.keys() > COUNTS.keys()
