@@ -73,6 +73,18 @@ def test_plain_lines_tell_rate_and_time_left(monkeypatch):
   assert lines[-1].startswith("training: 20/20") and "done in" in lines[-1]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_said_stands_on_a_line_of_its_own(monkeypatch, terminal):
+  out = text.StringIO()
+  out.isatty = lambda: terminal
+  monkeypatch.setenv("TERM", "xterm")
+  with logbook.Progress(2, "generating", file=out) as progress:
+    progress.say("compiling [the sampler]")
+    progress.advance()
+  assert "compiling [the sampler]\n" in out.getvalue().replace("\r", "")
+  assert ("\x1b[" in out.getvalue()) == terminal  # Bars are for terminals.
+
+
 @pytest.mark.parametrize("louder", [0, 1])
 def test_spectrogram_shows_pitch_height_and_the_louder_ear(louder):
   rate = 16000
