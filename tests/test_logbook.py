@@ -76,7 +76,7 @@ def test_plain_lines_tell_rate_and_time_left(monkeypatch):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_is_said_stands_on_a_line_of_its_own(monkeypatch, terminal):
   out = text.StringIO()
-  out.isatty = lambda: terminal
+  monkeypatch.setattr(out, "isatty", lambda: terminal)
   monkeypatch.setenv("TERM", "xterm")
   with logbook.Progress(2, "generating", file=out) as progress:
     progress.say("compiling [the sampler]")
