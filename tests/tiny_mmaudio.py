@@ -7,9 +7,11 @@ import shutil
 import jax
 import numpy as np
 
-from spatialv2a_jax import checkpoint, sharding, tokenizer
+from spatialv2a_jax import checkpoint, features, sharding, tokenizer
 from spatialv2a_jax.convert import mmaudio
+from spatialv2a_jax.encoders import Encoders
 from spatialv2a_jax.models import clip, flow_net, localizer, synchformer, vae, vocoder
+from spatialv2a_jax.weights import Weights
 
 MERGES = pathlib.Path(__file__).parent / "golden" / "clip_merges.txt.gz"
 SECONDS = 0.96  # Two segments; 7 frames at 8 fps, 24 at 25.
@@ -85,3 +87,13 @@ def save(folder: pathlib.Path, names=None, ears: int = 2) -> pathlib.Path:
   checkpoint.save_model(folder, params, {"flow": stats}, config)
   shutil.copy(MERGES, folder / tokenizer.FILE)
   return folder
+
+
+def open_encoders(folder, *, dtype=None, single=False, localizer="acl", **options):
+  weights = Weights([checkpoint.open_model(folder)], dtype=dtype, single=single)
+  config = features.Config("mmaudio", 0, 16, 24, 16, 77, localizer)
+  return Encoders(config, weights, **options)
+
+
+def read(encoders, film, prompt="a dog", **options):
+  return encoders.read(film, encoders.stages(prompt), SECONDS, **options)
