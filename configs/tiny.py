@@ -21,9 +21,7 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
   c.seconds = 4.0
 
   # Passed as they are to `flow_net.Config`, `features.Config` and `flow.LossConfig`.
-  c.model = dict(
-    width=64, heads=2, joint_depth=2, ear_depth=2, ffn=128, remat=False, dtype="float32"
-  )
+  c.model = dict(width=64, heads=2, joint_depth=2, ear_depth=2, ffn=128, remat="", dtype="float32")
   c.features = dict(
     encoder="random",
     seed=0,

@@ -43,7 +43,7 @@ def task(config: tasks.Config, mesh: Mesh, rules: sharding.Rules) -> tasks.Task:
     tasks._Evaluation(held_out, config, mesh, rules, source) if config["data"]["eval"] else None
   )
   stats = net.init_stats() | stats
-  return tasks.Task(net.init, stats, loss, lambda: start, source, hooks, export)
+  return tasks.Task(net.init, stats, loss, lambda: start, source, hooks, export, source.row)
 
 
 def _start(path: str) -> tuple[dict[str, Any], dict[str, Any]]:

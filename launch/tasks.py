@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from data import pipeline, shards
+from launch import flops
 from launch.listen import Listener
 from spatialv2a_jax import (
   checkpoint,
@@ -46,6 +47,7 @@ class Task(NamedTuple):
     evaluate: hook of the loop, or None.
     flops: () -> floating point operations of one clip's loss and gradient, or None if unknown.
     export: writes the model folder of a state.
+    row: () -> a batch of one clip of noise, for its names, shapes and dtypes.
     tokens: of one clip in the joint blocks of a transformer; None for another model.
   """
 
@@ -56,6 +58,7 @@ class Task(NamedTuple):
   batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
   evaluate: Callable[..., Mapping[str, float] | None] | None
   export: Callable[[pathlib.Path, train_step.State], None]
+  row: Callable[[], Mapping[str, np.ndarray]]
   flops: Callable[[], float | None] = lambda: None
   tokens: int | None = None
 
@@ -85,7 +88,9 @@ def flow_config(config: Config) -> flow_net.Config:
 def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   """The two-ear flow model on stored latents and features."""
   audio, sizes = schema.AUDIO[config["audio"]], flow_config(config)
-  net = flow_net.build(sizes, sharding.constrainer(mesh, rules))
+  # By the devices of the mesh, which need not be those of this machine.
+  unroll = mesh.devices.flat[0].platform == "cpu" if sizes.unroll is None else sizes.unroll
+  net = flow_net.build(dataclasses.replace(sizes, unroll=unroll), sharding.constrainer(mesh, rules))
   objective = _sizes(flow.LossConfig, "loss", config["loss"])
   encoders = _sizes(features.Config, "features", config["features"])
   loss = functools.partial(flow.loss, net=net, config=objective)
@@ -140,24 +145,24 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
       objective.ear_correlation,
     )
   evaluate = hooks if config["data"]["eval"] else None
-  flops = functools.partial(flow_flops, sizes, objective, shapes)
+  work = functools.partial(flow_flops, sizes, objective, shapes)
   tokens = sizes.ears * shapes["mean"][1] + shapes["clip"][0] + shapes["text"][0]
-  return Task(net.init, net.init_stats(), loss, values, source, evaluate, export, flops, tokens)
+  stats, row = net.init_stats(), source.row
+  return Task(net.init, stats, loss, values, source, evaluate, export, row, work, tokens)
 
 
 def flow_flops(
   sizes: flow_net.Config, objective: flow.LossConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> float | None:
-  """Returns the floating point operations of one clip's loss and gradient; nothing is compiled."""
-  # The count of a scan is that of one turn, and recomputation is no work of the model.
-  net = flow_net.build(dataclasses.replace(sizes, unroll=True, remat=False))
+) -> float:
+  """Returns the FLOPs of one clip's loss and gradient: three times those of the forward pass.
+
+  Matrix products alone, as is usual; what the backward pass recomputes is no work of the model.
+  """
+  net = flow_net.build(dataclasses.replace(sizes, unroll=False, remat=False))
   loss = functools.partial(flow.loss, net=net, config=objective)
   params = sharding.unboxed(jax.eval_shape(net.init, jax.random.key(0)))
   batch = schema.synthetic_batch(shapes, 1, seed=0)
-  gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
-  lowered = gradient.lower(params, net.init_stats(), batch, jax.random.key(0))
-  cost = lowered.cost_analysis()
-  return float(cost["flops"]) if cost else None
+  return 3.0 * flops.count(loss, params, net.init_stats(), batch, jax.random.key(0))
 
 
 def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
@@ -187,7 +192,7 @@ def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
     _write(path, {"vae": _gather(state.ema)}, {}, about)
 
   hooks = _Evaluation(loss, config, mesh, rules, source) if config["data"]["eval"] else None
-  return Task(net.init, {}, loss, values, source, hooks, export)
+  return Task(net.init, {}, loss, values, source, hooks, export, source.row)
 
 
 def mono2binaural_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
@@ -247,6 +252,10 @@ class _Source:
 
   def _load(self, path: str, **options: Any) -> Iterator[dict[str, np.ndarray]]:
     return pipeline.loader(shards.paths(path), kind=self.kind, shapes=self.shapes, **options)
+
+  def row(self) -> dict[str, np.ndarray]:
+    """Returns a batch of one clip of noise."""
+    return next(self._noise(0, 0, 1, 1))
 
   def _noise(self, step, first, last, size):
     for seed in itertools.count(step):

@@ -44,9 +44,8 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from launch import tasks
+from launch import command, tasks
 from spatialv2a_jax import (
   cluster,
   compile_cache,
@@ -94,26 +93,13 @@ def parse(argv: Sequence[str]) -> Arguments:
     UserError: one line for any mistake in it.
   """
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=list(argv))
   for name in ("workdir", "verify", "coordinator"):
     flags.DEFINE_string(name, None, "see above", flag_values=values)
   for name in ("start", "steps", "num_processes", "process_id"):
     flags.DEFINE_integer(name, None, "see above", lower_bound=0, flag_values=values)
   flags.DEFINE_float("join_timeout", 300.0, "seconds", flag_values=values)
   flags.DEFINE_boolean("distributed", False, "several processes", flag_values=values)
-  try:
-    rest = values(list(argv))[1:]
-    config = values["config"].value
-    resolved = None if config is None else config.to_dict()
-  except (AttributeError, KeyError) as error:  # Of the config, which knows its nearest key.
-    inner = error.args[0] if isinstance(error.args[0], KeyError) else error
-    raise UserError(f"the config has no key {inner.args[0]}") from error
-  except (flags.Error, OSError) as error:
-    # A config file that raises is quoted with its traceback; the last line is the message.
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    raise UserError("--config: " + lines[-1].removeprefix("ValueError: ")) from error
-  if rest:
-    raise UserError(f"unexpected argument {rest[0]!r}")
+  resolved = command.parse(argv, values)
   given = {name: values[name].value for name in values}
   verify, workdir = given["verify"], given["workdir"]
   if verify and (resolved is not None or workdir):

@@ -22,7 +22,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """One field per logical axis; its value is the mesh axis (or axes) that splits it.
+  """One field per logical axis; its value is the mesh axis (or axes) that splits it, "" is none.
 
   Attributes:
     act_batch: clips of a batch.
@@ -71,7 +71,7 @@ class Rules:
     known = [field.name for field in dataclasses.fields(self) if field.name != "zero"]
     if unknown := [name for name in names if name is not None and name not in known]:
       raise ValueError(f"unknown logical axes {unknown}, have: {known}")
-    axes = tuple(None if name is None else getattr(self, name) for name in names)
+    axes = tuple(None if name is None else getattr(self, name) or None for name in names)
     used = [one for axis in axes for one in _mesh_axes(axis)]
     if len(used) != len(set(used)):
       raise ValueError(f"axes {names} would use one mesh axis twice: {axes}")
@@ -79,7 +79,7 @@ class Rules:
 
 
 def _mesh_axes(axes: Axes) -> tuple[str, ...]:
-  if axes is None:
+  if not axes:
     return ()
   return (axes,) if isinstance(axes, str) else tuple(axes)
 
@@ -112,9 +112,11 @@ def make_mesh(
       f"mesh {shown} does not fit {len(devices)} device(s): "
       "the product of the sizes must be their number; set one size to -1"
     )
-  # `jax.make_mesh` alone gives `Explicit` axes, on which Linen layers fail.
-  auto = (AxisType.Auto,) * len(sizes)
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
+  # Host by host, so that each loads rows that follow each other; `jax.make_mesh` follows the wires
+  # of a TPU slice, on which a host holds a square. Linen layers fail on `Explicit` axes.
+  devices.sort(key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))
+  grid = np.asarray(devices).reshape(tuple(sizes.values()))
+  return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 # Loops run over these axes: split over devices, every turn would fetch its part from one of them.

@@ -35,8 +35,20 @@ def test_a_mesh_that_does_not_use_every_device_is_refused(sizes):
     sharding.make_mesh(*sizes)
 
 
+def test_hosts_follow_each_other_whatever_the_order_of_their_devices():
+  class Device:
+    def __init__(self, number, host):
+      self.id, self.process_index = number, host
+
+  # A slice of 4x2 chips with two hosts, each with a square: numbered row by row.
+  devices = [Device(n, host) for n, host in enumerate([0, 0, 1, 1, 0, 0, 1, 1])]
+  mesh = sharding.make_mesh(2, 4, 1, devices=devices)
+  assert [[d.process_index for d in row] for row in mesh.devices[..., 0]] == [[0] * 4, [1] * 4]
+
+
 def test_names_have_one_meaning():
   assert RULES.spec("width", None, "heads") == P("fsdp", None, "tensor")
+  assert sharding.Rules(width="", zero="").spec("width", "ffn") == P(None, "tensor")
   with pytest.raises(ValueError, match="unknown logical axes .'widht'"):
     RULES.spec("widht")
   with pytest.raises(ValueError, match="one mesh axis twice"):
@@ -44,7 +56,7 @@ def test_names_have_one_meaning():
   with pytest.raises(UserError, match="names no mesh axis"):
     sharding.Rules(width="fsdpp")
   with pytest.raises(TypeError):
-    sharding.Rules(widht="fsdp")
+    sharding.Rules(widht="fsdp")  # pyright: ignore
 
 
 def test_leaves_go_where_their_names_say():

@@ -1,0 +1,36 @@
+"""The command line of what takes a config: the file, and single values of it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from spatialv2a_jax.errors import UserError
+
+
+def parse(argv: Sequence[str], values: flags.FlagValues) -> dict[str, Any] | None:
+  """Reads a command line into `values` and returns the resolved config, None without --config.
+
+  Args:
+    argv: the command line, program name first.
+    values: with the other flags defined.
+
+  Raises:
+    UserError: one line for any mistake in it.
+  """
+  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=list(argv))
+  try:
+    rest = values(list(argv))[1:]
+    config = values["config"].value
+    resolved = None if config is None else config.to_dict()
+  except (AttributeError, KeyError) as error:  # Of the config, which knows its nearest key.
+    inner = error.args[0] if isinstance(error.args[0], KeyError) else error
+    raise UserError(f"the config has no key {inner.args[0]}") from error
+  except (flags.Error, OSError) as error:
+    # A config file that raises is quoted with its traceback; the last line is the message.
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    raise UserError("--config: " + lines[-1].removeprefix("ValueError: ")) from error
+  if rest:
+    raise UserError(f"unexpected argument {rest[0]!r}")
+  return resolved

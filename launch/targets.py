@@ -1,0 +1,194 @@
+"""Chips that a run can be compiled for without having them, and how to name some of them.
+
+Peaks and memory are the vendors' (cloud.google.com/tpu/docs, the data sheet of the NVIDIA H200),
+interconnects those of "How to Scale Your Model" (jax-ml.github.io/scaling-book).
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from spatialv2a_jax.errors import MissingAssetError, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One kind of device.
+
+  Attributes:
+    name: as in --topology.
+    platform: of JAX.
+    peak_flops: dense bfloat16 FLOP/s.
+    memory: bytes that a program may use; what the runtime reserves is taken off.
+    bandwidth: bytes/s of its memory.
+    interconnect: bytes/s between chips of one slice or host, over all links together.
+    clock: cycles/s of the compiler's estimates; None where it gives none.
+  """
+
+  name: str
+  platform: str
+  peak_flops: float
+  memory: float
+  bandwidth: float
+  interconnect: float
+  clock: float | None = None
+
+
+GIB = 2.0**30
+CHIPS = {
+  chip.name: chip
+  for chip in (
+    Chip("v5e", "tpu", 197e12, 15.75 * GIB, 8.1e11, 1.8e11, 1.5e9),
+    Chip("v5p", "tpu", 459e12, 95.73 * GIB, 2.8e12, 5.4e11, 1.75e9),
+    Chip("v6e", "tpu", 918e12, 31.24 * GIB, 1.6e12, 3.6e11, 1.75e9),
+    Chip("h200", "cuda", 989e12, 0.95 * 150.7e9, 4.8e12, 4.5e11),
+    # One core of a common server, so that the columns can be read; not a promise.
+    Chip("cpu", "cpu", 1e11, 4 * GIB, 1e10, 1e10),
+  )
+}
+
+# What XLA must know of a GPU to compile for it; the numbers are those of NVIDIA's data sheets.
+_H200 = """
+gpu_device_info {
+  name: "NVIDIA H200"
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: 151397597184
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  driver_version: "13.0.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """Devices to compile for.
+
+  Attributes:
+    text: as on the command line, such as "v5e:16x16".
+    chip: their kind.
+    shape: of a slice (TPU), or hosts and devices of each (GPU).
+  """
+
+  text: str
+  chip: Chip
+  shape: tuple[int, ...]
+
+  @property
+  def count(self) -> int:
+    """Number of devices."""
+    return math.prod(self.shape)
+
+
+def parse(text: str) -> Target:
+  """Returns the target that "CHIP:SHAPE" names: v5e:16x16, v5p:4x4x4, h200:8, h200:2x8, cpu:8.
+
+  Raises:
+    UserError: for an unknown chip or a shape it cannot have.
+  """
+  found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
+  if not found or found.group(1) not in CHIPS:
+    raise UserError(
+      f"--topology {text!r} is not CHIP:SHAPE with one of {', '.join(CHIPS)}, such as v5e:16x16"
+    )
+  chip, shape = CHIPS[found.group(1)], tuple(map(int, found.group(2).split("x")))
+  dims = {"v5p": (3,), "v5e": (2,), "v6e": (2,), "h200": (1, 2), "cpu": (1,)}[chip.name]
+  if len(shape) not in dims or 0 in shape:
+    wanted = "x".join("ABC"[: dims[-1]])
+    raise UserError(f"--topology {text!r}: the shape of {chip.name} is {wanted}")
+  return Target(text, chip, shape)
+
+
+def prepare(target: Target) -> None:
+  """Sets what must be set before JAX makes its first device: nothing may run but the CPU.
+
+  Raises:
+    MissingAssetError: if the compiler for the target is not installed.
+  """
+  needed = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
+  module = needed.get(target.chip.platform)
+  if module and importlib.util.find_spec(module) is None:
+    package = {"tpu": "spatialv2a_jax[estimate]", "cuda": f"jax[cuda12]=={jax.__version__}"}
+    raise MissingAssetError(
+      f"--topology {target.text} needs the compiler of {module}, which is not installed; "
+      f"pip install '{package[target.chip.platform]}' (no such hardware is needed)"
+    )
+  jax.config.update("jax_platforms", "cpu")
+  if target.chip.platform == "cpu":
+    jax.config.update("jax_num_cpu_devices", target.count)
+  if target.chip.platform == "tpu":
+    # Without these the library asks a metadata server which slice this machine belongs to.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_LOG_DIR", "disabled")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+  if target.chip.platform == "cuda":
+    # Tile sizes of Triton's products are found by running them on the device.
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_triton_gemm=false".strip()
+
+
+def devices(target: Target) -> list[Any]:
+  """Returns the devices of a target, of which only those of the CPU exist.
+
+  Raises:
+    UserError: if there is no slice of this shape.
+  """
+  if target.chip.platform == "cpu":
+    return jax.devices()[: target.count]
+  try:
+    if target.chip.platform == "tpu":
+      name = "x".join(map(str, target.shape))
+      topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{target.chip.name}:{name}"
+      )
+    else:
+      hosts, per_host = (1, *target.shape)[-2:]
+      topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name=target.chip.name,
+        target_config=_H200,
+        topology=f"1x{hosts}x{per_host}",
+      )
+  except Exception as error:
+    first = str(error).strip().splitlines()[0]
+    raise UserError(f"--topology {target.text} is not possible: {first}") from error
+  found = list(topology.devices)
+  if len(found) != target.count:
+    raise UserError(
+      f"--topology {target.text} has {len(found)} devices in JAX, not {target.count}; "
+      "chips of two cores each are not supported"
+    )
+  return found

@@ -1,0 +1,44 @@
+"""The work of the model, against closed forms and against published counts."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from launch import flops, tasks
+from spatialv2a_jax import flow, schema
+from spatialv2a_jax.models import flow_net
+
+
+def test_loops_and_calls_are_counted():
+  def work(x, weights):
+    x = jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), None), x, weights)[0]
+    x = jax.lax.cond(x.sum() > 0, lambda x: x @ weights[0], lambda x: x, x)
+    return jax.checkpoint(lambda x: jax.jit(jnp.dot)(x, weights[0]))(x)
+
+  shapes = jnp.zeros((16, 32)), jnp.zeros((5, 32, 32))
+  assert flops.count(work, *shapes) == 7 * 2 * 16 * 32 * 32
+
+
+def test_convolutions_are_counted():
+  def work(x, k):
+    return jax.lax.conv_general_dilated(x, k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+  assert flops.count(work, jnp.zeros((2, 20, 8)), jnp.zeros((3, 8, 16))) == 2 * 2 * 20 * 3 * 8 * 16
+
+
+@pytest.mark.parametrize(
+  "depth, ears, gflop",
+  [
+    ((4, 8), 1, 61.3),  # MMAudio's small_16k, as PyTorch counts it.
+    ((6, 12), 2, 166.4),
+  ],
+)
+def test_the_network_has_the_work_that_is_known_of_it(depth, ears, gflop):
+  sizes = flow_net.Config(joint_depth=depth[0], ear_depth=depth[1], ears=ears, spatial=ears == 2)
+  kinds: dict[str, Any] = {"clip_dim": 1024, "sync_dim": 768, "text_len": 77, "text_dim": 1024}
+  shapes = schema.feature_shapes(8.0, schema.AUDIO["16k"], **kinds)
+  shapes |= {name: (ears, *shapes[name][1:]) for name in ("mean", "std")}
+  found = tasks.flow_flops(sizes, flow.LossConfig(), shapes) / 3e9
+  assert found == pytest.approx(gflop, rel=0.02)
