@@ -28,7 +28,10 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
   c.seconds = 8.0
 
   # Passed as they are to `flow_net.Config`, `features.Config` and `flow.LossConfig`.
-  c.model = dict(width=448, heads=7, joint_depth=6, ear_depth=12, remat=True, dtype="bfloat16")
+  c.model = dict(
+    width=448, heads=7, joint_depth=6, ear_depth=12, remat="products",
+    dtype="bfloat16", activations="bfloat16", gemm=False, attention="xla",
+  )  # fmt: skip
   c.features = dict(
     encoder="mmaudio",
     seed=0,
@@ -95,7 +98,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
   if variant == "smoke":
     c.steps = 4
     c.seconds = 0.64
-    c.model.update(width=56, joint_depth=2, ear_depth=2, remat=False, dtype="float32")
+    c.model.update(width=56, joint_depth=2, ear_depth=2, remat="")
+    c.model.update(dtype="float32", activations="float32")
     c.features.update(
       encoder="random", clip_dim=16, sync_dim=16, text_dim=16, text_len=4, localizer="motion"
     )

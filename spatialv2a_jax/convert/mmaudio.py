@@ -78,21 +78,21 @@ def table(state: State, config: flow_net.Config) -> Table:
   def mlp(name: str) -> Table:
     gates = f"{name}.w1.weight", f"{name}.w3.weight"
     return {
-      "up/kernel": arranged(gates, "g o i ... -> ... i g o"),
+      "up/kernel": arranged(gates, "g o i ... -> g ... i o"),
       "down/kernel": arranged(f"{name}.w2.weight", WEIGHT),
     }
 
   def mod(name: str) -> Table:
     name = f"{name}.adaLN_modulation.1"
     return {
-      "kernel": arranged(f"{name}.weight", "(n o) i -> i n o", o=width),
+      "kernel": arranged(f"{name}.weight", "(n o) i -> n i o", o=width),
       "bias": arranged(f"{name}.bias", "(n o) -> n o", o=width),
     }
 
   def stream(name: str, pre_only: bool = False) -> Table:
     qkv, out = f"{name}.attn.qkv", f"{name}.linear1"
     parts = {  # Output channels of the first are (head, channel, {q, k, v}).
-      "qkv/kernel": arranged(f"{qkv}.weight", "(h k j) i -> i j h k", h=heads, j=3),
+      "qkv/kernel": arranged(f"{qkv}.weight", "(h k j) i -> j i h k", h=heads, j=3),
       "qkv/bias": arranged(f"{qkv}.bias", "(h k j) -> j h k", h=heads, j=3),
       "q_norm/scale": copy(f"{name}.attn.q_norm.weight"),
       "k_norm/scale": copy(f"{name}.attn.k_norm.weight"),

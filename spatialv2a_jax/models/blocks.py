@@ -4,13 +4,16 @@ Axis letters: b batch, e ear (size 1 where both ears share a stream), t latent f
 any kind, d width, h head, k head width, c latent channel.
 """
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from spatialv2a_jax.models import layers
-from spatialv2a_jax.models.layers import Constrain, GatedMlp, Linear
+from spatialv2a_jax.models.layers import Constrain, GatedMlp, Linear, ParallelLinear
 
 Qkv = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -24,7 +27,9 @@ class Stream(nn.Module):
     ffn: hidden width of the MLP.
     taps: kernel length of output projection and MLP; 0 where the order is no time axis (text).
     pre_only: the stream only gives queries, keys and values, and ends there.
-    dtype: of the matmuls; parameters, residual stream, norms and softmax stay float32.
+    dtype: of the matmuls; parameters, norms and softmax stay float32, and the residual stream is
+      what it comes as.
+    gemm: convolves by matrix products.
   """
 
   width: int
@@ -33,26 +38,30 @@ class Stream(nn.Module):
   taps: int = 3
   pre_only: bool = False
   dtype: jax.typing.DTypeLike = jnp.float32
+  gemm: bool = False
 
   def setup(self):
     """Declares the layers; those after the attention only where they are used."""
     d, h, k = self.width, self.heads, self.width // self.heads
     parts = 2 if self.pre_only else 6
-    self.mod = Linear(
-      (parts, d), ("width", None, "mod"), kernel_init=layers.zeros, dtype=self.dtype
+    self.mod = ParallelLinear(
+      parts, (d,), ("width", "mod"), kernel_init=layers.zeros, dtype=self.dtype
     )
-    qkv_axes = ("width", None, "heads", "head_dim")
-    qkv_init = layers.xavier(d, 3 * d)
-    self.qkv = Linear((3, h, k), qkv_axes, kernel_init=qkv_init, dtype=self.dtype)
+    qkv_axes, qkv_init = ("width", "heads", "head_dim"), layers.xavier(d, 3 * d)
+    self.qkv = ParallelLinear(3, (h, k), qkv_axes, kernel_init=qkv_init, dtype=self.dtype)
     self.q_norm = layers.RMSNorm()
     self.k_norm = layers.RMSNorm()
     if not self.pre_only:
-      self.out = Linear((d,), ("heads", "head_dim", "width"), self.taps, dtype=self.dtype)
-      self.mlp = GatedMlp(self.ffn, self.taps, dtype=self.dtype)
+      options = {"taps": self.taps, "dtype": self.dtype, "gemm": self.gemm}
+      self.out = Linear((d,), ("heads", "head_dim", "width"), **options)
+      self.mlp = GatedMlp(self.ffn, **options)
 
   def modulation(self, c_bend: jax.Array) -> list[jax.Array]:
-    """Returns shifts, scales and gates; ears or tokens that share a condition have size 1."""
-    return list(jnp.unstack(self.mod(nn.silu(c_bend)), axis=-2))
+    """Returns shifts, scales and gates of an activated condition.
+
+    Ears or tokens that share a condition have size 1.
+    """
+    return self.mod(c_bend)
 
   def before(self, x_bend: jax.Array, mods: list[jax.Array], table: np.ndarray | None) -> Qkv:
     """Returns queries, keys and values [b, e, n, h, k].
@@ -62,8 +71,8 @@ class Stream(nn.Module):
       mods: from `modulation`.
       table: rotary table of the tokens, None for those without positions.
     """
-    q, k, v = jnp.unstack(self.qkv(layers.modulate(x_bend, *mods[:2])), axis=-3)
-    q, k = self.q_norm(q), self.k_norm(k)
+    q, k, v = self.qkv(layers.modulate(x_bend, *mods[:2]))
+    q, k = self.q_norm(q).astype(self.dtype), self.k_norm(k).astype(self.dtype)
     if table is not None:
       q, k = layers.rope(q, table), layers.rope(k, table)
     return q.astype(self.dtype), k.astype(self.dtype), v
@@ -76,21 +85,39 @@ class Stream(nn.Module):
 
 
 class EarBlock(nn.Module):
-  """Self-attention and ConvMLP over the frames of one ear (MMAudio's fused block)."""
+  """Self-attention and ConvMLP over the frames of one ear (MMAudio's fused block).
+
+  Attributes:
+    width: d.
+    heads: attention heads; divides the width.
+    ffn: hidden width of the MLP.
+    dtype: of the matmuls.
+    gemm: convolves by matrix products.
+    attention: "xla", or NVIDIA's "cudnn", which wants an even number of frames.
+    constrain: pins an activation to its logical axes.
+  """
 
   width: int
   heads: int
   ffn: int
   dtype: jax.typing.DTypeLike = jnp.float32
+  gemm: bool = False
+  attention: Literal["xla", "cudnn"] = "xla"
   constrain: Constrain = layers.unconstrained
 
   @nn.compact
   def __call__(self, x_btd: jax.Array, c_btd: jax.Array) -> jax.Array:
-    """Maps tokens [b, t, d] under the per-frame condition [b, t, d]."""
-    stream = Stream(self.width, self.heads, self.ffn, dtype=self.dtype, name="audio")
+    """Maps tokens [b, t, d] under the activated per-frame condition [b, t, d]."""
+    size = (self.width, self.heads, self.ffn)
+    stream = Stream(*size, dtype=self.dtype, gemm=self.gemm, name="audio")
     table = layers.rope_table(x_btd.shape[1], self.width // self.heads)
     mods = stream.modulation(c_btd)
-    out_bthk = jax.nn.dot_product_attention(*stream.before(x_btd, mods, table))
+    qkv = stream.before(x_btd, mods, table)
+    if self.attention == "cudnn":
+      out_bthk = jax.nn.dot_product_attention(*qkv, implementation="cudnn")
+      out_bthk = checkpoint_name(out_bthk, "attention")
+    else:
+      out_bthk, _ = layers.attend(*qkv)
     x_btd = stream.after(x_btd, out_bthk, mods)
     return self.constrain(x_btd, "act_batch", "act_time", "act_width")
 
@@ -110,9 +137,8 @@ class JointBlock(nn.Module):
     heads: attention heads; divides the width.
     ffn: hidden width of the MLPs.
     last: visual and text streams end in this block.
-    unroll: computes the ears one after the other. XLA may round the rows of one large batch
-      differently; apart, ears with equal inputs have equal outputs, to the bit.
     dtype: of the matmuls.
+    gemm: convolves by matrix products.
     constrain: pins an activation to its logical axes.
   """
 
@@ -121,8 +147,8 @@ class JointBlock(nn.Module):
   heads: int
   ffn: int
   last: bool = False
-  unroll: bool = False
   dtype: jax.typing.DTypeLike = jnp.float32
+  gemm: bool = False
   constrain: Constrain = layers.unconstrained
 
   @nn.compact
@@ -131,8 +157,8 @@ class JointBlock(nn.Module):
 
     Args:
       tokens: audio [b, e, t, d], clip [b, 1, v, d] and text tokens [b, 1, w, d].
-      c_b1td: per-frame condition of the audio tokens.
-      g_b11d: global condition of the others.
+      c_b1td: per-frame condition of the audio tokens, activated.
+      g_b11d: global condition of the others, activated.
 
     Returns:
       The three kinds of tokens after the block; those of a `last` block's clip and text streams
@@ -141,9 +167,10 @@ class JointBlock(nn.Module):
     x_betd, clip_b1vd, text_b1wd = tokens
     frames, k = x_betd.shape[2], self.width // self.heads
     size = (self.width, self.heads, self.ffn)
-    audio = Stream(*size, dtype=self.dtype, name="audio")
-    clip = Stream(*size, pre_only=self.last, dtype=self.dtype, name="clip")
-    text = Stream(*size, taps=0, pre_only=self.last, dtype=self.dtype, name="text")
+    options = {"dtype": self.dtype, "gemm": self.gemm}
+    audio = Stream(*size, name="audio", **options)
+    clip = Stream(*size, pre_only=self.last, name="clip", **options)
+    text = Stream(*size, taps=0, pre_only=self.last, name="text", **options)
 
     audio_mods = audio.modulation(c_b1td)
     clip_mods, text_mods = clip.modulation(g_b11d), text.modulation(g_b11d)
@@ -182,7 +209,12 @@ class JointBlock(nn.Module):
 
   @nn.nowrap
   def _by_ear(self, function, *arrays):
-    if not self.unroll or self.ears == 1:
+    """Computes the ears one after the other.
+
+    XLA may round the rows of one large batch differently; apart, ears with equal inputs have
+    equal outputs, to the bit. A TPU is also faster with arrays that have no axis of size 2.
+    """
+    if self.ears == 1:
       return function(*arrays)
     outputs = [function(*(x[:, e : e + 1] for x in arrays)) for e in range(self.ears)]
     return jax.tree.map(lambda *ears: jnp.concatenate(ears, axis=1), *outputs)
@@ -232,12 +264,8 @@ class FinalLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x_btd: jax.Array, g_b1d: jax.Array) -> jax.Array:
-    """Maps tokens [b, t, d] under the global condition [b, 1, d] to a flow [b, t, c]."""
-    mod_axes = ("width", None, "mod")
-    mod = Linear((2, self.width), mod_axes, kernel_init=layers.zeros, dtype=self.dtype, name="mod")
-    shift, scale = jnp.unstack(mod(nn.silu(g_b1d)), axis=-2)
-    axes = ("width", "latent")
-    conv = Linear(
-      (self.channels,), axes, taps=7, kernel_init=layers.zeros, dtype=self.dtype, name="conv"
-    )
+    """Maps tokens [b, t, d] under the activated global condition [b, 1, d] to a flow [b, t, c]."""
+    zeros = {"kernel_init": layers.zeros, "dtype": self.dtype}
+    shift, scale = ParallelLinear(2, (self.width,), ("width", "mod"), name="mod", **zeros)(g_b1d)
+    conv = Linear((self.channels,), ("width", "latent"), taps=7, name="conv", **zeros)
     return conv(layers.modulate(x_btd, shift, scale)).astype(jnp.float32)

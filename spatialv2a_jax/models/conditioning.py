@@ -82,7 +82,8 @@ class Condition(nn.Module):
     sync_btd = sync_bsd[:, layers.nearest_exact(sync_bsd.shape[1], latent_len)]
 
     def vector(name, x_bnd):
-      axes = ("width", None)
+      # Whole on every device: so small an input would be split like the weights, not they gathered.
+      axes = (None, None)
       mean_bd = x_bnd.astype(jnp.float32).mean(axis=1)
       return Linear((self.width,), axes, dtype=self.dtype, name=name)(mean_bd)
 

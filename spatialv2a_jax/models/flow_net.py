@@ -10,7 +10,7 @@ s synchronisation token, w text token, f feature of an encoder, k spatial descri
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,12 @@ from spatialv2a_jax.models.conditioning import SYNC_SEGMENT, Condition, Project,
 from spatialv2a_jax.models.layers import Constrain
 
 Params = dict[str, Any]
+
+# What `jax.checkpoint` saves of a block; None is nothing.
+POLICIES = {
+  "products": jax.checkpoint_policies.save_only_these_names("product", "attention"),
+  "full": None,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +48,15 @@ class Config:
     v2: MMAudio v2's activations and time embedding.
     spatial: has the spatial condition C_s.
     ffn: hidden width of the blocks' MLPs; None is MMAudio's rule.
-    unroll: unrolls the blocks instead of scanning them (and folding the ears of joint blocks into
-      the batch); None does so on the CPU, where convolution gradients inside a scan are about 30
-      times slower.
-    remat: recomputes each block's activations in the backward pass.
+    unroll: unrolls the blocks instead of scanning them; None does so on the CPU, where convolution
+      gradients inside a scan are about 30 times slower.
+    remat: what the backward pass recomputes of each block: nothing ("" or False), all but the
+      results of its products and of attention ("products"), or everything ("full" or True).
     dtype: of the matmuls.
+    activations: dtype of what flows between blocks, the residual streams and the conditions;
+      MMAudio's own training has bfloat16 there, as its matmuls. Norms and softmax stay float32.
+    gemm: the blocks convolve by matrix products instead of convolutions.
+    attention: of the ears' blocks: "xla", or "cudnn" on an NVIDIA GPU.
   """
 
   width: int = 448
@@ -63,14 +73,21 @@ class Config:
   spatial: bool = True
   ffn: int | None = None
   unroll: bool | None = None
-  remat: bool = False
+  remat: bool | Literal["", "products", "full"] = False
   dtype: str = "float32"
+  activations: str = "float32"
+  gemm: bool = False
+  attention: Literal["xla", "cudnn"] = "xla"
 
   def __post_init__(self):
     if self.ears not in (1, 2):
       raise ValueError(f"ears must be 1 or 2, got {self.ears}")
     if self.width % (2 * self.heads):
       raise ValueError(f"width {self.width} is not {self.heads} heads of an even width")
+    if self.remat not in (False, True, "", *POLICIES):
+      raise ValueError(f"remat {self.remat!r} is unknown, have: {list(POLICIES)}")
+    if self.attention not in ("xla", "cudnn"):
+      raise ValueError(f"attention {self.attention!r} is unknown, have: xla, cudnn")
     if min(self.joint_depth, self.ear_depth) < 1:
       raise ValueError("joint_depth and ear_depth must be at least 1")
 
@@ -158,15 +175,16 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
   """Returns the network of `config`; `constrain` pins activations to their logical axes."""
   c = config
   size = {"width": c.width, "ffn": c.ffn or layers.hidden_width(c.width), "dtype": c.dtype}
-  condition_net = Condition(clip_dim=c.clip_dim, sync_dim=c.sync_dim, v2=c.v2, **size)
+  inputs = {"clip_dim": c.clip_dim, "sync_dim": c.sync_dim, "v2": c.v2}
+  condition_net = Condition(**inputs, **size)
   spatial_net = spatial.SpatialCondition(**size)
   time_net = TimeEmbedding(width=c.width, v2=c.v2, dtype=c.dtype)
   audio_net = Project(source="latent", first_taps=7, taps=7, v2=c.v2, **size)
-  block = {"heads": c.heads, "constrain": constrain, **size}
+  block = {"heads": c.heads, "constrain": constrain, "gemm": c.gemm, **size}
   unrolled = c.unroll if c.unroll is not None else jax.default_backend() == "cpu"
-  joint_net = JointBlock(ears=c.ears, unroll=unrolled, **block)
-  joint_last_net = JointBlock(ears=c.ears, unroll=unrolled, last=True, **block)
-  ear_net = EarBlock(**block)
+  joint_net = JointBlock(ears=c.ears, **block)
+  joint_last_net = JointBlock(ears=c.ears, last=True, **block)
+  ear_net = EarBlock(attention=c.attention, **block)
   final_net = FinalLayer(width=c.width, channels=c.latent_channels, dtype=c.dtype)
 
   def init(key: jax.Array) -> Params:
@@ -257,17 +275,24 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
     return prepared, stats
 
   def run(params, x_betc, t_b, prepared, unroll):
-    def apply(net):
+    def apply(net, looped=False):
       def call(p, *args):
         return net.apply({"params": p}, *args)
 
-      return jax.checkpoint(call) if c.remat else call
+      if not c.remat:
+        return call
+      # In a loop, nothing can undo the recomputation that a barrier would have to protect.
+      policy = POLICIES["full" if c.remat is True else c.remat]
+      return jax.checkpoint(call, policy=policy, prevent_cse=unroll or not looped)
 
+    kind = jnp.dtype(c.activations)
     time_bd = time_net.apply({"params": params["time"]}, t_b)
     g_b1d = (time_bd + prepared["global_bd"]).astype(jnp.float32)[:, None]
     c_btd = g_b1d + prepared["sync_btd"]
     if c.spatial:
       c_btd += prepared["spatial_btd"]
+    # Every block modulates by them: activated once, not once per block.
+    g_b1d, c_btd = nn.silu(g_b1d).astype(kind), nn.silu(c_btd).astype(kind)
 
     def project(x):
       return jnp.asarray(audio_net.apply({"params": params["audio"]}, x), jnp.float32)
@@ -278,11 +303,12 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
     mids = {"time": time_bd, "audio": x_betd}
     if c.ears == 2:
       x_betd += params["ear_embedding"][None, :, None]
+    x_betd = x_betd.astype(kind)
     x_betd = constrain(x_betd, "act_batch", "ear", "act_time", "act_width")
 
-    tokens = x_betd, *(prepared[n].astype(jnp.float32)[:, None] for n in ("clip_bvd", "text_bwd"))
+    tokens = x_betd, *(prepared[n].astype(kind)[:, None] for n in ("clip_bvd", "text_bwd"))
     if c.joint_depth > 1:
-      joint = apply(joint_net)
+      joint = apply(joint_net, looped=True)
       tokens, mids["joint"] = repeat(
         lambda p, x: joint(p, x, c_btd[:, None], g_b1d[:, None]),
         params["joint"],
@@ -292,7 +318,7 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
     x_betd = apply(joint_last_net)(params["joint_last"], tokens, c_btd[:, None], g_b1d[:, None])[0]
     mids["joint_last"] = x_betd
 
-    ear_block, final = apply(ear_net), apply(final_net)
+    ear_block, final = apply(ear_net, looped=True), apply(final_net)
 
     def branch(p, x_btd):
       x_btd, outputs = repeat(lambda p, x: ear_block(p, x, c_btd), p["ears"], x_btd, unroll=unroll)

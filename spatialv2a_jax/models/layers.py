@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 Constrain = Callable[..., jax.Array]
 
@@ -59,6 +60,8 @@ class Linear(nn.Module):
     kernel_init: by default Xavier uniform (dense, zero bias) or U(+-1/sqrt(fan in)) for
       both kernel and bias (convolution), which are PyTorch's and MMAudio's.
     dtype: of the multiplication; parameters stay float32.
+    gemm: convolves by one matrix product over shifted copies of the input, which is faster where
+      the platform's 1-D convolutions are slow.
   """
 
   features: tuple[int, ...]
@@ -67,6 +70,7 @@ class Linear(nn.Module):
   bias: bool = True
   kernel_init: Callable | None = None
   dtype: jax.typing.DTypeLike = jnp.float32
+  gemm: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -84,14 +88,85 @@ class Linear(nn.Module):
       (*taps, *x.shape[split:], *self.features),
     ).astype(self.dtype)
     x = x.astype(self.dtype).reshape(*x.shape[:split], fan_in)
-    if self.taps:
-      y = convolve(x, kernel.reshape(self.taps, fan_in, fan_out))
-    else:
-      y = x @ kernel.reshape(fan_in, fan_out)
+    y = product(x, kernel.reshape(*taps, fan_in, fan_out), self.gemm)
     if self.bias:
       bias = self.param("bias", logical(bias_init, *self.axes[inputs:]), self.features)
       y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (fan_out,))
+    y = checkpoint_name(y, "product")
     return y.reshape(*x.shape[:-1], *self.features)
+
+
+class ParallelLinear(nn.Module):
+  """Several dense layers or convolutions of one input, their kernels stacked on a leading axis.
+
+  Each part is a product of its own: cutting the result of one wide product apart costs a TPU as
+  much as the product, where the parts are no multiple of 128 wide.
+
+  Attributes:
+    parts: their number.
+    features: sizes of the output axes of each part.
+    axes: logical names of the input axis, then of the output axes.
+    taps: as in `Linear`.
+    bias: as in `Linear`.
+    kernel_init: as in `Linear`, for the kernel of all parts side by side.
+    dtype: of the multiplication; parameters stay float32.
+    gemm: as in `Linear`.
+  """
+
+  parts: int
+  features: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  taps: int = 0
+  bias: bool = True
+  kernel_init: Callable | None = None
+  dtype: jax.typing.DTypeLike = jnp.float32
+  gemm: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> list[jax.Array]:
+    """Maps [..., t, input axis] to `parts` arrays [..., t, *features] in `dtype`."""
+    fan_in, width = x.shape[-1], math.prod(self.features)
+    taps = (self.taps,) if self.taps else ()
+    default = uniform(1 / math.sqrt(fan_in * self.taps)) if self.taps else xavier(fan_in, width)
+    draw = self.kernel_init or default
+
+    def init(key, shape, dtype=jnp.float32):
+      side_by_side = (*shape[1 : 2 + len(taps)], shape[0], *shape[2 + len(taps) :])
+      return jnp.moveaxis(draw(key, side_by_side, dtype), 1 + len(taps), 0)
+
+    names = (None, *(None for _ in taps), *self.axes)
+    shape = (self.parts, *taps, fan_in, *self.features)
+    kernels = jnp.unstack(self.param("kernel", logical(init, *names), shape).astype(self.dtype))
+    biases: list[jax.Array | None] = [None] * self.parts
+    if self.bias:
+      bias_init = logical(zeros, None, *self.axes[1:])
+      bias = self.param("bias", bias_init, (self.parts, *self.features)).astype(self.dtype)
+      biases = list(jnp.unstack(bias.reshape(self.parts, width)))
+    x = x.astype(self.dtype)
+    return [self._one(x, k, b) for k, b in zip(kernels, biases, strict=True)]
+
+  @nn.nowrap
+  def _one(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    y = product(x, kernel.reshape(*kernel.shape[: 1 + bool(self.taps)], -1), self.gemm)
+    if bias is not None:
+      y += bias.reshape((1,) * (y.ndim - 1) + (-1,))
+    return checkpoint_name(y, "product").reshape(*x.shape[:-1], *self.features)
+
+
+def product(x: jax.Array, kernel: jax.Array, gemm: bool) -> jax.Array:
+  """Multiplies [..., t, i] by a kernel [i, o], or convolves it with one [taps, i, o]."""
+  if kernel.ndim == 2:
+    return x @ kernel
+  return (convolve_by_product if gemm else convolve)(x, kernel)
+
+
+def convolve_by_product(x: jax.Array, kernel_tio: jax.Array) -> jax.Array:
+  """Does what `convolve` does, as one matrix product."""
+  taps, fan_in, fan_out = kernel_tio.shape
+  length, half = x.shape[-2], taps // 2
+  padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(half, half), (0, 0)])
+  shifted = [jax.lax.slice_in_dim(padded, n, n + length, axis=-2) for n in range(taps)]
+  return jnp.concatenate(shifted, axis=-1) @ kernel_tio.reshape(taps * fan_in, fan_out)
 
 
 def convolve(x: jax.Array, kernel_tio: jax.Array) -> jax.Array:
@@ -118,28 +193,21 @@ class GatedMlp(nn.Module):
     hidden: hidden width f.
     taps: 0 is MMAudio's MLP, an odd number its ConvMLP.
     dtype: of the multiplications.
+    gemm: as in `Linear`.
   """
 
   hidden: int
   taps: int = 0
   dtype: jax.typing.DTypeLike = jnp.float32
+  gemm: bool = False
 
   @nn.compact
   def __call__(self, x_btd: jax.Array) -> jax.Array:
     """Maps [..., t, d] to [..., t, d]."""
     d = x_btd.shape[-1]
-    up = Linear(
-      (2, self.hidden),
-      ("width", None, "ffn"),
-      self.taps,
-      bias=False,
-      kernel_init=None if self.taps else xavier(d, self.hidden),
-      dtype=self.dtype,
-      name="up",
-    )
-    gate, value = jnp.unstack(up(x_btd), axis=-2)
-    down = Linear((d,), ("ffn", "width"), self.taps, bias=False, dtype=self.dtype, name="down")
-    return down(nn.silu(gate) * value)
+    options = {"taps": self.taps, "bias": False, "dtype": self.dtype, "gemm": self.gemm}
+    gate, value = ParallelLinear(2, (self.hidden,), ("width", "ffn"), name="up", **options)(x_btd)
+    return Linear((d,), ("ffn", "width"), name="down", **options)(nn.silu(gate) * value)
 
 
 class RMSNorm(nn.Module):
@@ -165,7 +233,7 @@ def layer_norm(x: jax.Array) -> jax.Array:
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
   """Returns adaptive LayerNorm: `layer_norm(x) * (1 + scale) + shift`."""
-  return layer_norm(x) * (1 + scale) + shift
+  return layer_norm(x) * (1 + scale.astype(jnp.float32)) + shift
 
 
 def frequencies(size: int) -> np.ndarray:
@@ -189,16 +257,22 @@ def rope_table(length: int, head_dim: int, scale: float = 1.0) -> np.ndarray:
 
 
 def rope(x: jax.Array, table: np.ndarray) -> jax.Array:
-  """Rotates the interleaved pairs (2i, 2i+1) of [..., t, h, k] in float32.
+  """Rotates the interleaved pairs (2i, 2i+1) of [..., t, h, k]; returns float32.
 
   The half-split layout of most libraries would pair other channels than MMAudio's weights do.
   """
   shape = (1,) * (x.ndim - 3) + (table.shape[1], 1, table.shape[2])
   cos, sin = (jnp.asarray(part.reshape(shape)) for part in table)
-  even = (np.arange(x.shape[-1]) % 2 == 0).reshape((1,) * (x.ndim - 1) + (-1,))
-  x = x.astype(jnp.float32)
-  partner = jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
-  return x * cos + partner * sin
+  if x.dtype == jnp.float32:
+    even = (np.arange(x.shape[-1]) % 2 == 0).reshape((1,) * (x.ndim - 1) + (-1,))
+    partner = jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+  else:
+    # A product with a signed permutation is exact, and faster than to move channels about.
+    index = np.arange(x.shape[-1])
+    swap = np.zeros((x.shape[-1],) * 2, np.float32)
+    swap[index ^ 1, index] = np.where(index % 2 == 0, -1, 1)
+    partner = (x @ jnp.asarray(swap, x.dtype)).astype(jnp.float32)
+  return x.astype(jnp.float32) * cos + partner * sin
 
 
 def nearest_exact(source: int, target: int) -> np.ndarray:
@@ -225,22 +299,54 @@ def timestep_features(t_b: jax.Array, table: np.ndarray) -> jax.Array:
   return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
+@jax.custom_vjp
 def attend(q_bthk: jax.Array, k_bshk: jax.Array, v_bshk: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Softmax attention that also returns the log of each query's softmax denominator.
 
   `jax.nn.dot_product_attention(return_residual=True)` stops the gradient of that logarithm,
-  which the merge of two ears needs.
+  which the merge of two ears needs. The backward pass makes the weights anew from the logarithm
+  (as FlashAttention does, arXiv 2205.14135): neither they nor the logits are kept.
 
   Returns:
     Output [b, t, h, k] in the dtype of `v_bshk`, and log-sum-exp [b, t, h] in float32.
   """
-  scale = 1 / math.sqrt(q_bthk.shape[-1])
-  logits = jnp.einsum("bthk,bshk->bhts", q_bthk, k_bshk, preferred_element_type=jnp.float32)
-  logits *= scale
-  peak = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-  weight = jnp.exp(logits - peak)
-  total_bht = weight.sum(axis=-1)
-  out = jnp.einsum("bhts,bshk->bthk", weight.astype(v_bshk.dtype), v_bshk)
-  total_bth = total_bht.swapaxes(1, 2)
+  logits_bhts = _logits(q_bthk, k_bshk)
+  peak = logits_bhts.max(axis=-1, keepdims=True)
+  weight = jnp.exp(logits_bhts - peak)
+  if v_bshk.dtype == jnp.float32:
+    out = jnp.einsum("bhts,bshk->bthk", weight, v_bshk)
+    total_bth = weight.sum(axis=-1).swapaxes(1, 2)
+  else:
+    # The product sums the weights by the way: one pass over them less.
+    more = jnp.concatenate([v_bshk, jnp.ones_like(v_bshk[..., :1])], axis=-1)
+    low = weight.astype(v_bshk.dtype)
+    out = jnp.einsum("bhts,bshk->bthk", low, more, preferred_element_type=jnp.float32)
+    out, total_bth = out[..., :-1], out[..., -1]
   lse_bth = jnp.log(total_bth) + peak.squeeze(-1).swapaxes(1, 2)
   return (out / total_bth[..., None]).astype(v_bshk.dtype), lse_bth
+
+
+def _logits(q_bthk: jax.Array, k_bshk: jax.Array) -> jax.Array:
+  logits = jnp.einsum("bthk,bshk->bhts", q_bthk, k_bshk, preferred_element_type=jnp.float32)
+  return logits / math.sqrt(q_bthk.shape[-1])
+
+
+def _attend_forward(q_bthk, k_bshk, v_bshk):
+  out, lse = (checkpoint_name(x, "attention") for x in attend(q_bthk, k_bshk, v_bshk))
+  return (out, lse), (q_bthk, k_bshk, v_bshk, out, lse)
+
+
+def _attend_backward(saved, cotangents):
+  q_bthk, k_bshk, v_bshk, out, lse_bth = saved
+  d_out, d_lse = cotangents
+  weight = jnp.exp(_logits(q_bthk, k_bshk) - lse_bth.swapaxes(1, 2)[..., None])
+  d_v = jnp.einsum("bhts,bthk->bshk", weight.astype(v_bshk.dtype), d_out)
+  d_weight = jnp.einsum("bthk,bshk->bhts", d_out, v_bshk, preferred_element_type=jnp.float32)
+  common = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - d_lse
+  d_logits = weight * (d_weight - common.swapaxes(1, 2)[..., None])
+  d_logits = (d_logits / math.sqrt(q_bthk.shape[-1])).astype(q_bthk.dtype)
+  d_q = jnp.einsum("bhts,bshk->bthk", d_logits, k_bshk)
+  return d_q, jnp.einsum("bhts,bthk->bshk", d_logits, q_bthk), d_v
+
+
+attend.defvjp(_attend_forward, _attend_backward)

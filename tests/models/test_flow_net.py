@@ -1,6 +1,9 @@
 """The flow network: parity with MMAudio, and the laws of two ears."""
+# Options are spread over configs of several types, and `apply` may return more than arrays.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +16,7 @@ from spatialv2a_jax.models import blocks, flow_net, layers
 from spatialv2a_jax.sharding import Rules
 from tests.models import reference
 
-SIZE = {
+SIZE: dict[str, Any] = {
   "width": 32,
   "heads": 2,
   "joint_depth": 2,
@@ -243,7 +246,10 @@ def test_scanning_blocks_and_batching_ears_changes_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"unroll": False}, {"remat": True}])
+@pytest.mark.parametrize(
+  "options",
+  [{"unroll": False}, {"remat": True}, {"unroll": False, "remat": "products"}, {"gemm": True}],
+)
 def test_scan_and_remat_keep_gradients(options):
   params, x_betc = two_ear_params(), normal(4, CLIPS, 2, FRAMES, 4)
 
@@ -303,7 +309,7 @@ def test_the_start():
   assert all((params[n]["cross_mass"] == 1).all() for n in names)
   assert not params["ear_embedding"].any()
   both = params["ears"]["audio"]["qkv"]["kernel"]
-  assert both.shape == (2, 1, 16, 3, 2, 8)
+  assert both.shape == (2, 1, 3, 16, 2, 8)
   assert abs(both[0] - both[1]).max() > 0.01  # Each ear draws its own.
 
   rules = Rules()
@@ -338,16 +344,18 @@ def test_latents_are_normalised_per_channel():
   np.testing.assert_allclose(flow_net.normalize(params, x), z, atol=1e-5)
 
 
-def test_activations_are_pinned_in_float32():
+@pytest.mark.parametrize("activations", ["float32", "bfloat16"])
+def test_activations_are_pinned_in_their_dtype(activations):
   seen = []
 
   def constrain(x, *names):
-    assert len(names) == x.ndim and x.dtype == jnp.float32
+    assert len(names) == x.ndim and x.dtype == activations
     Rules().spec(*names)
     seen.append(names)
     return x
 
-  net = flow_net.build(flow_net.Config(**SMALL, dtype="bfloat16"), constrain)
+  options = {"dtype": "bfloat16", "activations": activations}
+  net = flow_net.build(flow_net.Config(**SMALL, **options), constrain)
   x_betc = normal(4, CLIPS, 2, FRAMES, 4)
   v_betc = jax.eval_shape(functools.partial(run, net), two_ear_params(), x_betc, COND, mask())
   assert v_betc.dtype == jnp.float32
@@ -356,10 +364,12 @@ def test_activations_are_pinned_in_float32():
 
 
 @pytest.mark.slow
-def test_bfloat16_is_close():
+@pytest.mark.parametrize("activations", ["float32", "bfloat16"])
+def test_bfloat16_is_close(activations):
   params = jax.tree.map(lambda x: 0.5 * x, two_ear_params())
   x_betc = normal(4, CLIPS, 2, FRAMES, 4)
-  half = jax.jit(functools.partial(run, two_ears(dtype="bfloat16")))(params, x_betc, COND, mask())
+  net = two_ears(dtype="bfloat16", activations=activations)
+  half = jax.jit(functools.partial(run, net))(params, x_betc, COND, mask())
   full = velocity(params, x_betc)
   error = jnp.linalg.norm(half - full) / jnp.linalg.norm(full)
   assert 1e-5 < error < 0.05
@@ -367,7 +377,13 @@ def test_bfloat16_is_close():
 
 @pytest.mark.parametrize(
   "options, message",
-  [({"ears": 3}, "ears"), ({"width": 30, "heads": 4}, "heads"), ({"ear_depth": 0}, "at least 1")],
+  [
+    ({"ears": 3}, "ears"),
+    ({"remat": "some"}, "remat"),
+    ({"attention": "best"}, "attention"),
+    ({"width": 30, "heads": 4}, "heads"),
+    ({"ear_depth": 0}, "at least 1"),
+  ],
 )
 def test_impossible_configs_are_refused(options, message):
   with pytest.raises(ValueError, match=message):

@@ -1,4 +1,6 @@
 """Layers against PyTorch's tables and against plain NumPy."""
+# Linen's `apply` and `init` may return more than arrays, by their types.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
 import pathlib
 
@@ -142,3 +144,54 @@ def test_attend_is_attention_and_its_logarithm_has_gradients():
   ours = jax.grad(lambda q: (layers.attend(q, k, v)[1] ** 2).sum())(q)
   np.testing.assert_allclose(ours, jax.grad(lambda q: (plain(q) ** 2).sum())(q), atol=1e-5)
   assert np.isfinite(layers.attend(1e3 * q, k, v)[0]).all()
+
+
+def test_the_backward_pass_of_attention_is_that_of_plain_attention():
+  arrays = q, k, v = [normal(i, 2, n, 3, 8) for i, n in ((0, 5), (1, 7), (2, 7))]
+
+  def plain(q, k, v):
+    logits = jnp.einsum("bthk,bshk->bhts", q, k) / 8**0.5
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(logits), v), jax.nn.logsumexp(logits, -1)
+
+  def total(attention, *arrays):
+    out, lse = attention(*arrays)
+    return jnp.sin(out).sum() + (lse**2).sum()
+
+  ours, theirs = (
+    jax.grad(lambda *a, f=f: total(f, *a), argnums=(0, 1, 2))(*arrays)
+    for f in (layers.attend, plain)
+  )
+  for a, b in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+  low = [x.astype(jnp.bfloat16) for x in arrays]
+  for a, b in zip(layers.attend(*low), layers.attend(q, k, v), strict=True):
+    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.05)
+
+
+def test_rope_of_bfloat16_rotates_the_same_values():
+  x = normal(0, 2, 12, 3, 16).astype(jnp.bfloat16)
+  table = layers.rope_table(12, 16)
+  expected = layers.rope(x.astype(jnp.float32), table)
+  np.testing.assert_allclose(layers.rope(x, table), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("taps", [1, 3, 7])
+def test_a_convolution_by_products_is_one(taps):
+  x, kernel = normal(0, 2, 3, 9, 4), normal(1, taps, 4, 5)
+  expected = layers.convolve(x, kernel)
+  np.testing.assert_allclose(layers.convolve_by_product(x, kernel), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("taps", [0, 3])
+def test_parallel_layers_are_layers_side_by_side(taps):
+  net = layers.ParallelLinear(2, (3, 2), (None, None, None), taps)
+  x = normal(0, 2, 9, 4)
+  params = nn.unbox(net.init(jax.random.key(0), x))["params"]
+  params["bias"] = normal(1, 2, 3, 2)
+  wide = layers.Linear((6,), (None, None), taps)
+  for i, part in enumerate(net.apply({"params": params}, x)):
+    kernel = params["kernel"][i].reshape(*([taps] if taps else []), 4, 6)
+    one = {"kernel": kernel, "bias": params["bias"][i].reshape(6)}
+    expected = wide.apply({"params": one}, x)
+    np.testing.assert_allclose(part.reshape(2, 9, 6), expected, atol=1e-6)
