@@ -18,6 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import threadpoolctl
@@ -49,39 +50,50 @@ def render(count: int, seconds: float) -> None:
     place(noise_ep, "mono", track)
 
 
-def work(paths: list[str], seconds: float, start: multiprocessing.synchronize.Barrier) -> None:
-  """One process: warms up, then does each part when all are ready."""
+def work(
+  number: int,
+  paths: list[str],
+  seconds: float,
+  schedule: Sequence[int],
+  gate: multiprocessing.synchronize.Barrier,
+) -> None:
+  """One process: takes part in each turn of the schedule that has more processes than `number`."""
   with threadpoolctl.threadpool_limits(1):
     decode(paths[:1], seconds)
     render(1, seconds)
-    start.wait()
-    decode(paths, seconds)
-    start.wait()
-    start.wait()
-    render(RENDERED, seconds)
-    start.wait()
+    for count in schedule:
+      for part in PARTS:
+        gate.wait()
+        if number < count and part == "decoding":
+          decode(paths, seconds)
+        elif number < count:
+          render(RENDERED, seconds)
+        gate.wait()
 
 
-def clock(paths: list[str], seconds: float, processes: int) -> dict[str, float]:
-  """Returns clips per second of each part with so many processes."""
+def clock(paths: list[str], seconds: float, schedule: Sequence[int]) -> list[dict[str, float]]:
+  """Returns clips per second of each part, for each turn with so many processes."""
   context = multiprocessing.get_context("spawn")
-  barrier = context.Barrier(processes + 1)
+  gate = context.Barrier(max(schedule) + 1)
   workers = [
-    context.Process(target=work, args=(paths, seconds, barrier), daemon=True)
-    for _ in range(processes)
+    context.Process(target=work, args=(i, paths, seconds, schedule, gate), daemon=True)
+    for i in range(max(schedule))
   ]
   for worker in workers:
     worker.start()
-  rates = {}
-  for part in PARTS:
-    barrier.wait()
-    began = time.perf_counter()
-    barrier.wait()
-    done = processes * (len(paths) if part == "decoding" else RENDERED)
-    rates[part] = done / (time.perf_counter() - began)
+  turns = []
+  for count in schedule:
+    rates = {}
+    for part in PARTS:
+      gate.wait()
+      began = time.perf_counter()
+      gate.wait()
+      done = count * (len(paths) if part == "decoding" else RENDERED)
+      rates[part] = done / (time.perf_counter() - began)
+    turns.append(rates)
   for worker in workers:
     worker.join()
-  return rates
+  return turns
 
 
 def stages(videos: pathlib.Path, seconds: float, folder: pathlib.Path, jobs: int) -> None:
@@ -128,10 +140,8 @@ def main() -> None:
     known = catalogue.read(videos, None).clips[: args.clips]
     dropped = json.loads((folder / "build" / "funnel.json").read_text())["clips"]
     paths = [clip.path for clip in known if clip.id not in dropped]
-    rounds = [
-      {count: clock(paths, args.seconds, count) for count in args.processes}
-      for _ in range(args.rounds)
-    ]
+    turns = iter(clock(paths, args.seconds, args.processes * args.rounds))
+    rounds = [{count: next(turns) for count in args.processes} for _ in range(args.rounds)]
   head, rule = "".join(f" {part} |" for part in PARTS), "--:|" * len(PARTS)
   print(f"\nclips per second, median of {args.rounds} rounds (ratio to the first: median, best)\n")
   print(f"| processes |{head}\n|---|{rule}")
