@@ -76,6 +76,19 @@ def test_true_stereo_stays_as_it_is_unless_asked_or_turned_round():
   assert still.spatializer == "recorded" and np.isnan(still.agreement)
 
 
+def test_chance_does_not_overrule_a_recording():
+  """Level and picture that wander independently of each other."""
+  keep = spatialise.Placer("sphere", RATE)
+  kept = 0
+  for seed in range(40):
+    rng = np.random.default_rng(seed)
+    wander = [3 * spatialise.smooth(rng.uniform(-60, 60, 80), np.ones(80)) for _ in range(2)]
+    level_p = np.interp(np.arange(10 * RATE) / RATE, np.arange(80) / 8, wander[0] / 10)
+    audio_ep = np.stack([noise(10.0, seed) * 10 ** (level_p / 20), noise(10.0, seed + 99)])
+    kept += keep(audio_ep.astype(np.float32), "stereo", wander[1]).spatializer == "recorded"
+  assert kept >= 39
+
+
 def test_full_scale_is_kept_with_both_ears_turned_down_alike():
   loud_ep = np.stack([noise(SECONDS, level=0.5), noise(SECONDS, 1, 0.25)])
   placed = spatialise.Placer("sphere", RATE)(loud_ep, "stereo", STILL)
