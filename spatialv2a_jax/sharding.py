@@ -186,19 +186,20 @@ def _split_further(spec: P, names: Sequence[str | None], shape, mesh: Mesh, rule
   return P(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
 
-def check_split(params: Any, layout: Any, mesh: Mesh, *, share: float = 0.02) -> None:
+def check_split(params: Any, layout: Any, mesh: Mesh, rules: Rules, *, share: float = 0.02) -> None:
   """Refuses a layout that leaves much of a large model whole on an `fsdp` mesh.
 
   Args:
     params: shapes of the parameters, plain.
     layout: their shardings.
     mesh: where they live.
+    rules: with `fsdp` in `zero`, that axis splits the optimiser and not the parameters.
     share: of the bytes that may stay whole; models below 64 MiB are not looked at.
 
   Raises:
     UserError: naming the largest parameters that `fsdp` does not split.
   """
-  if mesh.shape["fsdp"] == 1:
+  if mesh.shape["fsdp"] == 1 or "fsdp" in _mesh_axes(rules.zero):
     return
   sizes = {}
   for (path, x), sharding in zip(

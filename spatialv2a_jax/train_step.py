@@ -86,7 +86,7 @@ def init_state(
   shapes = jax.eval_shape(boxed, key, stats)
   whole, layout = (sharding.shardings(shapes, mesh, rules, zero=zero) for zero in (False, True))
   layout = layout.replace(params=whole.params)
-  sharding.check_split(sharding.unboxed(shapes.params), layout.params, mesh)
+  sharding.check_split(sharding.unboxed(shapes.params), layout.params, mesh, rules)
   abstract = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     sharding.unboxed(shapes),

@@ -102,7 +102,9 @@ def test_what_fsdp_should_split_but_does_not_is_an_error():
   layout = sharding.shardings(tree, mesh, sharding.Rules())
   plain = sharding.unboxed(tree)
   with pytest.raises(sharding.UserError, match=r"leaves 20 % .* such as big \(32 MiB\)"):
-    sharding.check_split(plain, layout, mesh)
-  sharding.check_split(plain, layout, mesh, share=0.21)
+    sharding.check_split(plain, layout, mesh, sharding.Rules())
+  sharding.check_split(plain, layout, mesh, sharding.Rules(), share=0.21)
+  sharding.check_split(plain, layout, mesh, sharding.Rules(zero="fsdp"))
   replicas = sharding.make_mesh(8, 1, 1)
-  sharding.check_split(plain, sharding.shardings(tree, replicas, sharding.Rules()), replicas)
+  layout = sharding.shardings(tree, replicas, sharding.Rules())
+  sharding.check_split(plain, layout, replicas, sharding.Rules())

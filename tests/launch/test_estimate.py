@@ -110,6 +110,19 @@ def test_advice_names_what_to_change():
   assert "--config.mesh.fsdp=8" in lines[0]
   assert "fewer chips" in estimate.advice(report(batch_size=32))[0]
   assert not estimate.advice(report())
+  assert "rules.zero leaves 80 %" in estimate.advice(report(zero_whole=0.8))[0]
+
+
+def test_what_zero_leaves_whole_is_counted():
+  mesh = sharding.make_mesh(8, 1, 1)
+
+  def leaf(size, *spec):
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct((size,), "float32", sharding=place)
+
+  leaves = [leaf(24, "data"), leaf(8)]
+  assert estimate.zero_whole(leaves, mesh, "data") == pytest.approx(0.25)
+  assert estimate.zero_whole(leaves, mesh, "") == 0
 
 
 def test_time_and_rate_follow_from_cycles():
