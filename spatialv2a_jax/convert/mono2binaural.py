@@ -62,7 +62,7 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
 
 def configure(state: State) -> mono2binaural.Config:
   """Returns the sizes; the picture's are those that fit the U-Net, twice as wide as high."""
-  width, inputs = state[f"{_AUDIO}_convlayer1.0.weight"].shape[:2]
+  width = state[f"{_AUDIO}_convlayer1.0.weight"].shape[0]
   seen = state[f"{_AUDIO}_upconvlayer1.0.weight"].shape[0] - 8 * width
   rows = round((seen / mono2binaural.SQUEEZED / 2) ** 0.5)
   return mono2binaural.Config(
@@ -71,7 +71,6 @@ def configure(state: State) -> mono2binaural.Config:
     rows=resnet.STRIDE * rows,
     columns=resnet.STRIDE * 2 * rows,
     norm="batch" if _NORMED in state else "instance",
-    frequency=inputs == 3,
     **{head: count(state, rf"({head})\.") > 0 for head in mono2binaural.HEADS},
   )
 

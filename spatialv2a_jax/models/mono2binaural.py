@@ -46,8 +46,6 @@ class Config:
     norm: of U-Net and heads: "batch", or "instance" (without parameters).
     apnet: adds APNet, which then gives the output.
     assoconv: adds AssoConv.
-    frequency: tells the U-Net the frequency of each bin, which upstream's must guess from the edges
-      of the spectrogram; the delay between the ears is a phase that turns with frequency.
   """
 
   width: int = 64
@@ -57,7 +55,6 @@ class Config:
   norm: str = "batch"
   apnet: bool = True
   assoconv: bool = False
-  frequency: bool = False
 
   def __post_init__(self):
     """Refuses what cannot be built."""
@@ -183,9 +180,6 @@ class AudioNet(nn.Module):
     """Returns mask_bftz, and the decoder's levels from the coarsest on."""
     width, norm = self.config.width, self.config.norm
     x, skips = mix_bftz, []
-    if self.config.frequency:
-      place_f = jnp.linspace(-1, 1, x.shape[1]).reshape(1, -1, 1, 1)
-      x = jnp.concatenate([x, jnp.broadcast_to(place_f, (*x.shape[:3], 1))], -1)
     for level, multiple in enumerate(ENCODER):
       x = Down(multiple * width, name=f"down{level}")(x)
       x = nn.leaky_relu(Norm(norm, self.train, name=f"down{level}_norm")(x), 0.2)
