@@ -57,7 +57,7 @@ class Flow:
   def __init__(self):
     config: dict[str, Any] = small_16k.get_config().to_dict()
     sizes = {n: config["features"][n] for n in ("clip_dim", "sync_dim", "text_len", "text_dim")}
-    model = config["model"] | {"dtype": "float32", "remat": False}
+    model = config["model"] | {"dtype": "float32", "activations": "float32", "remat": ""}
     self.config = flow_net.Config(latent_channels=AUDIO.latent_channels, **model, **sizes)
     self.net = flow_net.build(self.config)
     shapes = nn.unbox(jax.eval_shape(self.net.init, jax.random.key(0)))

@@ -47,12 +47,19 @@ class Linear(nn.Module):
     return y.unflatten(0, x.shape[:-2])
 
 
+def side_by_side(p: Any, taps: int = 0) -> Linear:
+  """Returns the parts of a `layers.ParallelLinear` as one layer, as MMAudio has them."""
+  kernel = np.asarray(p["kernel"])  # [part, taps if any, i, *features]
+  joined = {"kernel": np.moveaxis(kernel, 0, 2 if taps else 1)}
+  return Linear(joined | ({"bias": p["bias"]} if "bias" in p else {}), taps=taps)
+
+
 class GatedMlp(nn.Module):
   """SwiGLU, dense or convolutional."""
 
   def __init__(self, p: Any, taps: int = 0):
     super().__init__()
-    self.up, self.down = Linear(p["up"], taps=taps), Linear(p["down"], taps=taps)
+    self.up, self.down = side_by_side(p["up"], taps), Linear(p["down"], taps=taps)
 
   def forward(self, x: Tensor) -> Tensor:
     """Maps [..., t, d] to [..., t, d]."""
@@ -83,7 +90,7 @@ class Stream(nn.Module):
   def __init__(self, p: Any, heads: int, taps: int = 3, pre_only: bool = False):
     super().__init__()
     self.heads, self.pre_only = heads, pre_only
-    self.mod, self.qkv = Linear(p["mod"]), Linear(p["qkv"])
+    self.mod, self.qkv = side_by_side(p["mod"]), side_by_side(p["qkv"])
     self.q_scale, self.k_scale = parameter(p["q_norm"]["scale"]), parameter(p["k_norm"]["scale"])
     if not pre_only:
       self.out = Linear(p["out"], inputs=2, taps=taps)
@@ -195,7 +202,7 @@ class FlowNet(nn.Module):
       for ear in flow_net.unstack(params["ears"])
     )
     final = flow_net.unstack(params["final"])
-    self.final_mod = nn.ModuleList([Linear(q["mod"]) for q in final])
+    self.final_mod = nn.ModuleList([side_by_side(q["mod"]) for q in final])
     self.final_conv = nn.ModuleList([Linear(q["conv"], taps=7) for q in final])
     self.register_buffer("frequencies", torch.from_numpy(layers.timestep_table(256, 10_000.0)))
 
