@@ -29,6 +29,14 @@ def test_ids_are_open_clips(tokenize):
     np.testing.assert_array_equal(row, ids + [0] * (77 - len(ids)))
 
 
+@pytest.mark.parametrize("kind, count", [("labels", 309), ("odd", 30)])
+def test_class_names_of_vggsound_and_odd_texts(tokenize, kind, count):
+  known = json.loads((GOLDEN / "vggsound_tokens.json").read_text())[kind]
+  assert len(known) == count
+  for row, (text, ids) in zip(tokenize(list(known)), known.items(), strict=True):
+    np.testing.assert_array_equal(row, ids + [0] * (77 - len(ids)), text)
+
+
 @pytest.mark.parametrize(
   "text, ids",
   [

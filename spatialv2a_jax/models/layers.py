@@ -236,14 +236,14 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
   return layer_norm(x) * (1 + scale.astype(jnp.float32)) + shift
 
 
-def frequencies(size: int) -> np.ndarray:
-  """Returns the float32 frequencies 10000^(-2i / size), i < size / 2.
+def frequencies(size: int, dtype: type[np.floating] = np.float32) -> np.ndarray:
+  """Returns the frequencies 10000^(-2i / size), i < size / 2.
 
-  Each operation rounds to float32 once, as PyTorch's do. NumPy's own float32 power does not, and
+  Each operation rounds to `dtype` once, as PyTorch's do. NumPy's own float32 power does not, and
   MMAudio v2 multiplies the table by 10000.
   """
-  exponent = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-  return np.float32(1) / (10_000.0 ** exponent.astype(np.float64)).astype(np.float32)
+  exponent = np.arange(0, size, 2, dtype=dtype) / dtype(size)
+  return dtype(1) / (10_000.0 ** exponent.astype(np.float64)).astype(dtype)
 
 
 def rope_table(length: int, head_dim: int, scale: float = 1.0) -> np.ndarray:
@@ -285,17 +285,19 @@ def nearest_exact(source: int, target: int) -> np.ndarray:
   return np.minimum(np.floor(position).astype(np.int32), source - 1)
 
 
-def timestep_table(size: int, max_period: float) -> np.ndarray:
-  """Returns the size/2 float32 frequencies of the time embedding.
+def timestep_table(
+  size: int, max_period: float, dtype: type[np.floating] = np.float32
+) -> np.ndarray:
+  """Returns the size/2 frequencies of the time embedding.
 
   The base is always 10000 (as in MMAudio); `max_period` only sets the multiplier.
   """
-  return frequencies(size) * np.float32(10_000 / max_period)
+  return frequencies(size, dtype) * dtype(10_000 / max_period)
 
 
 def timestep_features(t_b: jax.Array, table: np.ndarray) -> jax.Array:
-  """Returns [cos, sin] of time x frequency, float32 [b, 2 * len(table)]."""
-  angle = t_b.astype(jnp.float32)[:, None] * table[None, :]
+  """Returns [cos, sin] of time x frequency, [b, 2 * len(table)], as precise as the table."""
+  angle = t_b.astype(table.dtype)[:, None] * table[None, :]
   return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 

@@ -106,6 +106,22 @@ def heat(logits_obyx: Array, shift: Array | float = SHIFT) -> Array:
   return 1 - jnp.prod(1 - nn.sigmoid(logits_obyx + shift), axis=0)
 
 
+def mirror_tta(heat_of: Callable[..., Array]) -> Callable[..., Array]:
+  """Returns a `Localizer.heat` that gives mirrored maps for mirrored pictures, at twice the cost.
+
+  The network itself is not equivariant, for its positions are learned. Each map is the mean of
+  that of the picture and of the mirrored one of the mirrored picture.
+  """
+
+  def both(params: Any, frames_byxc: Array, *rest: Any) -> Array:
+    frames_byxc = jnp.asarray(frames_byxc)
+    pair = jnp.stack([frames_byxc, frames_byxc[:, :, ::-1]])
+    seen_byx, mirrored_byx = jax.lax.map(lambda x_byxc: heat_of(params, x_byxc, *rest), pair)
+    return 0.5 * (seen_byx + mirrored_byx[:, :, ::-1])
+
+  return both
+
+
 def calibrated_shift(logits: np.ndarray, area: float) -> float:
   """Returns the shift with which a share `area` of all places is at or above one half.
 
