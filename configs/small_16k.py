@@ -40,6 +40,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     text_dim=1024,
     text_len=77,
     localizer="acl",
+    mirror_tta=False,  # True doubles the cost of `acl`, and mirrored video is mirrored exactly.
   )
   c.loss = dict(
     drop_video=0.1,

@@ -48,8 +48,8 @@ def number(
 
 def localizer(text: str) -> str:
   """Argparse type of --localizer."""
-  if text not in ("acl", "motion") and not text.startswith("track:"):
-    raise argparse.ArgumentTypeError(f"{text!r} is none of: acl, motion, track:FILE")
+  if text not in ("acl", "motion") and not text.startswith(("acl:", "track:")):
+    raise argparse.ArgumentTypeError(f"{text!r} is none of: acl, acl:FILE, motion, track:FILE")
   return text
 
 
@@ -126,7 +126,8 @@ def parser() -> argparse.ArgumentParser:
     "--localizer",
     type=localizer,
     help="what tells where it sounds: acl (CLIPSeg looks for the prompt, or without one for what "
-    "the picture shows), motion or track:FILE; unset: the checkpoint's",
+    "the picture shows), acl:FILE (for what is heard in a file), motion or track:FILE; unset: the "
+    "checkpoint's",
   )
   p.add_argument("--phase", choices=("shared", "independent"), default="shared")
   p.add_argument(

@@ -2,8 +2,8 @@
 
 `mmaudio` is CLIP ViT-H/14 and Synchformer, sampled and resized as MMAudio does it; `random` is the
 encoder without weights (`features`). Where something sounds is told by the picture's motion, by
-the user's track, or by `acl`: CLIPSeg under ACL's calibration, prompted with the text, or with the
-picture as a whole where there is no text.
+the user's track, or by `acl`: CLIPSeg under ACL's calibration, prompted with the text, with the
+picture as a whole where there is no text, or with a sound (`acl:FILE`), which BEATs hears.
 
 Each stage needs one network, so that no other one need be in memory. Frames go through it in
 groups of one size, spread over the devices: what a frame gives depends on no other frame, clip or
@@ -28,7 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from spatialv2a_jax import features, io, localizers, schema, tokenizer
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.feature_cache import Cache
-from spatialv2a_jax.models import clip, localizer, spatial, synchformer
+from spatialv2a_jax.models import acl, beats, clip, localizer, spatial, synchformer
 from spatialv2a_jax.weights import Weights
 
 GROUP = 8  # Frames, or segments of 16 frames, that are encoded at once.
@@ -99,10 +99,13 @@ class Encoders:
           f"CLIP and Synchformer of {weights.model('clip').folder} give features of {have}, the "
           f"flow network takes {want} (frames, synchronisation, text, tokens of a text)"
         )
-    if config.localizer == "acl":
+    self._kind, _, self._sound = config.localizer.partition(":")
+    if self._kind == "acl":
       self.networks += ["clipseg"] + ["acl"] * ("acl" in weights)
       self._acl = weights.sizes("clipseg", localizer.Config)
       weights.check("clipseg", localizer.build(self._acl).init)
+      if self._sound:
+        self._listen()
     else:
       localizers.track_of(config.localizer)
     self._devices, self._group = devices, group
@@ -122,12 +125,17 @@ class Encoders:
       ):
         one = functools.partial(_alone, together)
         stages.append(Stage(network, views, dataclasses.asdict(sizes), one, together))
-    if self.config.encoder == "random" or self.config.localizer != "acl":
+    if self.config.encoder == "random" or self._kind != "acl":
       stages.append(Stage("", features.views(), {}, self._plain))
-    if self.config.localizer == "acl":
+    if self._kind == "acl":
       side = self._acl.grid * self._acl.patch
-      ids_bw = self._ids(localizer.prompts(prompt), "clipseg")
+      texts = [localizer.PROMPT.format("")] if self._sound else localizer.prompts(prompt)
+      ids_bw = self._ids(texts, "clipseg")
       about = dataclasses.asdict(self._acl) | {"shift": self._shift, "ids": ids_bw.tolist()}
+      about["mirror_tta"] = self.config.mirror_tta
+      if self._sound:
+        hashes = [self.weights.sha256(name) for name in ("acl", "beats")]
+        about["sound"] = [io.file_hash(self._sound), *hashes]
       views = {"place": io.View(schema.CLIP_FPS, (side, side))}
       place = functools.partial(self._place, ids_bw)
       stages.append(Stage("clipseg", views, about, place))
@@ -262,7 +270,7 @@ class Encoders:
     """What needs no weights: the random encoder, and where motion or a track says it sounds."""
     config, frames_nyxc = self.config, frames["frames"]
     # Of the random encoder, `acl` replaces the places.
-    kind = "motion" if config.localizer == "acl" else config.localizer
+    kind = "motion" if self._kind == "acl" else config.localizer
     if config.encoder == "random":
       config = dataclasses.replace(config, localizer=kind)
       encoded = features.encode(frames_nyxc, seconds, config, start=start)
@@ -293,15 +301,46 @@ class Encoders:
   def _place(self, ids_bw: np.ndarray, frames: Frames, seconds: float, start: float) -> Encoded:
     del seconds, start
     what, x_vyxc = "CLIPSeg", frames["place"]
+    word_bd = self._word if self._sound else None  # Before CLIPSeg is there.
     params = self.weights.take("clipseg", placement=self._placement[0])
-    image, text, place = read_place(self._acl)
-    if len(ids_bw):
+    image, text, sound, place = read_place(self._acl, self.config.mirror_tta)
+    if word_bd is not None:
+      e_bf = np.asarray(sound(params, word_bd, ids_bw[0, : ids_bw[0].argmax() + 1]))
+    elif len(ids_bw):
       e_bf = np.asarray(text(params, ids_bw))
     else:
       e_bf = self._run(f"{what}'s picture embedding", image, params, x_vyxc)
     e_of = e_bf.mean(axis=0, keepdims=True)
     d_vk, heat_vyx = self._run(what, place, params, x_vyxc, e_of, self._shift)
     return {"spatial_vk": d_vk, "heat_vyx": heat_vyx}
+
+  def _listen(self) -> None:
+    """Checks what a sound needs to be the prompt."""
+    if not pathlib.Path(self._sound).is_file():
+      raise UserError(f"{self._sound}: no such file; --localizer acl:FILE is prompted by its sound")
+    self.networks += ["beats"] if "acl" in self.networks else ["acl", "beats"]
+    self._beats = self.weights.sizes("beats", beats.Config)
+    self._projector = self.weights.sizes("acl", acl.Config)
+    self.weights.check("beats", beats.build(self._beats).init)
+    self.weights.check("acl", acl.build(self._projector).init)
+    have = self._beats.dim, self._acl.text_width
+    if have != (self._projector.inputs, self._projector.width):
+      raise UserError(
+        f"ACL's projector of {self.weights.model('acl').folder} does not fit BEATs and CLIPSeg, "
+        f"which have {have} features"
+      )
+
+  @functools.cached_property
+  def _word(self) -> np.ndarray:
+    """What stands in the prompt for the first 10 s of the sound, [1, d]."""
+    count = round(acl.SECONDS * beats.SAMPLE_RATE)
+    audio_p = io.read_audio(self._sound, beats.SAMPLE_RATE, mono=True)[0, :count]
+    audio_1p = np.pad(audio_p, (0, count - len(audio_p)))[None]
+    self._announce("BEATs")
+    hear, speak = read_sound(self._beats, self._projector)
+    params = self.weights.take("beats", placement=self._placement[0])
+    features_bif = np.asarray(hear(params, audio_1p))
+    return np.asarray(speak(self.weights.take("acl", placement=self._placement[0]), features_bif))
 
   @functools.cached_property
   def _shift(self) -> float:
@@ -345,15 +384,26 @@ def read_motion(config: synchformer.Config) -> Callable[..., jax.Array]:
 
 
 @functools.cache
-def read_place(config: localizer.Config) -> tuple[Callable[..., Any], ...]:
-  """Returns CLIPSeg's image and text embeddings, and what finds an embedding in frames."""
+def read_place(
+  config: localizer.Config, mirror_tta: bool = False
+) -> tuple[Callable[..., Any], ...]:
+  """Returns CLIPSeg's embeddings of images, texts, sounds; what finds an embedding in frames."""
   net = localizer.build(config)
+  heat_of = localizer.mirror_tta(net.heat) if mirror_tta else net.heat
 
   def place(params, x_vyxc, e_of, shift):
-    heat_vyx = net.heat(params, x_vyxc, e_of, shift)
+    heat_vyx = heat_of(params, x_vyxc, e_of, shift)
     return spatial.descriptors(heat_vyx[None])[0][0], localizers.thumbnail(heat_vyx)
 
-  return jax.jit(net.image), jax.jit(net.text), jax.jit(place)
+  return jax.jit(net.image), jax.jit(net.text), jax.jit(net.sound), jax.jit(place)
+
+
+@functools.cache
+def read_sound(
+  hears: beats.Config, speaks: acl.Config
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+  """Returns (BEATs' parameters, audio_bp) -> features, (ACL's parameters, features) -> word_bd."""
+  return jax.jit(beats.build(hears).encode), jax.jit(acl.build(speaks).word)
 
 
 @functools.cache

@@ -36,7 +36,10 @@ class Config:
     sync_dim: width of the synchronisation features.
     text_dim: width of a text token.
     text_len: text tokens.
-    localizer: "motion", "track:FILE" to steer the position, or "acl", CLIPSeg with a text.
+    localizer: "motion", "track:FILE" to steer the position, "acl", CLIPSeg with a text, or
+      "acl:FILE", with the sound of a file.
+    mirror_tta: of "acl", averages with the mirrored map of the mirrored picture, so that mirrored
+      video has exactly mirrored descriptors, at twice the cost.
   """
 
   encoder: str = "random"
@@ -46,6 +49,7 @@ class Config:
   text_dim: int = 32
   text_len: int = 8
   localizer: str = "motion"
+  mirror_tta: bool = False
 
 
 def views() -> dict[str, io.View]:

@@ -52,7 +52,7 @@ class Job:
 def sidecar(model: Generator, job: Job, settings: Settings) -> dict[str, Any]:
   """Returns what determines the sound of a file; the rest of the sidecar is measured."""
   localizer = settings.localizer or model.features.localizer
-  track = localizer.removeprefix("track:")
+  kind, _, file = localizer.partition(":")
   return {
     "version": spatialv2a_jax.__version__,
     "checkpoint": model.folder.name,
@@ -65,7 +65,8 @@ def sidecar(model: Generator, job: Job, settings: Settings) -> dict[str, Any]:
     "settings": dataclasses.asdict(settings) | {"low_memory": None},
     "prompt": settings.prompt,
     "localizer": localizer,
-    "track_sha256": None if track == localizer else io.file_hash(track),
+    "track_sha256": io.file_hash(file) if kind == "track" else None,
+    "sound_sha256": io.file_hash(file) if kind == "acl" and file else None,
     "duration_s": job.seconds,
     "sample_rate": model.audio.sample_rate,
   }
@@ -179,7 +180,7 @@ def run(
   out = pathlib.Path(out)
   io.check_writable(out)
   paths = worklist.collect(inputs, out)
-  if settings.localizer not in (None, "acl"):
+  if settings.localizer is not None and settings.localizer.partition(":")[0] != "acl":
     localizers.track_of(settings.localizer)
   cache = open_cache(feature_cache)
   model = Generator(

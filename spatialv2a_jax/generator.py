@@ -44,7 +44,7 @@ class Settings:
     method: solver, one of `flow.SOLVERS`.
     guidance: classifier-free guidance of all conditions; None is the checkpoint's own, or 2.
     spatial_guidance: that of the spatial condition; None follows `guidance`.
-    localizer: replaces the checkpoint's: "motion", "track:FILE" or "acl".
+    localizer: replaces the checkpoint's: "motion", "track:FILE", "acl" or "acl:FILE".
     phase: "shared" keeps the interaural phase, "independent" reconstructs each ear by itself.
     duration: seconds to generate at most; None is all of the video.
     format: "wav" (float32) or "flac" (24 bit).

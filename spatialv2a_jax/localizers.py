@@ -40,7 +40,7 @@ def track_of(localizer: str) -> "Track | None":
   if kind == "track" and path:
     return read_track(path)
   if localizer != "motion":
-    raise UserError(f"unknown localizer {localizer!r}, have: acl, motion, track:FILE")
+    raise UserError(f"unknown localizer {localizer!r}, have: acl, acl:FILE, motion, track:FILE")
   return None
 
 

@@ -20,6 +20,8 @@ SOURCES = {
   "clip": ("clip", "open_clip_pytorch_model.bin of huggingface.co/apple/DFN5B-CLIP-ViT-H-14-378"),
   "synchformer": ("synchformer", "synchformer_state_dict.pth of MMAudio's release"),
   "clipseg": ("clipseg", "model.safetensors of huggingface.co/CIDAS/clipseg-rd64-refined"),
+  "beats": ("beats", "BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt of BEATs' release"),
+  "acl": ("acl", "Param_best.pth of ACL-SSL's release"),
   "flow": ("mmaudio", "mmaudio_small_16k.pth or another network of MMAudio's release"),
   "vae 16k": ("vae", "v1-16.pth of MMAudio's release"),
   "vae 44k": ("vae", "v1-44.pth of MMAudio's release"),

@@ -84,7 +84,7 @@ SPATIALIZE = "spatialize {0}/tone.wav --track {0}/track.csv --out {out} "
     ("generate {0}/good.mp4 --checkpoint {0}/torn --out {out}", 2, "vae.safetensors is damaged"),
     ("generate {0}/good.mp4 --checkpoint {0}/garbled --out {out}", 2, "config.json is no JSON"),
     ("generate {0}/good.mp4 --out {out}", 2, "required: --checkpoint"),
-    (GENERATE + "--localizer sonar", 2, "'sonar' is none of: acl, motion, track:FILE"),
+    (GENERATE + "--localizer sonar", 2, "'sonar' is none of: acl, acl:FILE, motion, track:FILE"),
     (GENERATE + "--localizer track:{0}/absent.csv", 2, "no such track file"),
     (GENERATE + "--localizer track:{0}/bad.csv", 2, "needs numbers in time_s and azimuth_deg"),
     (GENERATE + "--steps -3", 2, "--steps: '-3' is not a whole number of at least 1"),

@@ -273,6 +273,8 @@ def test_an_unknown_encoder_is_refused(folder):
   weights = Weights([checkpoint.open_model(folder)])
   with pytest.raises(UserError, match="unknown encoder 'clap', have: mmaudio, random"):
     Encoders(dataclasses.replace(features.Config(), encoder="clap"), weights)
-  with pytest.raises(UserError, match="unknown localizer 'bat', have: acl, motion, track:FILE"):
+  with pytest.raises(
+    UserError, match="unknown localizer 'bat', have: acl, acl:FILE, motion, track:FILE"
+  ):
     Encoders(features.Config(localizer="bat"), weights)
   assert encoders.GROUP == 8

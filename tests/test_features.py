@@ -265,7 +265,7 @@ def test_a_bad_track_is_one_line(tmp_path, name, text, message):
 
 @pytest.mark.parametrize("name", ["acls", "track:", "", "Motion"])
 def test_an_unknown_localizer_or_encoder_is_refused(name):
-  with pytest.raises(UserError, match="have: acl, motion, track:FILE"):
+  with pytest.raises(UserError, match="have: acl, acl:FILE, motion, track:FILE"):
     features.encode(clip(16), 0.64, features.Config(localizer=name))
   with pytest.raises(UserError, match="encoder 'clap' needs trained networks"):
     features.encode(clip(16), 0.64, features.Config(encoder="clap"))

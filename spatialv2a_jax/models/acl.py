@@ -18,6 +18,8 @@ from jax import Array
 from spatialv2a_jax.models import layers, vit
 from spatialv2a_jax.models.layers import Linear, logical
 
+SECONDS = 10.0  # Of a sound that it was trained with; shorter ones end in silence.
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
