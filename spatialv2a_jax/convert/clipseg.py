@@ -22,7 +22,7 @@ from spatialv2a_jax.convert.engine import (
   stack,
   under,
 )
-from spatialv2a_jax.models import localizer
+from spatialv2a_jax.models import localizer, vit
 
 HEAD = 64
 
@@ -155,7 +155,7 @@ def outputs(config: localizer.Config, params: Any, inputs: State) -> Outputs:
     return text(params, ids())
 
   def end_states():
-    hidden, _ = localizer.text_tower(config)(params["text"], ids())
+    hidden, _ = vit.towers(config)[1](params["text"], ids())
     return jnp.take_along_axis(hidden, ids().argmax(axis=1)[:, None, None], axis=1)[:, 0]
 
   def paired(e_bf):

@@ -82,13 +82,7 @@ def frame_size(config: Config) -> tuple[int, int]:
 
 def build(config: Config) -> Clip:
   """Returns the functions of a CLIP of the given sizes."""
-  c = config
-  image_tower = vit.ImageTower(
-    c.grid, c.patch, c.image_width, c.image_layers, c.image_heads, c.dim, c.dtype
-  )
-  text_tower = vit.TextTower(
-    c.vocab, c.text_len, c.text_width, c.text_layers, c.text_heads, c.dim, c.dtype
-  )
+  image_tower, text_tower = vit.towers(config)
 
   def init(key: Array) -> Any:
     image_key, text_key = jax.random.split(key)

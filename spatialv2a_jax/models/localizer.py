@@ -204,21 +204,10 @@ class Enlarge(nn.Module):
     return y + bias.reshape(1, 1, 1, -1)
 
 
-def text_tower(config: Config) -> vit.TextTower:
-  """Returns the text tower, whose parameters are those under "text"."""
-  c = config
-  return vit.TextTower(
-    c.vocab, c.text_len, c.text_width, c.text_layers, c.text_heads, c.dim, c.dtype
-  )
-
-
 def build(config: Config) -> Localizer:
   """Returns the functions of a localizer of the given sizes."""
   c = config
-  image_tower = vit.ImageTower(
-    c.grid, c.patch, c.image_width, c.image_layers, c.image_heads, c.dim, c.dtype
-  )
-  words = text_tower(c)
+  image_tower, words = vit.towers(c)
   decoder = Decoder(c)
 
   def init(key: Array) -> Any:

@@ -311,3 +311,12 @@ class TextTower:
     """Returns the projection [b, dim], float32, of the state of the end token."""
     pooled_bf = self._project.apply({"params": params["project"]}, end_bd)
     return jnp.asarray(pooled_bf, jnp.float32)
+
+
+def towers(sizes: Any) -> tuple[ImageTower, TextTower]:
+  """Returns the towers of sizes that have the fields of `clip.Config` and `localizer.Config`."""
+  c = sizes
+  return (
+    ImageTower(c.grid, c.patch, c.image_width, c.image_layers, c.image_heads, c.dim, c.dtype),
+    TextTower(c.vocab, c.text_len, c.text_width, c.text_layers, c.text_heads, c.dim, c.dtype),
+  )
