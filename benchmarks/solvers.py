@@ -73,9 +73,8 @@ def on_mixture() -> str:
   return table(solve, exact(x0))
 
 
-def on_model(checkpoint: str, videos: list[str], guidance: float) -> str:
+def on_model(model: generator.Generator, videos: list[str], guidance: float) -> str:
   """Returns the table of a model; the truth is what 64 steps of "rk4" reach."""
-  model = generator.Generator(checkpoint)
   paths = [pathlib.Path(path) for path in videos]
   windows = [model.windows(p, model.seconds, generator.Settings())[0] for p in paths]
   keys = [jax.random.key(i) for i in range(len(windows))]
@@ -92,14 +91,16 @@ def main() -> None:
   parser = argparse.ArgumentParser(description="Error against evaluations of the solvers.")
   parser.add_argument("--checkpoint", metavar="DIR", help="a trained model, such as the demo's")
   parser.add_argument("videos", nargs="*", metavar="VIDEO", help="what it generates sound for")
-  parser.add_argument("--guidance", type=float, default=generator.Settings.guidance)
+  parser.add_argument("--guidance", type=float, help="unset: the model's own")
   args = parser.parse_args()
   if bool(args.checkpoint) != bool(args.videos):
     parser.error("give --checkpoint and at least one VIDEO, or neither")
   print(f"Mixture of Gaussians, velocity and solution in closed form\n\n{on_mixture()}")
   if args.checkpoint:
-    rows = on_model(args.checkpoint, args.videos, args.guidance)
-    print(f"\n{len(args.videos)} clips, guidance {args.guidance:g}\n\n{rows}")
+    model = generator.Generator(args.checkpoint)
+    guidance = model.guidance if args.guidance is None else args.guidance
+    rows = on_model(model, args.videos, guidance)
+    print(f"\n{len(args.videos)} clips, guidance {guidance:g}\n\n{rows}")
 
 
 if __name__ == "__main__":

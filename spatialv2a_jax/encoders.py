@@ -25,10 +25,11 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spatialv2a_jax import features, io, localizers, schema, tokenizer
+from spatialv2a_jax import features, io, localizers, schema, sound_prompt, tokenizer
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.feature_cache import Cache
-from spatialv2a_jax.models import acl, beats, clip, localizer, spatial, synchformer
+from spatialv2a_jax.models import clip, localizer, spatial, synchformer
+from spatialv2a_jax.sound_prompt import SoundPrompt
 from spatialv2a_jax.weights import Weights
 
 GROUP = 8  # Frames, or segments of 16 frames, that are encoded at once.
@@ -99,13 +100,15 @@ class Encoders:
           f"CLIP and Synchformer of {weights.model('clip').folder} give features of {have}, the "
           f"flow network takes {want} (frames, synchronisation, text, tokens of a text)"
         )
-    self._kind, _, self._sound = config.localizer.partition(":")
+    self._kind, _, sound = config.localizer.partition(":")
+    self._sound: SoundPrompt | None = None
     if self._kind == "acl":
       self.networks += ["clipseg"] + ["acl"] * ("acl" in weights)
       self._acl = weights.sizes("clipseg", localizer.Config)
       weights.check("clipseg", localizer.build(self._acl).init)
-      if self._sound:
-        self._listen()
+      if sound:
+        self._sound = SoundPrompt(sound, weights, self._acl)
+        self.networks += [name for name in sound_prompt.NETWORKS if name not in self.networks]
     else:
       localizers.track_of(config.localizer)
     self._devices, self._group = devices, group
@@ -133,9 +136,7 @@ class Encoders:
       ids_bw = self._ids(texts, "clipseg")
       about = dataclasses.asdict(self._acl) | {"shift": self._shift, "ids": ids_bw.tolist()}
       about["mirror_tta"] = self.config.mirror_tta
-      if self._sound:
-        hashes = [self.weights.sha256(name) for name in ("acl", "beats")]
-        about["sound"] = [io.file_hash(self._sound), *hashes]
+      about["sound"] = self._sound.identity() if self._sound else None
       views = {"place": io.View(schema.CLIP_FPS, (side, side))}
       place = functools.partial(self._place, ids_bw)
       stages.append(Stage("clipseg", views, about, place))
@@ -301,7 +302,8 @@ class Encoders:
   def _place(self, ids_bw: np.ndarray, frames: Frames, seconds: float, start: float) -> Encoded:
     del seconds, start
     what, x_vyxc = "CLIPSeg", frames["place"]
-    word_bd = self._word if self._sound else None  # Before CLIPSeg is there.
+    # Before CLIPSeg is there, for there may be room for one network alone.
+    word_bd = self._sound.word(self._placement[0]) if self._sound else None
     params = self.weights.take("clipseg", placement=self._placement[0])
     image, text, sound, place = read_place(self._acl, self.config.mirror_tta)
     if word_bd is not None:
@@ -313,34 +315,6 @@ class Encoders:
     e_of = e_bf.mean(axis=0, keepdims=True)
     d_vk, heat_vyx = self._run(what, place, params, x_vyxc, e_of, self._shift)
     return {"spatial_vk": d_vk, "heat_vyx": heat_vyx}
-
-  def _listen(self) -> None:
-    """Checks what a sound needs to be the prompt."""
-    if not pathlib.Path(self._sound).is_file():
-      raise UserError(f"{self._sound}: no such file; --localizer acl:FILE is prompted by its sound")
-    self.networks += ["beats"] if "acl" in self.networks else ["acl", "beats"]
-    self._beats = self.weights.sizes("beats", beats.Config)
-    self._projector = self.weights.sizes("acl", acl.Config)
-    self.weights.check("beats", beats.build(self._beats).init)
-    self.weights.check("acl", acl.build(self._projector).init)
-    have = self._beats.dim, self._acl.text_width
-    if have != (self._projector.inputs, self._projector.width):
-      raise UserError(
-        f"ACL's projector of {self.weights.model('acl').folder} does not fit BEATs and CLIPSeg, "
-        f"which have {have} features"
-      )
-
-  @functools.cached_property
-  def _word(self) -> np.ndarray:
-    """What stands in the prompt for the first 10 s of the sound, [1, d]."""
-    count = round(acl.SECONDS * beats.SAMPLE_RATE)
-    audio_p = io.read_audio(self._sound, beats.SAMPLE_RATE, mono=True)[0, :count]
-    audio_1p = np.pad(audio_p, (0, count - len(audio_p)))[None]
-    self._announce("BEATs")
-    hear, speak = read_sound(self._beats, self._projector)
-    params = self.weights.take("beats", placement=self._placement[0])
-    features_bif = np.asarray(hear(params, audio_1p))
-    return np.asarray(speak(self.weights.take("acl", placement=self._placement[0]), features_bif))
 
   @functools.cached_property
   def _shift(self) -> float:
@@ -396,14 +370,6 @@ def read_place(
     return spatial.descriptors(heat_vyx[None])[0][0], localizers.thumbnail(heat_vyx)
 
   return jax.jit(net.image), jax.jit(net.text), jax.jit(net.sound), jax.jit(place)
-
-
-@functools.cache
-def read_sound(
-  hears: beats.Config, speaks: acl.Config
-) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-  """Returns (BEATs' parameters, audio_bp) -> features, (ACL's parameters, features) -> word_bd."""
-  return jax.jit(beats.build(hears).encode), jax.jit(acl.build(speaks).word)
 
 
 @functools.cache

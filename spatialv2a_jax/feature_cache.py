@@ -24,7 +24,9 @@ from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.io import atomic_path
 
 VARIABLE = "SPATIALV2A_FEATURE_CACHE"
-_SOURCES = ("encoders.py", "features.py", "localizers.py", "tokenizer.py", "schema.py")
+_SOURCES = (
+  "encoders.py", "features.py", "localizers.py", "sound_prompt.py", "tokenizer.py", "schema.py",
+)  # fmt: skip
 _FOLDERS = ("models", "io")
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "pillow", "av")
 _DIGEST = 32  # Bytes of the checksum at the beginning of an entry.
