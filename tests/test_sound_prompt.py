@@ -3,14 +3,14 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from spatialv2a_jax import checkpoint, features, io, tokenizer
+from spatialv2a_jax import checkpoint, encoders, features, io, tokenizer
 from spatialv2a_jax.encoders import Encoders
 from spatialv2a_jax.errors import MissingAssetError, UserError
-from spatialv2a_jax.models import acl, beats, localizer, spatial
+from spatialv2a_jax.models import acl, beats, spatial
 from spatialv2a_jax.weights import Weights
 from tests import tiny_mmaudio
 
@@ -56,30 +56,40 @@ def frames_of(count=2):
   return {"place": rng.integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)}
 
 
-def test_maps_are_those_of_the_embedding_of_the_sound(folder, sounds):
+def test_the_word_of_a_sound_goes_into_the_prompt(folder, sounds, monkeypatch):
   params = checkpoint.load_model(folder).params
-  net, ids = localizer.build(tiny_mmaudio.CLIPSEG), tokenizer.Tokenizer(tiny_mmaudio.MERGES)
-  prompt_w = np.array([ids.start, *ids.encode("A photo of"), ids.end])
-  found = []
+  ids = tokenizer.Tokenizer(tiny_mmaudio.MERGES)
+  told = []
+
+  def sound(_, word_bd, ids_w):
+    told.append((word_bd, ids_w))
+    return word_bd[:, : tiny_mmaudio.CLIPSEG.dim]
+
+  def place(_, x_vyxc, e_of, shift):
+    told.append((np.asarray(e_of), shift))
+    return np.zeros((len(x_vyxc), 5)), np.zeros((len(x_vyxc), 12, 20))
+
+  monkeypatch.setattr(encoders, "read_place", lambda *_: (None, None, sound, place))
+  identities = []
   for path in sounds:
     audio_p = io.read_audio(path, RATE, mono=True)[0]
     whole_1p = np.zeros((1, 10 * RATE), np.float32)
     whole_1p[0, : len(audio_p)] = audio_p[: 10 * RATE]
     heard = jax.jit(beats.build(BEATS).encode)(params["beats"], whole_1p)
-    word_bd = acl.build(ACL).word(params["acl"], heard)
-    e_of = net.sound(params["clipseg"], word_bd, jnp.asarray(prompt_w))
-    heat = jax.jit(net.heat)(params["clipseg"], frames_of()["place"], e_of, 1.4)
-    want_bvk, valid_bv = spatial.descriptors(heat[None])
-    assert valid_bv.all()
+    want_1d = jax.jit(acl.build(ACL).word)(params["acl"], heard)
 
-    encoders = open_encoders(folder, f"acl:{path}")
-    assert set(encoders.networks) == {"clipseg", "acl", "beats"}
-    (stage,) = (s for s in encoders.stages() if s.network == "clipseg")
-    got = stage.encode(frames_of(), 0.25, 0.0)["spatial_vk"]
-    np.testing.assert_allclose(got, want_bvk[0], atol=1e-5)
-    found.append((got, stage.identity["sound"]))
-  assert abs(found[0][0] - found[1][0]).max() > 1e-3  # Another sound, another place,
-  assert found[0][1] != found[1][1]  # which the cache knows.
+    chosen = open_encoders(folder, f"acl:{path}")
+    assert set(chosen.networks) == {"clipseg", "acl", "beats"}
+    (stage,) = (s for s in chosen.stages("not heeded") if s.network == "clipseg")
+    stage.encode(frames_of(), 0.25, 0.0)
+    (word_1d, ids_w), (e_of, shift) = told[-2:]
+    np.testing.assert_allclose(word_1d, want_1d, atol=1e-5)
+    assert list(ids_w) == [ids.start, *ids.encode("A photo of"), ids.end]
+    np.testing.assert_array_equal(e_of, word_1d[:, : tiny_mmaudio.CLIPSEG.dim])
+    assert shift == pytest.approx(1.4)
+    identities.append(stage.identity["sound"])
+  assert abs(told[0][0] - told[2][0]).max() > 1e-3  # Another sound is another word,
+  assert identities[0] != identities[1]  # which the cache knows.
 
 
 def test_mistakes_are_one_line(folder, sounds, tmp_path):
@@ -91,11 +101,27 @@ def test_mistakes_are_one_line(folder, sounds, tmp_path):
 
 
 @pytest.mark.slow
-def test_mirrored_twice_is_exactly_mirrored(folder):
-  encoders = open_encoders(folder, "acl", mirror_tta=True)
-  (stage,) = (s for s in encoders.stages("a dog") if s.network == "clipseg")
-  frames = frames_of()
+def test_mirrored_pictures_give_the_mirrored_condition(folder):
+  """From frames to C_s, by a network whose learned positions are not symmetric."""
+  frames, signs = frames_of(), np.array(spatial.MIRROR_SIGNS, np.float32)[None]
   mirrored = {"place": np.ascontiguousarray(frames["place"][:, :, ::-1])}
-  seen, other = (stage.encode(x, 0.25, 0.0)["spatial_vk"] for x in (frames, mirrored))
-  np.testing.assert_allclose(other, seen * np.array(spatial.MIRROR_SIGNS)[None], atol=1e-5)
-  assert abs(seen[:, 0]).max() > 1e-3
+
+  def describe(x, **options):
+    chosen = open_encoders(folder, "acl", **options)
+    (stage,) = (s for s in chosen.stages("a dog") if s.network == "clipseg")
+    return stage.encode(x, 0.25, 0.0)["spatial_vk"]
+
+  seen, other = (describe(x, mirror_tta=True) for x in (frames, mirrored))
+  np.testing.assert_allclose(other, seen * signs, atol=5e-6)
+  assert abs(seen[:, 3]).max() > 1e-3
+  assert abs(describe(mirrored) - describe(frames) * signs).max() > 1e-4  # By itself it is not.
+
+  net, stats = spatial.SpatialCondition(width=8, ffn=12), {"mean": np.zeros(8), "var": np.ones(8)}
+  none_b, options = np.zeros(1, bool), {"latent_len": 5, "train": False}
+  weights = nn.unbox(net.init(jax.random.key(0), seen[None], stats, none_b, ~none_b, **options))
+
+  def condition(d_vk):
+    return np.asarray(net.apply(weights, d_vk[None], stats, none_b, ~none_b, **options)[0])
+
+  np.testing.assert_allclose(condition(other), condition(seen * signs), atol=1e-5)
+  assert abs(condition(other) - condition(seen)).max() > 1e-5
