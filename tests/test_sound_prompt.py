@@ -116,7 +116,10 @@ def test_mirrored_pictures_give_the_mirrored_condition(folder):
   assert abs(seen[:, 3]).max() > 1e-3
   assert abs(describe(mirrored) - describe(frames) * signs).max() > 1e-4  # By itself it is not.
 
-  net, stats = spatial.SpatialCondition(width=8, ffn=12), {"mean": np.zeros(8), "var": np.ones(8)}
+  net, stats = (
+    spatial.SpatialCondition(width=8, ffn=12),
+    {"mean": np.zeros(8), "var": np.full(8, 1e-6)},
+  )
   none_b, options = np.zeros(1, bool), {"latent_len": 5, "train": False}
   weights = nn.unbox(net.init(jax.random.key(0), seen[None], stats, none_b, ~none_b, **options))
 
@@ -124,4 +127,4 @@ def test_mirrored_pictures_give_the_mirrored_condition(folder):
     return np.asarray(net.apply(weights, d_vk[None], stats, none_b, ~none_b, **options)[0])
 
   np.testing.assert_allclose(condition(other), condition(seen * signs), atol=1e-5)
-  assert abs(condition(other) - condition(seen)).max() > 1e-5
+  assert abs(condition(other) - condition(seen)).max() > 1e-4
