@@ -26,8 +26,8 @@ def task(config: tasks.Config, mesh: Mesh, rules: sharding.Rules) -> tasks.Task:
   """Returns what `train.fit` needs; the model folder has one network, `mono2binaural`."""
   if config["audio"] != AUDIO:
     raise UserError(f"config.audio={config['audio']!r}: this network works at {AUDIO}")
-  sizes = tasks._sizes(mono2binaural.Config, "model", config["model"])
-  objective = tasks._sizes(binauralizer.LossConfig, "loss", config["loss"])
+  sizes = tasks.checked(mono2binaural.Config, "model", config["model"])
+  objective = tasks.checked(binauralizer.LossConfig, "loss", config["loss"])
   net = mono2binaural.build(sizes, sharding.constrainer(mesh, rules))
   loss = functools.partial(binauralizer.loss, net=net, heads=sizes.heads, config=objective)
   source = Pairs(config, mesh, rules, "pairs", {"image": (sizes.rows, sizes.columns, 3)})
@@ -35,12 +35,12 @@ def task(config: tasks.Config, mesh: Mesh, rules: sharding.Rules) -> tasks.Task:
 
   def export(path, state):
     about = {"audio": AUDIO, binauralizer.NETWORK: dataclasses.asdict(sizes)}
-    content = {binauralizer.NETWORK: tasks._gather(state.ema)}
-    tasks._write(path, content, {binauralizer.NETWORK: tasks._gather(state.stats)}, about)
+    content = {binauralizer.NETWORK: tasks.gather(state.ema)}
+    tasks.write(path, content, {binauralizer.NETWORK: tasks.gather(state.stats)}, about)
 
   held_out = functools.partial(loss, train=False)
   hooks = (
-    tasks._Evaluation(held_out, config, mesh, rules, source) if config["data"]["eval"] else None
+    tasks.Evaluation(held_out, config, mesh, rules, source) if config["data"]["eval"] else None
   )
   stats = net.init_stats() | stats
   return tasks.Task(net.init, stats, loss, lambda: start, source, hooks, export, source.row)
@@ -60,7 +60,7 @@ def _start(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
   )
 
 
-class Pairs(tasks._Source):
+class Pairs(tasks.Source):
   """Batches of pairs mixed on the fly."""
 
   def _load(self, path: str, **options: Any) -> Iterator[dict[str, np.ndarray]]:

@@ -82,7 +82,9 @@ def flow_config(config: Config) -> flow_net.Config:
   keys = ("clip_dim", "sync_dim", "text_dim", "text_len")
   sizes = {name: config["features"][name] for name in keys}
   channels = schema.AUDIO[config["audio"]].latent_channels
-  return _sizes(flow_net.Config, "model", {**sizes, "latent_channels": channels, **config["model"]})
+  return checked(
+    flow_net.Config, "model", {**sizes, "latent_channels": channels, **config["model"]}
+  )
 
 
 def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
@@ -91,8 +93,8 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   # By the devices of the mesh, which need not be those of this machine.
   unroll = mesh.devices.flat[0].platform == "cpu" if sizes.unroll is None else sizes.unroll
   net = flow_net.build(dataclasses.replace(sizes, unroll=unroll), sharding.constrainer(mesh, rules))
-  objective = _sizes(flow.LossConfig, "loss", config["loss"])
-  encoders = _sizes(features.Config, "features", config["features"])
+  objective = checked(flow.LossConfig, "loss", config["loss"])
+  encoders = checked(features.Config, "features", config["features"])
   loss = functools.partial(flow.loss, net=net, config=objective)
   shapes = schema.feature_shapes(
     config["seconds"],
@@ -103,12 +105,12 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
     text_dim=sizes.text_dim,
     mirror=bool(objective.mirror_weight),
   )
-  folder = _model_folder(config["vae"], "vae")
-  source = _Source(config, mesh, rules, "features", shapes)
+  folder = model_folder(config["vae"], "vae")
+  source = Source(config, mesh, rules, "features", shapes)
 
   def values():
     if config["init_from"]:
-      start = _model_folder(config["init_from"], "flow")
+      start = model_folder(config["init_from"], "flow")
       ears = start.config["flow"].get("ears", 2)
       if ears != sizes.ears:
         again = f"convert its source again with --ears {sizes.ears}"
@@ -128,12 +130,12 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
       "guidance": config["listen"]["guidance"],
       "flow": dataclasses.asdict(sizes),
     }
-    params = {"flow": _gather(state.ema)}
+    params = {"flow": gather(state.ema)}
     if folder.params:
       params["vae"], about["vae"] = folder.params["vae"], folder.config["vae"]
-    _write(path, params, {"flow": _gather(state.stats)}, about)
+    write(path, params, {"flow": gather(state.stats)}, about)
 
-  hooks = _Evaluation(functools.partial(loss, train=False), config, mesh, rules, source)
+  hooks = Evaluation(functools.partial(loss, train=False), config, mesh, rules, source)
   if folder.params:
     decoder = codec.build(folder.config["vae"], audio)
     hooks.listener = Listener(
@@ -168,13 +170,13 @@ def flow_flops(
 def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   """The mel VAE, on stored sound of both ears."""
   audio = schema.AUDIO[config["audio"]]
-  weights = _sizes(codec.LossConfig, "loss", config["loss"])
+  weights = checked(codec.LossConfig, "loss", config["loss"])
   try:
     net = codec.build(config["model"], audio, weights)
   except (TypeError, ValueError) as error:
     raise UserError(f"config.model: {error}") from error
   samples = schema.lengths(config["seconds"], audio).samples
-  source = _Source(config, mesh, rules, "audio", {"audio": (2, samples)})
+  source = Source(config, mesh, rules, "audio", {"audio": (2, samples)})
 
   def loss(params, stats, batch, key):
     value, metrics = net.loss(params, batch, key)
@@ -182,16 +184,16 @@ def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
 
   def values():
     if config["init_from"]:
-      return _model_folder(config["init_from"], "vae").params["vae"]
+      return model_folder(config["init_from"], "vae").params["vae"]
     sound = itertools.islice(source.whole(), config["data"]["statistics"])
     mean_m, std_m = codec.statistics((batch["audio_bep"] for batch in sound), audio)
     return {"frozen": {"data_mean": mean_m, "data_std": std_m}}
 
   def export(path, state):
     about = {"audio": audio.name, "vae": dict(config["model"])}
-    _write(path, {"vae": _gather(state.ema)}, {}, about)
+    write(path, {"vae": gather(state.ema)}, {}, about)
 
-  hooks = _Evaluation(loss, config, mesh, rules, source) if config["data"]["eval"] else None
+  hooks = Evaluation(loss, config, mesh, rules, source) if config["data"]["eval"] else None
   return Task(net.init, {}, loss, values, source, hooks, export, source.row)
 
 
@@ -217,7 +219,7 @@ def latent_statistics(batches: Iterator[Mapping[str, np.ndarray]]) -> tuple[np.n
 
 
 @dataclasses.dataclass
-class _Source:
+class Source:
   """Batches of this process, from any step on."""
 
   config: Config
@@ -227,6 +229,7 @@ class _Source:
   shapes: Mapping[str, tuple[int, ...]]
 
   def __call__(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+    """Returns the rows of this process from a step on."""
     data = self.config["data"]
     options = {"mirror": data["mirror"], "workers": data["workers"]}
     return self.read(data["path"], start_step=start, seed=self.config["seed"], **options)
@@ -268,20 +271,21 @@ class _Source:
 
 
 @dataclasses.dataclass
-class _Evaluation:
+class Evaluation:
   """Hook of the loop: the loss of the averaged weights on held-out clips, and some sound."""
 
   loss: train_step.Loss
   config: Config
   mesh: Mesh
   rules: sharding.Rules
-  source: _Source
+  source: Source
   listener: Listener | None = None
   step: Callable[..., Any] | None = None
 
   def __call__(
     self, state: train_step.State, step: int, book: Logbook, leave: Callable[[], bool]
   ) -> Mapping[str, float] | None:
+    """Returns the means over the held-out clips; None if the run must stop meanwhile."""
     data = self.config["data"]
     evaluate = self._compile(state)
     total: dict[str, float] = {}
@@ -300,7 +304,7 @@ class _Evaluation:
     if self.listener is not None and first is not None:
       params, stats = state.ema, state.stats
       if jax.process_count() > 1:  # All of them gather, one listens.
-        params, stats = _gather(params), _gather(stats)
+        params, stats = gather(params), gather(stats)
       if jax.process_index() == 0:
         self.listener(params, stats, first, step, book)
     return {f"eval/{name}": value / max(weight, 1.0) for name, value in total.items()}
@@ -323,19 +327,20 @@ def _averages(layout: train_step.State) -> train_step.State:
   return layout.replace(params=layout.ema)  # pyright: ignore
 
 
-def _gather(tree: Any) -> Any:
+def gather(tree: Any) -> Any:
   """Returns whole arrays on the host of every process."""
   if jax.process_count() > 1:
     return multihost_utils.process_allgather(tree, tiled=True)
   return jax.device_get(tree)
 
 
-def _write(path: pathlib.Path, *content: Any) -> None:
+def write(path: pathlib.Path, *content: Any) -> None:
+  """Writes a model folder, from the first process alone."""
   if jax.process_index() == 0:
     checkpoint.save_model(path, *content)
 
 
-def _sizes(kind: Callable[..., Any], section: str, values: Mapping[str, Any]) -> Any:
+def checked(kind: Callable[..., Any], section: str, values: Mapping[str, Any]) -> Any:
   """Builds a dataclass from a section of the config."""
   try:
     return kind(**values)
@@ -343,7 +348,7 @@ def _sizes(kind: Callable[..., Any], section: str, values: Mapping[str, Any]) ->
     raise UserError(f"config.{section}: {error}") from error
 
 
-def _model_folder(path: str, name: str) -> checkpoint.Model:
+def model_folder(path: str, name: str) -> checkpoint.Model:
   """Returns a model folder that must hold the network `name`; an empty one for no path."""
   if not path:
     return checkpoint.Model({}, {}, {})

@@ -79,7 +79,7 @@ def test_training_on_pairs_lowers_the_loss_and_leaves_a_folder_that_is_used(tmp_
   argv = [
     "launch.train", f"--config={ROOT}/configs/mono2binaural.py:smoke", f"--workdir={run}",
     f"--config.data.path={tmp_path / 'sources'}", f"--config.data.eval={tmp_path / 'sources'}",
-    "--config.steps=40",
+    "--config.steps=40", "--config.optim.lr=1e-2",
   ]  # fmt: skip
   assert train.main(argv) == 0
   rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
