@@ -74,6 +74,7 @@ def test_whatever_changes_is_encoded_anew(folder, films, tmp_path, counted, chan
   assert len(counted) == 3 + again
 
 
+@pytest.mark.slow
 def test_other_weights_and_another_precision_are_other_features(folder, films, tmp_path, counted):
   read(cached(folder, tmp_path, localizer="motion"), films[0], sha256="a")
   read(cached(folder, tmp_path, localizer="motion", dtype="bfloat16"), films[0], sha256="a")
