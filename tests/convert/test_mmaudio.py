@@ -79,6 +79,7 @@ def velocity(config, params, stats, x_betc):
   return jax.jit(run)(params, jnp.asarray(x_betc))
 
 
+@pytest.mark.slow
 def test_two_ears_of_a_mono_file_are_dual_mono_bit_for_bit(tmp_path):
   file = tmp_path / "mono.safetensors"
   save_file(state(ear_depth=1), file)

@@ -143,6 +143,7 @@ def test_one_ear_is_mmaudio(v2):
   np.testing.assert_allclose(v_betc[:, 0], flow, atol=2e-3 if v2 else 1e-4)
 
 
+@pytest.mark.slow
 def test_two_ears_from_a_mono_network_are_that_network_twice():
   config = flow_net.Config(**SMALL, ears=1, spatial=False)
   net = flow_net.build(config)
@@ -261,6 +262,7 @@ def test_scan_and_remat_keep_gradients(options):
     np.testing.assert_allclose(a, b, atol=1e-4 * float(abs(b).max()))
 
 
+@pytest.mark.slow
 def test_a_dropped_condition_is_the_null_condition():
   params, x_betc = two_ear_params(), normal(4, CLIPS, 2, FRAMES, 4)
   null = {

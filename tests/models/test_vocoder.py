@@ -21,11 +21,9 @@ TINY = vocoder.Config(
 
 @pytest.mark.parametrize(
   ("file", "config"),
-  [
-    ("bigvgan_16k", vocoder.V1_16K),
-    pytest.param("bigvgan_v2_44k", vocoder.V2_44K, marks=pytest.mark.slow),
-  ],
+  [("bigvgan_16k", vocoder.V1_16K), ("bigvgan_v2_44k", vocoder.V2_44K)],
 )
+@pytest.mark.slow
 def test_waveform_is_upstream_s(file, config):
   """The golden begins after the first stage, so the first convolution here passes it on."""
   data = load_file(GOLDEN / f"{file}.safetensors")
