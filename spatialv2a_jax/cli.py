@@ -179,7 +179,10 @@ def parser() -> argparse.ArgumentParser:
 
   p = command("convert", "Convert a checkpoint of another project into a model folder.")
   p.add_argument(
-    "source", metavar="SOURCE", help="mmaudio, clip, synchformer, clipseg, bigvgan, ..."
+    "source",
+    metavar="SOURCE",
+    help="mmaudio, clip, synchformer, clipseg, acl, beats, bigvgan, bigvgan_v2, vae, mono2binaural "
+    "or resnet18",
   )
   p.add_argument("file", nargs="?", metavar="FILE", help="safetensors, .pth, .pt or .bin")
   p.add_argument("--out", metavar="DIR", help="model folder, which may hold other networks")
