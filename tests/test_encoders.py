@@ -81,7 +81,7 @@ def test_a_batch_of_seven_gives_what_each_clip_gives_alone(folder, plain, films,
   look, follow, place = (np.stack([f[name] for f in frames]) for name in views)
   look, place = (x[:, :7].reshape(-1, *x.shape[2:]) for x in (look, place))
   ids_bw = plain._ids(localizer.prompts("a dog"), "clipseg")
-  _, text, find = encoders.read_place(tiny_mmaudio.CLIPSEG)
+  _, text, _, find = encoders.read_place(tiny_mmaudio.CLIPSEG)
   e_of = text(params["clipseg"], ids_bw)
   spatial_vk, heat_vyx = find(params["clipseg"], place, e_of, localizer.SHIFT)
   read_sync = jax.jit(synchformer.build(tiny_mmaudio.SYNC).encode)

@@ -45,9 +45,9 @@ def test_sound_plays_one_at_a_time_after_the_check_of_the_ears(browser):  # noqa
   ready = f"return {players}.length === 2 && [...{players}].every((p) => p.readyState > 0)"
   assert wait(browser, ready)
   click(browser, "#run-sounds audio")
-  browser.execute_script(f"{players}[0].play()")
+  browser.execute_script(f"{players}[0].play().catch(() => {{}})")
   wait(browser, f"return !{players}[0].paused")
-  browser.execute_script(f"{players}[1].play()")
+  browser.execute_script(f"{players}[1].play().catch(() => {{}})")
   wait(browser, f"return {players}[0].paused")
 
 
