@@ -238,7 +238,7 @@ def run_process(work: Callable[[], int]) -> None:
     code = work()
   except preemption.Interrupted as stop:
     code = int(stop.code or 0)
-  except Exception:
+  except Exception:  # Raised on, threads and other processes would keep the interpreter alive.
     traceback.print_exc()
     code = 1
   leave(code)

@@ -68,7 +68,7 @@ SOURCE = Source(
   sizes=acl.Config,
   configure=configure,
   table=table,
-  init=lambda config: acl.build(config).init,
+  build=acl.build,
   outputs=outputs,
   note="upstream's file is nested: the keys of 'audio_proj' and of 'masker_i'",
 )

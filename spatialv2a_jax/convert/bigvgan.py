@@ -86,7 +86,7 @@ def _source(upstream: str, licence: str, base: vocoder.Config) -> Source:
     sizes=vocoder.Config,
     configure=functools.partial(configure, base=base),
     table=table,
-    init=lambda config: vocoder.build(config).init,
+    build=vocoder.build,
     outputs=outputs,
     ignore=(r".*\.(upsample|downsample\.lowpass)\.filter",),  # A constant of the architecture.
     wrapper="generator",

@@ -108,7 +108,7 @@ SOURCE = Source(
   sizes=clip.Config,
   configure=configure,
   table=table,
-  init=lambda config: clip.build(config).init,
+  build=clip.build,
   outputs=outputs,
   ignore=(r"(.*\.)?attn_mask",),
 )

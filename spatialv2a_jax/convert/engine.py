@@ -55,7 +55,7 @@ class Source:
     sizes: type of the sizes, a dataclass.
     configure: state dict -> sizes; raises KeyError for a key that it needs.
     table: (state dict, sizes) -> recipes.
-    init: sizes -> the network's `init`, for the shapes that must come out.
+    build: sizes -> the network, whose `init` (and `init_stats`) give the shapes that must come out.
     outputs: (sizes, parameters, inputs by name) -> outputs by upstream's name, computed on demand.
     ignore: patterns of whole foreign keys that carry nothing we need.
     wrapper: key under which files may hold the state dict.
@@ -72,7 +72,7 @@ class Source:
   sizes: Callable[..., Any]
   configure: Callable[[State], Any]
   table: Callable[[State, Any], Table]
-  init: Callable[[Any], Callable[..., Any]]
+  build: Callable[[Any], Any]
   outputs: Callable[[Any, Any, State], Outputs]
   ignore: tuple[str, ...] = ()
   wrapper: str = ""
@@ -106,7 +106,10 @@ def convert(source: Source, state: Mapping[str, Any], name: str) -> tuple[Any, d
   try:
     config = source.refine(source.configure(arrays), beside)
     table = source.table(arrays, config)
-    shapes = nn.unbox(jax.eval_shape(source.init(config), jax.random.key(0)))
+    net = source.build(config)
+    shapes = nn.unbox(jax.eval_shape(net.init, jax.random.key(0)))
+    if source.stats:
+      shapes[STATS] = jax.eval_shape(net.init_stats)
   except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
     reason = f"lacks {error}" if isinstance(error, KeyError) else f"has unknown sizes ({error})"
     have = ", ".join(sorted(state)[:3])

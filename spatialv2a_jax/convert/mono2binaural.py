@@ -178,11 +178,6 @@ def outputs(config: mono2binaural.Config, params: Any, inputs: State) -> Outputs
   return known | {"audio_gt": lambda: inputs["audio_diff"][:, :, : mono2binaural.BINS - 1]}
 
 
-def _init(config: mono2binaural.Config) -> Any:
-  net = mono2binaural.build(config)
-  return lambda key: {**net.init(key), STATS: net.init_stats()}
-
-
 SOURCE = Source(
   network="mono2binaural",
   upstream="PseudoBinaural (github.com/SheldonTsui/PseudoBinaural_CVPR2021)",
@@ -190,7 +185,7 @@ SOURCE = Source(
   sizes=mono2binaural.Config,
   configure=configure,
   table=table,
-  init=_init,
+  build=mono2binaural.build,
   outputs=outputs,
   ignore=(r".*\.num_batches_tracked", r".*\.channel_mapping_conv_b\.(weight|bias)"),
   note="the content of visual_, audio_ and fusion_SUFFIX.pth, whose keys lack the first word here; "
@@ -212,11 +207,6 @@ def _resnet_outputs(config: resnet.Config, params: Any, inputs: State) -> Output
   return {"features": features}
 
 
-def _resnet_init(config: resnet.Config) -> Any:
-  net = resnet.build(config)
-  return lambda key: {**net.init(key), STATS: net.init_stats()}
-
-
 RESNET = Source(
   network="resnet18",
   upstream="torchvision's ResNet-18 (github.com/pytorch/vision)",
@@ -224,7 +214,7 @@ RESNET = Source(
   sizes=resnet.Config,
   configure=lambda state: resnet.Config(state["conv1.weight"].shape[0]),
   table=lambda state, config: _apart(_resnet("conv1", "bn1", lambda stage: f"layer{stage + 1}")),
-  init=_resnet_init,
+  build=resnet.build,
   outputs=_resnet_outputs,
   ignore=(r".*\.num_batches_tracked", r"fc\.(weight|bias)"),
   note="without the last layer, fc: load with strict=False",

@@ -94,7 +94,7 @@ SOURCE = Source(
   sizes=synchformer.Config,
   configure=configure,
   table=table,
-  init=lambda config: synchformer.build(config).init,
+  build=synchformer.build,
   outputs=outputs,
   ignore=(r"(?!vfeat_extractor\.).*", r"vfeat_extractor\.patch_embed\.proj\..*"),
   note="the visual encoder alone, without its unused 2-D patch embedding: load with strict=False",

@@ -93,7 +93,7 @@ SOURCE = Source(
   sizes=vae.Config,
   configure=configure,
   table=table,
-  init=lambda config: vae.build(config).init,
+  build=vae.build,
   outputs=outputs,
   about=lambda config: {"audio": "16k" if config.n_mels == 80 else "44k"},
 )

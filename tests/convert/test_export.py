@@ -36,8 +36,10 @@ def golden(name):
 def raw(source, config):
   """A random state dict of the shapes that our network has upstream, of many magnitudes."""
   chosen = convert.SOURCES[source]
-  shapes = jax.eval_shape(chosen.init(config), jax.random.key(0))
-  shapes = nn.unbox(shapes)
+  net = chosen.build(config)
+  shapes = nn.unbox(jax.eval_shape(net.init, jax.random.key(0)))
+  if chosen.stats:
+    shapes[engine.STATS] = jax.eval_shape(net.init_stats)
   ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
   state, _ = engine.export(chosen, config, ones, "ones")
   return {

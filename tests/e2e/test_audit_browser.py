@@ -1,6 +1,5 @@
 """The page of an audit in a real browser: it plays, shows the heat, and complains about nothing."""
 
-import shutil
 import time
 
 import numpy as np
@@ -8,14 +7,10 @@ import pytest
 
 from launch import data as command
 from tests.data import clips
+from tests.e2e.browsing import wait
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = (
-  "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --mute-audio "
-  "--disable-background-networking --disable-component-update --disable-sync"
-).split()
 COLUMN = 0.8
 
 
@@ -32,36 +27,6 @@ def page(tmp_path_factory) -> str:
   assert command.main(list(map(str, build))) == 0
   command.main(["audit", str(out), "--videos", str(folder)])
   return (out / "audit.html").as_uri()
-
-
-@pytest.fixture
-def browser(page, tmp_path):
-  webdriver = pytest.importorskip("selenium.webdriver")
-  if not CHROMIUM or not DRIVER:
-    pytest.skip("needs chromium and chromedriver on the PATH")
-  options = webdriver.ChromeOptions()
-  options.binary_location = CHROMIUM
-  for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,1600"):
-    options.add_argument(flag)
-  options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-  driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-  try:
-    driver.get(page)
-    yield driver
-    lines = [entry["message"] for entry in driver.get_log("browser")]
-    assert [line for line in lines if "willReadFrequently" not in line] == []
-  finally:
-    driver.quit()
-
-
-def wait(driver, script, seconds=10):
-  """Waits until the script returns something true, and returns it."""
-  end = time.monotonic() + seconds
-  while time.monotonic() < end:
-    if found := driver.execute_script(script):
-      return found
-    time.sleep(0.05)
-  raise AssertionError(f"never became true: {script}")
 
 
 def test_clips_play_one_at_a_time_and_the_line_follows(browser):

@@ -1,22 +1,17 @@
 """The report in a real browser: it plays, switches sounds in time, and complains about nothing."""
 
 import json
-import shutil
 import time
 
 import numpy as np
 import pytest
 
 from spatialv2a_jax import io, report
+from tests.e2e.browsing import click, wait
 
 pytestmark = pytest.mark.browser
 
 RATE, SECONDS = 16000, 3
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = (
-  "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --mute-audio "
-  "--disable-background-networking --disable-component-update --disable-sync"
-).split()
 
 
 def write_clip(folder, name):
@@ -58,41 +53,6 @@ def page(tmp_path_factory):
   (folder / "scores.json").write_text(json.dumps(scores))
   report.write_report(folder, folder / "report.html", ref=folder / "ref")
   return (folder / "report.html").as_uri()
-
-
-@pytest.fixture
-def browser(page, tmp_path):
-  webdriver = pytest.importorskip("selenium.webdriver")
-  if not CHROMIUM or not DRIVER:
-    pytest.skip("needs chromium and chromedriver on the PATH")
-  options = webdriver.ChromeOptions()
-  options.binary_location = CHROMIUM
-  for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,1600"):
-    options.add_argument(flag)
-  options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-  driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-  try:
-    driver.get(page)
-    yield driver
-    # Reading pixels back, as one test does, earns advice on speed; nothing else may be said.
-    lines = [line["message"] for line in driver.get_log("browser")]
-    assert [line for line in lines if "willReadFrequently" not in line] == []
-  finally:
-    driver.quit()
-
-
-def wait(driver, script, seconds=10):
-  """Waits until the script returns something true, and returns it."""
-  end = time.monotonic() + seconds
-  while time.monotonic() < end:
-    if found := driver.execute_script(script):
-      return found
-    time.sleep(0.05)
-  raise AssertionError(f"never became true: {script}")
-
-
-def click(driver, selector):
-  driver.find_element("css selector", selector).click()
 
 
 def start(driver):

@@ -3,7 +3,7 @@
 import pytest
 
 from spatialv2a_jax import report
-from tests.e2e.test_report_browser import browser, click, wait  # noqa: F401
+from tests.e2e.browsing import click, wait
 from tests.test_report_run import write_run
 
 pytestmark = pytest.mark.browser
@@ -16,7 +16,7 @@ def page(tmp_path_factory):
   return (folder / "report.html").as_uri()
 
 
-def test_the_bar_shows_where_the_time_went(browser):  # noqa: F811
+def test_the_bar_shows_where_the_time_went(browser):
   wait(browser, "return document.querySelector('.bar')")
   share = (
     "const bar = document.querySelector('.bar').getBoundingClientRect().width;"
@@ -26,7 +26,7 @@ def test_the_bar_shows_where_the_time_went(browser):  # noqa: F811
   assert browser.find_element("css selector", ".goodput dd").text.startswith("80 %")
 
 
-def test_curves_fall_and_carry_marks(browser):  # noqa: F811
+def test_curves_fall_and_carry_marks(browser):
   path = "return document.querySelector('#run-figures .curve').getAttribute('d')"
   text = wait(browser, path)
   points = [tuple(map(float, pair.split())) for pair in text[1:].split("L")]
@@ -38,7 +38,7 @@ def test_curves_fall_and_carry_marks(browser):  # noqa: F811
   assert "200 of 400, not finished" in browser.execute_script(shown)
 
 
-def test_sound_plays_one_at_a_time_after_the_check_of_the_ears(browser):  # noqa: F811
+def test_sound_plays_one_at_a_time_after_the_check_of_the_ears(browser):
   visible = "return document.getElementById('check').offsetParent !== null"
   assert wait(browser, visible)
   players = "document.querySelectorAll('#run-sounds audio')"
@@ -51,7 +51,7 @@ def test_sound_plays_one_at_a_time_after_the_check_of_the_ears(browser):  # noqa
   wait(browser, f"return {players}[0].paused")
 
 
-def test_folds_open_and_a_phone_needs_no_sideways_scrolling(browser):  # noqa: F811
+def test_folds_open_and_a_phone_needs_no_sideways_scrolling(browser):
   folds = "return document.querySelectorAll('#run details[hidden]').length"
   assert browser.execute_script(folds) == 0
   for fold in ("more", "skipped", "config"):
