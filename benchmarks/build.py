@@ -29,7 +29,7 @@ from spatialv2a_jax import io, localizers, schema
 
 RATE = 16_000
 PARTS = ("decoding", "rendering")
-RENDERED = 100  # Sounds that a process places; with the clips decoded, a round takes seconds.
+DECODED = RENDERED = 100  # Clips at most that a process takes in a turn, which takes seconds.
 CORES = 32  # For which hours are estimated.
 
 
@@ -124,7 +124,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description="Times the building of a data set.")
   parser.add_argument("--videos", type=pathlib.Path, help="folder of clips")
   parser.add_argument("--seconds", type=float, default=2.0, help="length of a clip")
-  parser.add_argument("--clips", type=int, default=400, help="scenes to make; to compare with")
+  parser.add_argument("--clips", type=int, default=400, help="scenes to make")
   parser.add_argument("--rounds", type=int, default=5, help="of comparing processes")
   parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
   args = parser.parse_args()
@@ -137,9 +137,9 @@ def main() -> None:
       given = ["--out", videos, "--clips", args.clips, "--seconds", args.seconds, "--jobs", jobs]
       command.main(["scenes", *map(str, given)])
     stages(videos, args.seconds, folder / "build", jobs)
-    known = catalogue.read(videos, None).clips[: args.clips]
+    known = catalogue.read(videos, None).clips
     dropped = json.loads((folder / "build" / "funnel.json").read_text())["clips"]
-    paths = [clip.path for clip in known if clip.id not in dropped]
+    paths = [clip.path for clip in known if clip.id not in dropped][:DECODED]
     turns = iter(clock(paths, args.seconds, args.processes * args.rounds))
     rounds = [{count: next(turns) for count in args.processes} for _ in range(args.rounds)]
   head, rule = "".join(f" {part} |" for part in PARTS), "--:|" * len(PARTS)
