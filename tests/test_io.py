@@ -15,6 +15,7 @@ import soundfile
 
 from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.io.video import Picture
 
 NTSC = Fraction(30000, 1001)
 FILM = Fraction(24000, 1001)
@@ -156,6 +157,24 @@ def test_orientation_decides_what_is_left(tmp_path, degrees, mirror):
   assert np.abs(quick.astype(int) - io.read_video(path, 25, half)).mean() < 4
   io.remux(path, noise(1), 16000, tmp_path / "out.mp4")
   np.testing.assert_array_equal(io.read_video(tmp_path / "out.mp4", 25), got)
+
+
+def test_one_converter_for_a_stream_changes_no_pixel(tmp_path):
+  """Each frame is as a converter of its own makes it, in its first size and its second."""
+  rng, paths = np.random.default_rng(0), (tmp_path / "a.mp4", tmp_path / "b.mp4")
+  for path, size in zip(paths, ((50, 70, 3), (64, 96, 3)), strict=True):
+    io.write_video(path, rng.integers(0, 256, (3, *size), np.uint8), 25)
+  whole, small = Picture(threads=1), Picture((24, 40), threads=1)
+  for path in paths:
+    with av.open(str(path)) as container:
+      decoded = list(container.decode(video=0))
+    alone = [frame.to_ndarray(format="rgb24") for frame in decoded]
+    np.testing.assert_array_equal([whole(frame) for frame in decoded], alone)
+    np.testing.assert_array_equal(io.read_video(path, 25), alone)
+    shrunk = [Picture((24, 40))(frame) for frame in decoded]
+    np.testing.assert_array_equal([small(frame) for frame in decoded], shrunk)
+    quick = io.read_views(path, {"view": io.View(25, (24, 40), quick=True)}, threads=1)["view"]
+    np.testing.assert_array_equal(quick, shrunk)
 
 
 def test_crop_and_squash_follow_the_encoders(tmp_path):

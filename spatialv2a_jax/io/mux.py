@@ -22,7 +22,7 @@ from av.container import InputContainer, OutputContainer
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.io.audio import fixed_point
 from spatialv2a_jax.io.files import atomic_path, open_media, video_stream
-from spatialv2a_jax.io.video import rational, rgb, timed_frames
+from spatialv2a_jax.io.video import Picture, rational, timed_frames
 
 Codec = Literal["flac", "alac", "aac"]
 
@@ -216,9 +216,9 @@ def remux(
       return _Sound(output, audio_ep, sample_rate, codec, out_path)
 
     if not copy:
-      fps = rational(source.average_rate or source.guessed_rate or 25)
+      picture, fps = Picture(), rational(source.average_rate or source.guessed_rate or 25)
       frames = (
-        (time, rgb(frame))
+        (time, picture(frame))
         for time, _, frame in timed_frames(container, source, video_path, Fraction(0))
         if stop is None or time < stop
       )

@@ -20,7 +20,7 @@ import av
 import av.error
 import numpy as np
 from av.container import InputContainer
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from spatialv2a_jax.errors import UserError
@@ -79,9 +79,32 @@ def rational(value: float | Fraction) -> Fraction:
   return value if isinstance(value, Fraction) else Fraction(value).limit_denominator(1_000_000)
 
 
-def rgb(frame: av.VideoFrame) -> np.ndarray:
-  """A decoded frame as it is shown: uint8 [y, x, 3], rotation and mirroring applied."""
-  return _turned(frame.to_ndarray(format="rgb24"), display_turn(frame))
+class Picture:
+  """Makes pictures of decoded frames as they are shown: uint8 [y, x, 3], turned and mirrored.
+
+  One for all frames of a stream: the tables of a conversion take longer than a small frame.
+  """
+
+  def __init__(self, size: tuple[int, int] | None = None, threads: int = 0):
+    """Makes a converter.
+
+    Args:
+      size: (height, width) to shrink to on the way; None keeps the frame's.
+      threads: that convert; 0 takes as many as there are cores. The pixels are the same.
+    """
+    self._size, self._threads = size, threads
+    self._convert = VideoReformatter().reformat
+
+  def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+    """Returns one picture."""
+    turn, size = display_turn(frame), (None, None)
+    if self._size:
+      size = self._size if turn[0] else self._size[::-1]
+    how = Interpolation.BICUBIC if self._size else Interpolation.BILINEAR
+    stored = self._convert(
+      frame, *size, format="rgb24", interpolation=how, threads=self._threads
+    )  # fmt: skip
+    return _turned(stored.to_ndarray(), turn)
 
 
 def _turned(pixels: np.ndarray, turn: tuple[bool, bool, bool]) -> np.ndarray:
@@ -177,10 +200,11 @@ def timed_frames(
 class _Sampler:
   """Collects one view; `lo` is the index of the first frame still held."""
 
-  def __init__(self, view: View, start: Fraction):
+  def __init__(self, view: View, start: Fraction, whole: Picture, threads: int):
     self.view, self.start, self.fps = view, start, rational(view.fps)
     self.lo, self.held = 0, []
-    self.shrink = VideoReformatter().reformat
+    self.whole = whole
+    self.small = Picture(view.size, threads) if view.quick else None
 
   @property
   def next_index(self) -> int:
@@ -192,20 +216,13 @@ class _Sampler:
     while (limit is None or self.next_index < limit) and (
       time >= self.start + self.next_index / self.fps
     ):
-      if fitted is None and self.view.quick:
-        fitted = self._shrunk(frame)
+      if fitted is None and self.small is not None:
+        fitted = self.small(frame)
       elif fitted is None:
         if "rgb" not in pixels:
-          pixels["rgb"] = rgb(frame)
+          pixels["rgb"] = self.whole(frame)
         fitted = _fit(pixels["rgb"], self.view)
       self.held.append(fitted)
-
-  def _shrunk(self, frame: av.VideoFrame) -> np.ndarray:
-    assert self.view.size
-    turn, (height, width) = display_turn(frame), self.view.size
-    stored = (height, width) if turn[0] else (width, height)
-    small = self.shrink(frame, *stored, format="rgb24", interpolation="BICUBIC")
-    return _turned(small.to_ndarray(), turn)
 
   def index(self, seconds: Fraction) -> int:
     """Number of targets before `seconds`."""
@@ -241,7 +258,8 @@ def iter_views(
     overlap_s: seconds that neighbouring windows share.
     start: seconds into the video.
     duration: seconds to read at most; None to read to the end.
-    threads: that decode; 0 takes as many as there are cores, 1 leaves those to other processes.
+    threads: that decode and convert; 0 takes as many as there are cores, 1 leaves those to other
+      processes.
 
   Raises:
     UserError: unreadable or damaged file, no video stream, or nothing after `start`.
@@ -251,7 +269,8 @@ def iter_views(
   limit_s = None if duration is None else rational(duration)
   if window is not None and not 0 <= overlap < window:
     raise ValueError(f"overlap {overlap_s} must be in [0, {window_s})")
-  samplers = {name: _Sampler(view, start) for name, view in views.items()}
+  whole = Picture(threads=threads)
+  samplers = {name: _Sampler(view, start, whole, threads) for name, view in views.items()}
   limits = {
     name: None if limit_s is None else sampler.index(limit_s) for name, sampler in samplers.items()
   }
