@@ -10,7 +10,7 @@ import math
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
@@ -21,6 +21,8 @@ from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, analysis
 
 FPS, SIDE = 12.5, 200  # Of the embedded pictures.
+# What to lay over a picture: its motion, a track, or nothing.
+Seen = localizers.Track | Literal["motion", "unknown"]
 _MARKS = {True: ("passed", "✓ passed"), False: ("failed", "✗ failed"), None: ("skipped", "skipped")}
 
 
@@ -98,7 +100,11 @@ def _kept(
   }
   scores = zip(filters.AXES, record["aes"], strict=True)
   facts |= {axis: _of(score) for axis, score in scores if math.isfinite(score)}
-  stage = _stage(video, audio_ep, build.rate, localizer)
+  seen: Seen = "motion"  # What other localizers found is in the record.
+  if localizer != "motion":
+    times = (np.arange(len(record["azimuth"])) + 0.5) / schema.CLIP_FPS
+    seen = localizers.Track(times, record["azimuth"])
+  stage = _stage(video, audio_ep, build.rate, seen)
   plot = _plot(build.sound(record), record["azimuth"])
   return _card(record["id"], record["caption"], stage + plot, facts)
 
@@ -120,7 +126,7 @@ def _dropped(
       if audio_ep is not None and len(audio_ep) == 2 and audio_ep.shape[1] >= analysis.N_FFT:
         values = zip(stages.CUES, stages.cues(audio_ep, build.rate), strict=True)
         facts |= {cue: _of(value) for cue, value in values}
-      stage = _stage(video, audio_ep, build.rate, localizer)
+      stage = _stage(video, audio_ep, build.rate, "motion" if localizer == "motion" else "unknown")
     except (UserError, ValueError) as error:  # What cannot be read was dropped for it.
       facts["player"] = f"none: {' '.join(str(error).split())[:120]}"
   return _card(name, "", stage, facts)
@@ -135,9 +141,7 @@ def _card(name: str, caption: str, stage: str, facts: Mapping[str, Any]) -> str:
   return f'<article class="clip"><h3>{html.escape(title)}</h3>{stage}<dl>{rows}</dl></article>'
 
 
-def _stage(
-  video: pathlib.Path | None, audio_ep: np.ndarray | None, rate: int, localizer: str
-) -> str:
+def _stage(video: pathlib.Path | None, audio_ep: np.ndarray | None, rate: int, seen: Seen) -> str:
   """A player: the picture, small, with this sound and the heat maps over it; or the sound."""
   if video is None or not io.probe(video).has_video:
     if audio_ep is None:
@@ -152,7 +156,7 @@ def _stage(
     small = pathlib.Path(folder) / "small.mp4"
     io.write_video(small, _frames(video, seconds), FPS, audio_ep, rate)
     picture = _uri("video/mp4", small.read_bytes())
-  heat = _heat(video, seconds, localizer)
+  heat = _heat(video, seconds, seen)
   canvas = ""
   if heat is not None:
     rows, columns = heat["size"]
@@ -171,14 +175,16 @@ def _frames(video: pathlib.Path, seconds: float | None) -> Iterator[np.ndarray]:
   return (frame for window in windows for frame in window.frames["view"])
 
 
-def _heat(video: pathlib.Path, seconds: float | None, localizer: str) -> dict[str, Any] | None:
-  """Where the build's localizer sees the sound; None for a picture too short to tell."""
+def _heat(video: pathlib.Path, seconds: float | None, seen: Seen) -> dict[str, Any] | None:
+  """Where the build saw the sound; None if unknown, or for a picture too short to tell."""
   frames = io.read_video(video, schema.SYNC_FPS, localizers.FRAME_SIZE, duration=seconds)
   count = len(frames) * schema.CLIP_FPS // schema.SYNC_FPS
-  if len(frames) < 2 or not count:
+  if len(frames) < 2 or not count or seen == "unknown":
     return None
+  if isinstance(seen, localizers.Track):
+    return report.heat_strip(seen.heat(count))
   motion_nyx = localizers.residual_motion(frames.astype(np.float32) / 255)
-  return report.heat_strip(localizers.heat(localizer, motion_nyx, count))
+  return report.heat_strip(localizers.motion_heat(motion_nyx, count))
 
 
 def _plot(audio_ep: np.ndarray, azimuth_v: np.ndarray) -> str:

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from data import captions, layout, media, shards, tfrecord
-from spatialv2a_jax.errors import MissingAssetError
 
 ENCODED = {
   "clip_vf": "clip",
@@ -182,13 +181,13 @@ def in_batches(
   def attempt(function, argument):
     try:
       return function(argument)
-    except MissingAssetError:
+    except shards.NO_CLIPS_FAULT:
       raise
     except Exception as error:  # Stands in the place of the clip.
       return error
 
-  ahead = _ahead(lambda item: attempt(read, item), items, batch)
-  while group := list(itertools.islice(ahead, batch)):
+  done = (future.result() for future in ahead(lambda item: attempt(read, item), items, batch))
+  while group := list(itertools.islice(done, batch)):
     good = [value for value in group if not isinstance(value, Exception)]
     results = attempt(encode, good) if good else []
     if isinstance(results, Exception):
@@ -271,18 +270,18 @@ class _Latents:
     ]
 
 
-def _ahead(
-  function: Callable[[shards.Item], Any], items: Iterable[shards.Item], count: int
-) -> Iterator[Any]:
-  """Yields what the function gives for each item, computed up to `count` items in advance."""
+def ahead(
+  function: Callable[[Any], Any], items: Iterable[Any], count: int
+) -> Iterator[concurrent.futures.Future]:
+  """Yields the future of a function of each item, up to `count` items in advance."""
   with concurrent.futures.ThreadPoolExecutor(min(count, 8)) as pool:
     waiting: collections.deque[concurrent.futures.Future] = collections.deque()
     for item in items:
       waiting.append(pool.submit(function, item))
       if len(waiting) > count:
-        yield waiting.popleft().result()
+        yield waiting.popleft()
     while waiting:
-      yield waiting.popleft().result()
+      yield waiting.popleft()
 
 
 def _stored_audio(audio_ep: np.ndarray, dtype: str) -> np.ndarray:

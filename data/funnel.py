@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data import catalogue, filters, layout, shards, stages
+from data import catalogue, filters, findings, layout, shards
 from spatialv2a_jax import io
 
 ALL_OF_VGGSOUND = 199_000
@@ -105,14 +105,14 @@ def throughput(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     summaries: "seconds" and "clips" by stage, of each slice.
   """
   table = {}
-  for stage in stages.STAGES:
+  for stage in findings.STAGES:
     clips = sum(one.get("clips", {}).get(stage, 0) for one in summaries)
     seconds = sum(one.get("seconds", {}).get(stage, 0.0) for one in summaries)
     rate = clips / seconds if seconds else None
     table[stage] = {"clips": clips, "core_seconds": seconds, "clips_per_core_second": rate}
   total = sum(row["core_seconds"] for row in table.values())
   clips = max(row["clips"] for row in table.values())
-  slowest = max(stages.STAGES, key=lambda stage: table[stage]["core_seconds"])
+  slowest = max(findings.STAGES, key=lambda stage: table[stage]["core_seconds"])
   return {
     "stages": table,
     "bottleneck": slowest if total else None,

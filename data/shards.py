@@ -25,10 +25,11 @@ import numpy as np
 
 from data import layout, tfrecord
 from spatialv2a_jax import io
-from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
 
 NAME, SPLIT = "spatialv2a", "train"
 MIN_BAD = 5  # Bad clips that never stop a build, however small it is.
+NO_CLIPS_FAULT = (MissingAssetError, DamagedAssetError)  # Of weights: these end a build.
 DESCRIPTIONS = ("features.json", "dataset_info.json", "stats.json", "manifest.json")
 
 Record = Mapping[str, np.ndarray | str]
@@ -57,11 +58,11 @@ class _OneByOne:
   make_record: Callable[[Item], Record]
 
   def __call__(self, items: Sequence[Item]) -> Iterator[Record | Exception]:
-    """Yields a record for each item; MissingAssetError is raised, being no clip's fault."""
+    """Yields a record for each item, or what is wrong with it; raises `NO_CLIPS_FAULT`."""
     for item in items:
       try:
         yield self.make_record(item)
-      except MissingAssetError:
+      except NO_CLIPS_FAULT:
         raise
       except Exception as error:  # One bad clip must not end a build of many hours.
         yield error
@@ -104,7 +105,7 @@ def build(
   Args:
     items: the clips; ids are unique.
     make_record: returns a clip's fields without `id`: numpy arrays, or text. Whatever it raises
-      makes the clip a bad one, except MissingAssetError. Pickled to the processes if `jobs` > 1.
+      makes the clip a bad one, except `NO_CLIPS_FAULT`. Pickled to the processes if `jobs` > 1.
     out: folder of the shards.
     shards: their number in each split, or one number for all.
     config: plain values on which records depend; a change rebuilds all shards.
@@ -126,7 +127,7 @@ def build(
 
   Raises:
     UserError: duplicate ids, too many bad clips, none left, or clips of different shapes.
-    MissingAssetError: from `make_record`.
+    MissingAssetError, DamagedAssetError: from `make_record`.
   """
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
@@ -276,7 +277,7 @@ def make_shard(job: Job, make: Maker) -> dict[str, Any]:
           raise made
         record = {"id": item.id, **made}
         _check_record(record, fields, job.unknown)
-      except MissingAssetError:
+      except NO_CLIPS_FAULT:
         raise
       except Exception as error:
         bad[item.id] = _reason(error)

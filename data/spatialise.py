@@ -1,13 +1,11 @@
 """From the sound of a file and where its picture moves to the sound at two ears.
 
-Axes: e channel or ear (0 left, 1 right), p audio sample, v frame at 8 fps, n frame at 25 fps,
-y image row, x image column.
+Axes: e channel or ear (0 left, 1 right), p audio sample, v frame at 8 fps.
 """
 
 import dataclasses
 import math
 import pathlib
-from typing import Any
 
 import numpy as np
 import soxr
@@ -15,49 +13,15 @@ from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from data import filters
-from spatialv2a_jax import io, localizers, schema
+from spatialv2a_jax import io, schema
 from spatialv2a_jax.spatial import spatializer
 
 SMOOTH_S = 0.375  # Standard deviation: a source does not jump, a localizer does.
 FULL_SCALE = 32767 / 32768
-SEEN = 0.5  # Heat from which on a pixel belongs to the source, as in the descriptors.
 # Correlation of level difference and picture that says left is right. Both drift slowly, ten
 # seconds hold some ten independent moments: by chance, -0.6 is common in true stereo.
 REVERSED = -0.85
 _LEAST_SWING_DEG, _LEAST_SWING_DB, _LEAST_FRAMES = 10.0, 1.0, 16
-
-
-def locate(path: str, seconds: float, localizer: str) -> dict[str, Any]:
-  """Looks where the picture of a file says that it sounds.
-
-  Args:
-    path: a video of `seconds` or more, or a little less: its last frame is then held.
-    seconds: length of the clip.
-    localizer: as for `localizers.heat`.
-
-  Returns:
-    "azimuth_deg", a number per frame at 8 fps, left positive, to 0.01 degrees, and "located", 1
-    where something was found; azimuth is 0 elsewhere.
-
-  Raises:
-    UserError: a damaged file, or a bad localizer.
-  """
-  view = io.View(schema.SYNC_FPS, localizers.FRAME_SIZE, quick=True)
-  frames = io.read_views(path, {"view": view}, duration=seconds, threads=1)["view"]
-  wanted = schema.whole_frames(seconds, schema.SYNC_FPS)
-  frames = np.concatenate([frames, np.repeat(frames[-1:], max(0, wanted - len(frames)), axis=0)])
-  motion_nyx = localizers.residual_motion(frames[:wanted].astype(np.float32) / 255)
-  heat_vyx = localizers.heat(localizer, motion_nyx, schema.whole_frames(seconds, schema.CLIP_FPS))
-  seen_vx = np.any(heat_vyx >= SEEN, axis=1)
-  first_v = np.argmax(seen_vx, axis=1)
-  end_v = seen_vx.shape[1] - np.argmax(seen_vx[:, ::-1], axis=1)
-  located_v = seen_vx.any(axis=1)
-  centre_v = (first_v + end_v) / seen_vx.shape[1] - 1  # The descriptor S_h.
-  azimuth_v = np.where(located_v, -0.5 * schema.HFOV_DEG * centre_v, 0.0)
-  return {
-    "azimuth_deg": (np.round(azimuth_v, 2) + 0.0).tolist(),
-    "located": located_v.astype(int).tolist(),
-  }
 
 
 def smooth(azimuth_v: ArrayLike, located_v: ArrayLike) -> np.ndarray:

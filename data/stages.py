@@ -41,21 +41,19 @@ A record of `raw` (v frames at 8 fps; NaN is unknown):
 import collections
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import pathlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import soxr
 import threadpoolctl
 
-from data import catalogue, filters, layout, quality, shards, spatialise
+from data import catalogue, filters, findings, layout, localise, quality, shards, spatialise
+from data.findings import Clock, Job, Run
 from spatialv2a_jax import io, schema
-from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.metrics import analysis
 from spatialv2a_jax.metrics import spatial as metrics
 
@@ -65,10 +63,8 @@ CUES = (
   "iacc_clip", "ild_clip_db", "ild_frame_db", "ild_tf_db", "itd_phat_frame_us",
   "itd_xc_frame_samples", "ipd_100_1500_w_rad", "ipd_tf_rad", "isd_l1", "side_energy_ratio",
 )  # fmt: skip
+READ_AHEAD = 4  # Clips that are decoded while a network looks at others.
 UNKNOWN = ("aes", "cues", "correlation", "agreement")  # Fields in which NaN stands for unknown.
-STAGES = ("probe", "filter", "localise", "spatialise", "encode", "shard")
-
-Findings = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +74,8 @@ class Settings:
   Attributes:
     limits: what drops a clip, and its length.
     audio: "16k" or "44k", the rate of the stored sound.
-    localizer: where a picture sounds.
+    localizer: where a picture sounds, as for `localise.load`.
+    parts: model folder of the networks of that localizer.
     spatializer: how sound is placed.
     keep_stereo: leave true two-channel recordings alone.
   """
@@ -86,6 +83,7 @@ class Settings:
   limits: filters.Limits = filters.Limits()
   audio: str = "16k"
   localizer: str = "motion"
+  parts: str = ""
   spatializer: str = "sphere"
   keep_stereo: bool = True
 
@@ -100,24 +98,17 @@ class Settings:
     return round(self.limits.seconds * self.sample_rate)
 
   def config(self) -> dict[str, Any]:
-    """Returns the settings as plain values, with the identity of the head or network."""
+    """Returns the settings as plain values, with the identity of the head and the networks."""
     place = spatialise.Placer(self.spatializer, self.sample_rate)
+    values = json.loads(json.dumps(dataclasses.asdict(self)))
+    del values["parts"]
     return {
-      **json.loads(json.dumps(dataclasses.asdict(self))),
+      **values,
+      **localise.load(self.localizer, self.parts).identity,
       "spatializer": place.label,
       "hrtf": place.hash,
       "schema_version": SCHEMA_VERSION,
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """What a slice has to know of one clip besides its file."""
-
-  clip: catalogue.Clip
-  slice_name: str
-  scores: Mapping[str, float]
-  tags: Mapping[str, float]
 
 
 def items(
@@ -154,6 +145,7 @@ class Slice:
   def setup(self) -> None:
     """Loads what all slices share, once per process."""
     self._placer()
+    self._locator().load()
     if self.judge:
       self.judge.load()
 
@@ -166,7 +158,8 @@ class Slice:
       yield from self._records(chosen)
 
   def _records(self, chosen: Sequence[shards.Item]) -> Iterator[shards.Record | Exception]:
-    settings, clock = self.settings, Clock()
+    settings, locate, place = self.settings, self._locator(), self._placer()
+    clock = Clock(threads=locate.prompted or place.network is not None)
     folder = self.folder / chosen[0].payload.slice_name
     limits, seconds = settings.limits, settings.limits.seconds
     jobs = [item.payload for item in chosen]
@@ -180,26 +173,29 @@ class Slice:
     heard = run.stage("filter", jobs, sound, self._measure)
     heard = {job.clip.id: _judged(job, heard[job.clip.id], limits) for job in jobs}
     jobs = [job for job in jobs if "drop" not in heard[job.clip.id]]
-    seen = run.stage(
+    prompts = {"prompts": [job.clip.label for job in jobs]} if locate.prompted else {}
+    seen = run.two_steps(
       "localise",
       jobs,
-      {"localizer": settings.localizer, "seconds": seconds},
-      lambda job: spatialise.locate(job.clip.path, seconds, settings.localizer),
+      {**locate.identity, **prompts, "seconds": seconds},
+      lambda job: locate.read(job.clip.path, seconds),
+      lambda job, frames: locate.look(frames, seconds, job.clip.label),
+      prepare=locate.load,
+      ahead=READ_AHEAD if locate.prompted else 0,
     )
-    place = self._placer()
     counts = {field: collections.Counter() for field in ("spatializer", "layout")}
     for item in chosen:
-      findings = [found.get(item.id, {}) for found in (probed, heard, seen)]
-      drop = next((found["drop"] for found in findings if "drop" in found), None)
+      found = [stage.get(item.id, {}) for stage in (probed, heard, seen)]
+      drop = next((one["drop"] for one in found if "drop" in one), None)
       if drop:
         yield filters.DropError(*drop)
         continue
       try:
-        record = self._record(item.payload, findings[1], findings[2], place, clock)
-      except MissingAssetError:
+        record = self._record(item.payload, found[1], found[2], place, clock)
+      except shards.NO_CLIPS_FAULT:
         raise
       except Exception as error:
-        yield _drop_of(error, item.payload)
+        yield findings.drop_of(error, item.payload)
         continue
       for field, count in counts.items():
         count[str(record[field])] += 1
@@ -212,6 +208,9 @@ class Slice:
   def _placer(self) -> spatialise.Placer:
     settings = self.settings
     return _placer(settings.spatializer, settings.sample_rate, settings.keep_stereo)
+
+  def _locator(self) -> localise.Locator:
+    return _locator(self.settings.localizer, self.settings.parts)
 
   def _measure(self, job: Job) -> dict[str, Any]:
     audio_ep = self._sound(job)
@@ -232,7 +231,7 @@ class Slice:
     heard: Mapping[str, Any],
     seen: Mapping[str, Any],
     place: spatialise.Placer,
-    clock: "Clock",
+    clock: Clock,
   ) -> shards.Record:
     settings = self.settings
     with clock("spatialise"):
@@ -266,74 +265,6 @@ class Slice:
       }
 
 
-class Clock:
-  """Processor seconds and clips of each stage."""
-
-  def __init__(self):
-    self.seconds: dict[str, float] = {stage: 0.0 for stage in STAGES}
-    self.clips: dict[str, int] = {stage: 0 for stage in STAGES}
-
-  def __call__(self, stage: str) -> "_Lap":
-    """Times a `with` block as one clip's way through a stage."""
-    return _Lap(self, stage)
-
-
-@dataclasses.dataclass
-class _Lap:
-  clock: Clock
-  stage: str
-  began: float = 0.0
-
-  def __enter__(self) -> None:
-    self.began = time.thread_time()
-
-  def __exit__(self, *_: object) -> None:
-    self.clock.seconds[self.stage] += time.thread_time() - self.began
-    self.clock.clips[self.stage] += 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """The stages of one slice that leave a file."""
-
-  folder: pathlib.Path
-  clock: Clock
-
-  def stage(
-    self,
-    name: str,
-    jobs: Sequence[Job],
-    config: Mapping[str, Any],
-    work: Callable[[Job], dict[str, Any]],
-  ) -> Findings:
-    """Returns what `work` finds of each clip by id, {"drop": [reason, detail]} where it fails.
-
-    Reads the stage's file instead if that has the same clips and settings.
-    """
-    path = self.folder / f"{name}.json"
-    stamps = [(job.clip.id, job.clip.stamp) for job in jobs]
-    key = hashlib.sha256(json.dumps([stamps, config], sort_keys=True).encode()).hexdigest()
-    known = _known(path, key)
-    if known is not None:
-      self.clock.seconds[name] += known["seconds"]
-      self.clock.clips[name] += len(jobs)
-      return known["found"]
-    io.remove_leftovers(path)
-    found: Findings = {}
-    for job in jobs:
-      with self.clock(name):
-        try:
-          found[job.clip.id] = work(job)
-        except MissingAssetError:
-          raise
-        except Exception as error:
-          drop = _drop_of(error, job)
-          found[job.clip.id] = {"drop": [drop.reason, drop.detail]}
-    content = {"key": key, "seconds": self.clock.seconds[name], "found": found}
-    layout.write_json(path, content)
-    return found
-
-
 def cues(audio_ep: np.ndarray, sample_rate: int) -> list[float]:
   """Returns the interaural cues `CUES` of a clip; NaN where undefined."""
   if sample_rate != analysis.RATE:
@@ -343,6 +274,7 @@ def cues(audio_ep: np.ndarray, sample_rate: int) -> list[float]:
 
 
 _placer = functools.lru_cache(maxsize=4)(spatialise.Placer)
+_locator = functools.lru_cache(maxsize=4)(localise.load)
 
 
 def _listed(job: Job, found: dict[str, Any]) -> dict[str, Any]:
@@ -361,21 +293,3 @@ def _judged(job: Job, found: dict[str, Any], limits: filters.Limits) -> dict[str
   except filters.DropError as drop:
     return {**found, "drop": [drop.reason, drop.detail]}
   return found
-
-
-def _drop_of(error: Exception, job: Job) -> filters.DropError:
-  """Returns why a clip goes; its path below the folder of videos stands for the whole path."""
-  if isinstance(error, filters.DropError):
-    return error
-  text = " ".join(str(error).replace(job.clip.path, job.clip.name).split())[:200]
-  if isinstance(error, UserError):
-    return filters.DropError("unreadable", text)
-  return filters.DropError("failed", f"{type(error).__name__}: {text}")
-
-
-def _known(path: pathlib.Path, key: str) -> dict[str, Any] | None:
-  try:
-    content = json.loads(path.read_text())
-    return content if content["key"] == key else None
-  except (OSError, ValueError, KeyError):
-    return None

@@ -46,9 +46,18 @@ def add_arguments(commands) -> None:
   p.add_argument("--config", metavar="FILE", help="with --features: flow config to train on them")
   p.add_argument("--vae", type=pathlib.Path, metavar="DIR", help="with --features: adds latents")
   p.add_argument(
-    "--parts", type=pathlib.Path, metavar="DIR", help="with --features: trained encoders, if any"
+    "--parts",
+    type=pathlib.Path,
+    metavar="DIR",
+    help="model folder of trained networks: the encoders of --features, and what acl takes",
   )
   p.add_argument("--mirror", action="store_true", help="with --features: also mirrored videos")
+  p.add_argument(
+    "--localizer",
+    default="motion",
+    metavar="NAME",
+    help="where pictures sound: motion, track:FILE, or acl, prompted with the labels",
+  )
   p.add_argument(
     "--spatializer",
     default="sphere",
@@ -201,6 +210,8 @@ def _settings(args: argparse.Namespace) -> stages.Settings:
     raise UserError("--features and --config FILE go together")
   if (args.vae or args.mirror) and not args.features:
     raise UserError("--vae and --mirror need --features")
+  if args.parts and not args.features and args.localizer != "acl":
+    raise UserError("--parts needs --features or --localizer acl")
   if args.most_tag and not args.tags:
     raise UserError("--most-tag needs --tags FILE")
   return stages.Settings(
@@ -208,7 +219,8 @@ def _settings(args: argparse.Namespace) -> stages.Settings:
       args.seconds, args.tolerance, args.silence, tuple(args.least_quality), tuple(args.most_tag)
     ),
     args.audio,
-    "motion",
+    args.localizer,
+    str(args.parts or "") if args.localizer == "acl" else "",
     args.spatializer,
     args.stereo == "keep",
   )

@@ -14,18 +14,6 @@ SECONDS = 4.0
 STILL = np.zeros(32)
 
 
-@pytest.mark.parametrize(("column", "degrees"), [(0.2, 36), (0.5, 0), (0.8, -36)])
-def test_the_picture_says_where(tmp_path, column, degrees):
-  found = spatialise.locate(str(clips.write(tmp_path / "a.mp4", column=column)), 1.0, "motion")
-  assert len(found["azimuth_deg"]) == len(found["located"]) == 8 and all(found["located"])
-  assert np.mean(found["azimuth_deg"]) == pytest.approx(degrees, abs=3)
-
-
-def test_a_video_a_little_short_holds_its_last_frame(tmp_path):
-  found = spatialise.locate(str(clips.write(tmp_path / "a.mp4", 0.96)), 1.0, "motion")
-  assert len(found["azimuth_deg"]) == 8
-
-
 def test_a_track_has_no_jumps_and_bridges_gaps():
   jumping = np.where(np.arange(80) < 40, -50.0, 50.0)
   track = spatialise.smooth(jumping, np.ones(80))
