@@ -32,7 +32,7 @@ def write(
   clips: audit.Clips,
   statistics: Sequence[Mapping[str, Any]],
   checks: Sequence[audit.Check],
-  videos: Mapping[str, pathlib.Path],
+  videos: pathlib.Path | None,
   *,
   seed: int,
   count: int,
@@ -45,7 +45,7 @@ def write(
     clips: its records.
     statistics: from `audit.statistics`.
     checks: from `audit.checks`.
-    videos: files by id, for pictures and dropped clips; may be empty.
+    videos: folder of the videos, for pictures and dropped clips; or None.
     seed: of the choice of clips.
     count: kept clips to show, and dropped ones.
   """
@@ -75,10 +75,12 @@ def write(
     "kept_title": f"{len(kept)} of {len(clips.ids)} kept clips",
     "dropped_title": f"{len(dropped)} of {len(drops)} dropped clips",
     "kept": "\n".join(
-      _kept(build.record(clips.places[n]), build, videos.get(clips.ids[n]), localizer) for n in kept
+      _kept(record, build, _file(videos, record["video"]), localizer)
+      for record in (build.record(clips.places[n]) for n in kept)
     ),
     "dropped": "\n".join(
-      _dropped(name, drops[name], build, videos.get(name), localizer) for name in dropped
+      _dropped(name, drops[name], build, _file(videos, drops[name].get("video")), localizer)
+      for name in dropped
     ),
   }
   template = pathlib.Path(__file__).with_name("audit.html").read_text(encoding="utf-8")
@@ -130,6 +132,12 @@ def _dropped(
     except (UserError, ValueError) as error:  # What cannot be read was dropped for it.
       facts["player"] = f"none: {' '.join(str(error).split())[:120]}"
   return _card(name, "", stage, facts)
+
+
+def _file(videos: pathlib.Path | None, name: str | None) -> pathlib.Path | None:
+  """The file that a record or the funnel names; ids may differ from names, and names recur."""
+  path = videos / name if videos and name else None
+  return path if path and path.is_file() else None
 
 
 def _card(name: str, caption: str, stage: str, facts: Mapping[str, Any]) -> str:

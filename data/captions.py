@@ -46,7 +46,7 @@ def build(
     UserError: a caption that cannot be encoded, and as `shards.build`.
   """
   distinct = sorted(set(captions))
-  shards.build(
+  stats = shards.build(
     [shards.Item(caption, caption) for caption in distinct],
     _Text(encode, storage),
     pathlib.Path(clips) / FOLDER,
@@ -56,6 +56,8 @@ def build(
     description="Text features of the captions of the data set in the folder above.",
     part=part,
   )
+  for caption, why in stats["bad"].items():  # No clip of it could be read.
+    raise UserError(f"caption {caption!r} cannot be encoded: {why}")
 
 
 def copy(clips: str | pathlib.Path, out: str | pathlib.Path) -> None:

@@ -57,11 +57,12 @@ def count(known: catalogue.Catalogue, made: set[str], bad: Mapping[str, str]) ->
     made: ids of the records.
     bad: "reason: detail" of each dropped clip.
   """
-  drops = {}
+  drops, files = {}, {clip.id: clip.name for clip in known.clips}
   for name, why in sorted(bad.items()):
     reason, _, detail = why.partition(": ")
     reason, detail = (reason, detail) if reason in filters.REASONS else ("failed", why)
     drops[name] = {"reason": reason, "stage": filters.REASONS[reason][0], "detail": detail}
+    drops[name]["video"] = files.get(name)
   reasons = {reason: 0 for reason in filters.REASONS}
   for drop in drops.values():
     reasons[drop["reason"]] += 1
@@ -69,6 +70,7 @@ def count(known: catalogue.Catalogue, made: set[str], bad: Mapping[str, str]) ->
   return {
     "listed": sum(known.sizes.values()),
     "missing": len(known.missing),
+    "duplicates": len(known.duplicates),
     "files": len(known.clips),
     "kept": len(made),
     "dropped": reasons,
@@ -85,6 +87,8 @@ def table(funnel: Mapping[str, Any]) -> str:
     ("  missing", -funnel["missing"], "in the list, not in the folder"),
     ("files", funnel["files"], ""),
   ]
+  if funnel.get("duplicates"):
+    rows.insert(2, ("  passed over", funnel["duplicates"], "files of an id that another file has"))
   for reason, (stage, text) in filters.REASONS.items():
     if funnel["dropped"][reason]:
       rows.append((f"  {reason}", -funnel["dropped"][reason], f"{text} ({stage})"))

@@ -15,8 +15,8 @@ The folder of a build:
   slices/SPLIT-00000-of-00016/
     probe.json, filter.json, localise.json   {"key", "seconds", "found": {id: what the stage found,
       or "drop": [reason, detail]}}
-    summary.json   processor seconds and clips of each stage; how many clips each way of placing
-      sound and each layout of channels had
+    summary.json   processor seconds and clips of each stage; sums of the scores of all clips that
+      were judged; how many clips each way of placing sound and each layout of channels had
   coverage.json     the list of ids against the folder of videos: missing, unlisted, duplicates
   funnel.json       how many clips each reason dropped, and of the kept ones how many each way of
                     placing sound had; funnel.txt is the same as a table
@@ -171,6 +171,7 @@ class Slice:
     sound = {"sample_rate": settings.sample_rate, "seconds": seconds}
     sound["judge"] = self.judge.identity if self.judge else None
     heard = run.stage("filter", jobs, sound, self._measure)
+    scores = [_scores(job, heard[job.clip.id]) for job in jobs]
     heard = {job.clip.id: _judged(job, heard[job.clip.id], limits) for job in jobs}
     jobs = [job for job in jobs if "drop" not in heard[job.clip.id]]
     prompts = {"prompts": [job.clip.label for job in jobs]} if locate.prompted else {}
@@ -202,7 +203,7 @@ class Slice:
       with clock("shard"):  # What the caller does with it.
         yield record
     io.remove_leftovers(folder / "summary.json")
-    summary = {"clips": clock.clips, "seconds": clock.seconds, **counts}
+    summary = {"clips": clock.clips, "seconds": clock.seconds, "scores": _sums(scores), **counts}
     layout.write_json(folder / "summary.json", summary)
 
   def _placer(self) -> spatialise.Placer:
@@ -240,7 +241,7 @@ class Slice:
       azimuth_v = spatialise.smooth(seen["azimuth_deg"], seen["located"])
       placed = place(audio_ep, heard["layout"], azimuth_v, job.clip.path)
     with clock("encode"):
-      scores = {**heard.get("scores", {}), **job.scores}
+      scores = _scores(job, heard)
       values = cues(placed.audio_ep, settings.sample_rate)
       stored_ep = np.round(placed.audio_ep * 32768)
       correlation = heard["correlation"]
@@ -284,12 +285,23 @@ def _listed(job: Job, found: dict[str, Any]) -> dict[str, Any]:
   return {**found, "drop": ["unlisted", "the list of labels does not name it"]}
 
 
+def _scores(job: Job, found: Mapping[str, Any]) -> dict[str, float]:
+  """Returns the scores of a clip, as far as they are known; a list has the last word."""
+  return {} if "drop" in found else {**found.get("scores", {}), **job.scores}
+
+
+def _sums(scores: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+  """Returns of each axis the sum over the clips that have a score, and their number."""
+  known = {axis: [one[axis] for one in scores if axis in one] for axis in filters.AXES}
+  return {axis: [math.fsum(values), len(values)] for axis, values in known.items()}
+
+
 def _judged(job: Job, found: dict[str, Any], limits: filters.Limits) -> dict[str, Any]:
   """Returns the findings, with the drop that the limits ask for."""
   if "drop" in found:
     return found
   try:
-    filters.check(found, {**found.get("scores", {}), **job.scores}, job.tags, limits)
+    filters.check(found, _scores(job, found), job.tags, limits)
   except filters.DropError as drop:
     return {**found, "drop": [drop.reason, drop.detail]}
   return found

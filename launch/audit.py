@@ -4,7 +4,7 @@ import argparse
 import pathlib
 import sys
 
-from data import audit, audit_page, catalogue, layout
+from data import audit, audit_page, layout
 from spatialv2a_jax import logbook
 from spatialv2a_jax.errors import UserError
 
@@ -39,10 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if value < 0:
       raise UserError(f"--{flag} {value}: give 0 or more")
   build = audit.Build(args.build)
-  videos = {}
-  if args.videos:
-    known = catalogue.read(args.videos, None)
-    videos = {clip.id: pathlib.Path(clip.path) for clip in known.clips}
+  if args.videos and not args.videos.is_dir():
+    raise UserError(f"--videos {args.videos}: no such folder")
   with logbook.Progress(len(build), "records", unit="clip") as progress:
     clips = build.clips(progress.advance)
   statistics = audit.statistics(clips)
@@ -50,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
   with logbook.Progress(len(chosen), "listening", unit="clip") as progress:
     checks = audit.checks(build, clips, chosen, args.videos, args.twin, progress.advance)
   page = args.out or args.build / "audit.html"
-  audit_page.write(page, build, clips, statistics, checks, videos, seed=args.seed, count=args.clips)
+  audit_page.write(
+    page, build, clips, statistics, checks, args.videos, seed=args.seed, count=args.clips
+  )
   failed = [check for check in checks if check.passed is False]
   content = {
     "fit": not failed,

@@ -115,7 +115,7 @@ def open_encoders(config: features.Config, parts: pathlib.Path | None) -> Encode
     )
   models = [] if parts is None else [checkpoint.open_model(parts)]
   group = GROUP if jax.default_backend() == "cpu" else ACCELERATED_GROUP
-  return Encoders(config, Weights(models), group=group)
+  return Encoders(config, Weights(models), devices=jax.local_devices(), group=group)
 
 
 @dataclasses.dataclass(frozen=True)

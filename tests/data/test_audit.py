@@ -123,6 +123,35 @@ def test_sound_that_is_not_the_sources_is_caught(copy, videos):
   assert named(judged(edit(copy, other), videos=videos), "correlates with the source") is False
 
 
+@pytest.mark.parametrize(
+  ("poor", "passed"), [({"PQ": 3.9}, True), ({"PQ": 2.0}, False), ({"PQ": 3.9, "CE": 6.0}, False)]
+)
+def test_filtering_by_scores_raises_them_a_little(copy, videos, tmp_path, poor, passed):
+  """A list scores all five clips at 4.2; one is poor, and dropped for its PQ."""
+  rows = [{"id": f"clip{n}", "CE": 4.2, "CU": 4.2, "PC": 1.0, "PQ": 4.2} for n in range(5)]
+  rows[2] |= poor
+  lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+  (tmp_path / "scores.csv").write_text("\n".join(lines))
+  build(videos, copy, "--quality-scores", str(tmp_path / "scores.csv"))
+  assert named(judged(copy), "raises the mean scores") is passed
+
+
+def test_pictures_are_those_of_the_records_not_of_the_names(tmp_path):
+  """Ids differ from names of files, and two folders have files of one name."""
+  for n, folder in enumerate(("a", "b")):
+    clips.write(tmp_path / "v" / folder / "x_7.mp4", audio_ep=None, seed=n)
+  clips.write(tmp_path / "v" / "b" / "y_7.mp4", audio_ep=np.zeros((2, clips.RATE), np.float32))
+  (tmp_path / "list.csv").write_text("x,7,dog,train\ny,7,cat,train\n")
+  out = build(tmp_path / "v", tmp_path / "out", "--labels", str(tmp_path / "list.csv"))
+  funnel = json.loads((out / "funnel.json").read_text())
+  assert funnel["duplicates"] == 1 and "passed over" in (out / "funnel.txt").read_text()
+  assert funnel["clips"]["y_000007"]["video"] == "b/y_7.mp4"
+  command.main(["audit", str(out), "--videos", str(tmp_path / "v")])
+  page = (out / "audit.html").read_text()
+  assert page.count("<video") == 2 and "x_000007" in page and "y_000007" in page
+  assert command.main(["audit", str(out), "--videos", str(tmp_path / "nowhere")]) == 2
+
+
 @pytest.fixture(scope="module")
 def corpus(made) -> audit.Clips:
   """A balanced corpus of 200 clips."""

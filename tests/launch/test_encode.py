@@ -1,5 +1,8 @@
 import json
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -16,6 +19,12 @@ AUDIO = schema.AUDIO["16k"]
 SECONDS = 0.64  # Of the smoke variant.
 CONFIG = f"{pathlib.Path(__file__).parents[2] / 'configs' / 'tiny.py'}:smoke"
 
+# What is kept in 16 bits: not what would be heard, nor what is small.
+STORED = {
+  "clip": "bfloat16", "sync": "bfloat16", "clip_mirror": "bfloat16", "sync_mirror": "bfloat16",
+  "spatial": "float32", "spatial_mirror": "float32", "mean": "float32", "std": "bfloat16",
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> pathlib.Path:
@@ -28,13 +37,29 @@ def media(tmp_path_factory) -> pathlib.Path:
       frames[i, 30:50, 10 + 5 * i + 8 * n : 30 + 5 * i + 8 * n] = 230
     sound_ep = rng.uniform(-0.5, 0.5, (2, count * 640)).astype(np.float32)
     io.write_video(folder / f"clip{n}.mp4", iter(frames), 25, sound_ep, AUDIO.sample_rate)
-    (folder / f"clip{n}.json").write_text(json.dumps({"caption": f"block {n}"}))
+    (folder / f"clip{n}.json").write_text(json.dumps({"caption": f"block {n % 2}"}))
   return folder
 
 
 def encode(media: pathlib.Path, out: pathlib.Path, *options: object) -> int:
   arguments = ["--media", media, "--out", out, "--config", CONFIG, "--shards", 2, "--jobs", 1]
   return launch_data.main(["encode", *map(str, [*arguments, *options])])
+
+
+def encode_on_one_device(media: pathlib.Path, out: pathlib.Path, *options: object) -> int:
+  """The same in a process that sees one device."""
+  root = pathlib.Path(__file__).parents[2]
+  arguments = ["--media", media, "--out", out, "--shards", 2, "--jobs", 1, *options]
+  environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(root)}
+  command = [sys.executable, "-m", "launch.data", "encode", *map(str, arguments)]
+  return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
+
+
+def tiny_vae(folder: pathlib.Path) -> pathlib.Path:
+  net = codec.build({"width": 8}, AUDIO)
+  params = {"vae": nn.unbox(jax.jit(net.init)(jax.random.key(0)))}
+  checkpoint.save_model(folder, params, {}, {"audio": "16k", "vae": {"width": 8}})
+  return folder
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -74,14 +99,13 @@ def test_clips_fit_the_config_they_were_made_for(media, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_latents_are_those_of_the_sound(media, tmp_path):
-  net = codec.build({"width": 8}, AUDIO)
-  vae = {"vae": nn.unbox(jax.jit(net.init)(jax.random.key(0)))}
-  checkpoint.save_model(tmp_path / "vae", vae, {}, {"audio": "16k", "vae": {"width": 8}})
-  assert encode(media, tmp_path, "--vae", tmp_path / "vae", "--mirror") == 0
+  folder = tiny_vae(tmp_path / "vae")
+  assert encode(media, tmp_path, "--vae", folder, "--mirror") == 0
   batch = only_batch(tmp_path / "latents", shapes=shapes())
   schema.check_batch(batch, shapes())
   heard = only_batch(tmp_path / "clips", kind="audio")
-  mean_betc, std_betc = jax.jit(net.encode)(vae["vae"], heard["audio_bep"])
+  params = checkpoint.load_model(folder).params["vae"]
+  mean_betc, std_betc = jax.jit(codec.build({"width": 8}, AUDIO).encode)(params, heard["audio_bep"])
   np.testing.assert_allclose(batch["mean_betc"], mean_betc, atol=1e-4)
   np.testing.assert_allclose(batch["std_betc"], std_betc, rtol=2**-8)  # Stored as bfloat16.
 
@@ -101,13 +125,17 @@ def test_mirrored_features_are_those_of_the_mirrored_picture(media, tmp_path):
 
 
 @pytest.mark.slow
-def test_trained_encoders_fill_the_shards(media, tmp_path, capsys, monkeypatch):
-  """CLIP, Synchformer and CLIPSeg, tiny, as `generate` would encode the same clips."""
+def test_trained_networks_fill_the_shards(media, tmp_path, capsys, monkeypatch):
+  """CLIP, its texts, Synchformer, CLIPSeg and the VAE, tiny, on eight devices and on one.
+
+  As `generate` would encode the same clips; mirrored pictures too; each network is read once.
+  """
   pytest.importorskip("ftfy", reason="the tokenizer is in the extra `encoders`")
   from launch.encode import Features, open_encoders
   from tests import tiny_mmaudio
 
   parts = tiny_mmaudio.save(tmp_path / "parts", ("clip", "synchformer", "clipseg"))
+  vae = tiny_vae(tmp_path / "vae")
   config = tmp_path / "config.py"
   config.write_text(
     "import ml_collections\ndef get_config():\n  return ml_collections.ConfigDict(dict(audio='16k',"
@@ -119,26 +147,34 @@ def test_trained_encoders_fill_the_shards(media, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(
     model_folder.Model, "verify", lambda self, name: loaded.append(name) or verify(self, name)
   )
-  options = ["--config", config, "--parts", parts, "--mirror"]
+  options = ["--config", config, "--parts", parts, "--vae", vae, "--mirror"]
   assert encode(media, tmp_path, *options, "--batch", 3) == 0
-  assert sorted(loaded) == ["clip", "clipseg", "synchformer"]  # Once each, however many clips.
-  assert "3 of 4 clips" in capsys.readouterr().out
-  assert encode(media, tmp_path / "one", *options, "--batch", 1) == 0
-  for one, other in zip(records(tmp_path / "clips"), records(tmp_path / "one/clips"), strict=True):
-    assert one["id"] == other["id"] and one.keys() == other.keys()
-    for name in ("clip", "sync", "spatial", "clip_mirror", "sync_mirror", "spatial_mirror"):
-      a, b = (np.asarray(x[name], np.float32) for x in (one, other))
-      np.testing.assert_allclose(a, b, atol=1e-5, rtol=2**-7)  # One step of bfloat16.
-  fields = layout.read_features(tmp_path / "clips")
-  fields["text"] = captions.Table(tmp_path / "clips").tensor
-  wanted = schema.feature_shapes(SECONDS, AUDIO, clip_dim=16, sync_dim=24, text_len=77, text_dim=16)
-  for name in ("clip", "sync", "text", "spatial"):
-    assert fields[name].shape == wanted[name]
+  assert sorted(loaded) == ["clip", "clipseg", "synchformer", "vae"]  # Once each.
+  assert capsys.readouterr().out.count("3 of 4 clips") == 1
   encoder = Features(SECONDS, features.Config("mmaudio", 0, 16, 24, 16, 77, "acl"), True, parts)
+  alone = open_encoders(encoder.config, parts)
+  assert alone._placement[1].device_set == set(jax.local_devices())
+
+  fields, table = layout.read_features(tmp_path / "latents"), captions.Table(tmp_path / "latents")
+  wanted = schema.feature_shapes(SECONDS, AUDIO, clip_dim=16, sync_dim=24, text_len=77, text_dim=16)
+  assert table.tensor == tfrecord.Tensor("bfloat16", wanted["text"])
+  for name, dtype in STORED.items():
+    assert fields[name] == tfrecord.Tensor(dtype, wanted[name.removesuffix("_mirror")])
+  assert "text" not in fields and "audio" not in fields
+  (shard,) = shards.paths(tmp_path / "latents" / "text")
+  texts = json.loads(shards.sidecar(shard).read_text())["ids"]
+  assert sorted(texts) == ["block 0", "block 1"]  # Of four clips.
+
+  assert encode_on_one_device(media, tmp_path / "one", *options, "--batch", 1) == 0
+  for kind in ("clips", "latents"):
+    for one, other in zip(records(tmp_path / kind), records(tmp_path / "one" / kind), strict=True):
+      assert one["id"] == other["id"] and one.keys() == other.keys()
+      for name in STORED.keys() & one.keys():
+        a, b = (np.asarray(x[name], np.float32) for x in (one, other))
+        np.testing.assert_allclose(a, b, atol=1e-4, rtol=2**-7)  # One step of bfloat16.
   plain, other = encoder.encode(
     [encoder.read(media / "clip0.mp4", caption) for caption in ("block 0", "a cat")]
   )
-  alone = open_encoders(encoder.config, parts)
   generated = alone.read(media / "clip0.mp4", alone.stages("block 0"), SECONDS)
   for name in ("clip_vf", "sync_sf", "spatial_vk"):
     np.testing.assert_array_equal(plain[name], generated[name])
