@@ -39,6 +39,9 @@ class Aesthetics:
   def load(self) -> None:
     """Loads the network, unless it is."""
     if self._predictor is None:
+      import torch  # pyright: ignore[reportMissingImports]
+
+      torch.set_num_threads(1)  # The processes of a build share the cores, and sums keep order.
       self._predictor = _package().initialize_predictor(ckpt=self.checkpoint)
 
   def __call__(self, mono_p: np.ndarray, sample_rate: int) -> dict[str, float]:

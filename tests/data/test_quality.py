@@ -20,9 +20,11 @@ def package(monkeypatch) -> list[str | None]:
   """Installs the stand-in: it scores loudness. Returns the weights that were loaded."""
   loaded: list[str | None] = []
 
-  class Predictor:
+  class Predictor:  # As AesPredictor of version 0.0.4: a str in "path" would be read as a file.
     def forward(self, batch):
-      assert all(item["path"].shape[0] == 1 and item["sample_rate"] == RATE for item in batch)
+      assert all(item.keys() == {"path", "sample_rate"} for item in batch)
+      assert all(item["path"].ndim == 2 and len(item["path"]) == 1 for item in batch)
+      assert all(item["path"].dtype == np.float32 and item["sample_rate"] == RATE for item in batch)
       level = [float(np.sqrt(np.mean(item["path"] ** 2))) for item in batch]
       return [{"CE": 5.0, "CU": 5.0, "PC": 1.0, "PQ": 40 * one} for one in level]
 
@@ -36,6 +38,7 @@ def package(monkeypatch) -> list[str | None]:
   vars(parent)["infer"] = infer
   torch = types.ModuleType("torch")
   vars(torch)["from_numpy"] = lambda array: array
+  vars(torch)["set_num_threads"] = lambda count: None
   for module in (parent, infer, torch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
   return loaded
