@@ -1,9 +1,9 @@
 """Does the mono-to-binaural network beat dual mono on scenes it never saw?
 
 Run: python -m benchmarks.mono2binaural --out DIR [--scenes DIR --heldout DIR] [--steps N]
-Makes 464 scenes (unless given), mixes pairs of the training scenes, trains the variant `tiny`, places
-the mono sound of the held-out scenes, scores it and prints the table of `spatialv2a evaluate` and
-whether it beats dual mono. What is there already is not made again.
+Makes 464 scenes (unless given), mixes pairs of the training scenes, trains the variant `tiny`,
+places the mono sound of the held-out scenes, scores it and prints the table of `spatialv2a
+evaluate` and whether it beats dual mono. What is there already is not made again.
 """
 
 import argparse

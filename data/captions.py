@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data import layout, shards, tfrecord
+from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
 
 FOLDER, FIELD = "text", "text"
@@ -61,10 +62,19 @@ def build(
 
 
 def copy(clips: str | pathlib.Path, out: str | pathlib.Path) -> None:
-  """Copies the table of one folder of clips to another of the same clips."""
-  target = pathlib.Path(out) / FOLDER
-  shutil.rmtree(target, ignore_errors=True)
-  shutil.copytree(pathlib.Path(clips) / FOLDER, target)
+  """Copies the table of one folder of clips to another of the same clips.
+
+  File by file and each in one go: other parts of the work may be at it, too.
+  """
+  source, target = (pathlib.Path(folder) / FOLDER for folder in (clips, out))
+  target.mkdir(parents=True, exist_ok=True)
+  names = {path.name for path in source.iterdir() if not path.name.startswith(".")}
+  for name in sorted(names):
+    with io.atomic_path(target / name) as temporary:
+      shutil.copyfile(source / name, temporary)
+  for path in target.iterdir():
+    if path.name not in names and not path.name.startswith("."):
+      path.unlink(missing_ok=True)  # Of an earlier cut.
 
 
 class Table:

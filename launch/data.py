@@ -102,6 +102,13 @@ def add_encode(commands) -> None:
   p.add_argument(
     "--batch", type=int, default=8, metavar="N", help="clips that networks see at once"
   )
+  p.add_argument(
+    "--slice",
+    type=vggsound.part,
+    default="0/1",
+    metavar="I/N",
+    help="make only shards I, I + N, ..., of N machines that share the folder",
+  )
   p.add_argument("--storage", choices=("float32", "float16", "bfloat16"), default="bfloat16")
   p.add_argument("--mirror", action="store_true", help="add the features of mirrored videos")
   p.add_argument("--max-bad", type=float, default=0.01, help="share of bad clips to give up at")

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
   weights = {name: trained.weights.sha256(name) for name in trained.networks}
   net = Latents.load(args.vae, audio) if args.vae else None
   jobs = 1 if weights else args.jobs  # XLA uses all cores and devices by itself.
-  options = {"jobs": jobs, "max_bad": args.max_bad, "progress": report}
+  options = {"jobs": jobs, "max_bad": args.max_bad, "progress": report, "part": args.slice}
   stats = stage.encode_features(
     items,
     args.out / "clips",
@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     batch=args.batch if weights else 1,  # Nothing is gained together without networks.
     **options,
   )
-  print(f"{args.out / 'clips'}: {stats['clips_out']} of {stats['clips_in']} clips")
-  if net is not None:
+  tell(args.out / "clips", stats)
+  if net is not None and stats["complete"]:
     # One process: XLA uses all cores by itself.
     stats = stage.encode_latents(
       args.out / "clips",
@@ -75,11 +75,16 @@ def run(args: argparse.Namespace) -> int:
       net,
       config={"audio": audio.name, "vae": net.sha256},
       batch=args.batch,
-      max_bad=args.max_bad,
-      progress=report,
+      **{**options, "jobs": 1},
     )
-    print(f"{args.out / 'latents'}: {stats['clips_out']} of {stats['clips_in']} clips")
+    tell(args.out / "latents", stats)
   return 0
+
+
+def tell(folder: pathlib.Path, stats: Mapping[str, Any]) -> None:
+  """Prints what became of the clips."""
+  left = "" if stats["complete"] else "; not complete: run the other slices, then this one again"
+  print(f"{folder}: {stats['clips_out']} of {stats['clips_in']} clips{left}")
 
 
 def read_config(path: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ On many machines that share a folder, as an array of batch jobs:
     srun python -m launch.data vggsound ... --slice $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
 
 and once more without `--slice` when all have ended: it finds all slices done, counts and describes.
+With `--features` the array is started again for the features, and for latents a third time; each
+time it does what can be done, until it says that nothing is left.
 Whatever was interrupted is made good by the same command; what is done is not done again.
 """
 
@@ -70,7 +72,7 @@ def add_arguments(commands) -> None:
   p.add_argument("--audio", choices=sorted(schema.AUDIO), default="16k", help="rate of the sound")
   p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="worker processes")
   p.add_argument(
-    "--slice", type=_part, default="0/1", metavar="I/N", help="make only slices I, I + N, ..."
+    "--slice", type=part, default="0/1", metavar="I/N", help="make only slices I, I + N, ..."
   )
   p.add_argument("--beam", metavar="RUNNER", help="run as a Beam pipeline, such as DirectRunner")
   p.add_argument("--beam-option", action="append", default=[], metavar="KEY=VALUE")
@@ -240,7 +242,8 @@ def _beam(args: argparse.Namespace) -> shards.Runner | None:
   return beam.runner(args.beam, args.beam_option)
 
 
-def _part(text: str) -> tuple[int, int]:
+def part(text: str) -> tuple[int, int]:
+  """Argparse type of --slice: I/N as (I, N)."""
   match = re.fullmatch(r"(\d+)/(\d+)", text)
   if not match or not int(match[1]) < int(match[2]):
     raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")

@@ -97,10 +97,31 @@ def test_clips_fit_the_config_they_were_made_for(media, tmp_path, capsys):
   assert heard["audio_bep"].shape == (3, 2, samples)
 
 
+def test_machines_that_share_a_folder_write_the_same_bytes(media, tmp_path, capsys):
+  assert encode(media, tmp_path / "one") == 0
+  assert encode(media, tmp_path / "two", "--slice", "1/2") == 0
+  assert "not complete: run the other slices" in capsys.readouterr().out
+  assert not (tmp_path / "two" / "clips" / "manifest.json").exists()
+  assert encode(media, tmp_path / "two", "--slice", "0/2") == 0
+  one, two = ({p.relative_to(tmp_path / n): p.read_bytes() for p in files(tmp_path / n)}
+              for n in ("one", "two"))  # fmt: skip
+  assert one == two and len(one) > 8
+
+
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+  return [path for path in folder.rglob("*") if path.is_file()]
+
+
 @pytest.mark.slow
 def test_latents_are_those_of_the_sound(media, tmp_path):
   folder = tiny_vae(tmp_path / "vae")
   assert encode(media, tmp_path, "--vae", folder, "--mirror") == 0
+  for turn in ("1/2", "0/2", "0/2", "1/2"):  # Latents want all the sound: a second turn.
+    given = ["--vae", folder, "--mirror", "--slice", turn]
+    assert encode(media, tmp_path / "parts", *given) == 0
+  for name in ("clips", "latents"):
+    parts = {p.name: p.read_bytes() for p in files(tmp_path / "parts" / name)}
+    assert parts == {p.name: p.read_bytes() for p in files(tmp_path / name)}
   batch = only_batch(tmp_path / "latents", shapes=shapes())
   schema.check_batch(batch, shapes())
   heard = only_batch(tmp_path / "clips", kind="audio")
