@@ -4,10 +4,11 @@ import functools
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
-from data import layout, localise, shards, tfrecord
+from data import layout, localise, shards, stages, tfrecord
 from launch import data as command
 from spatialv2a_jax import model_folder
 from spatialv2a_jax.errors import UserError
@@ -91,8 +92,6 @@ def build(videos: pathlib.Path, out: pathlib.Path, parts: pathlib.Path, *more: o
 
 def localise_anew() -> None:
   """Forgets the networks of this process, as a new one would know none."""
-  from data import stages
-
   stages._locator.cache_clear()
 
 
@@ -187,6 +186,24 @@ def test_mistakes_are_said_before_the_work_starts(
   assert command.main(arguments(videos, tmp_path / "out", *more)) == code
   error = capsys.readouterr().err
   assert why in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_devices_that_another_process_holds_are_said(parts, monkeypatch):
+  def held() -> str:
+    raise RuntimeError("TPU is in use")
+
+  monkeypatch.setattr(jax, "default_backend", held)
+  with pytest.raises(UserError, match="TPU is in use.*--jobs 1"):
+    localise.Acl(str(parts)).load()
+
+
+def test_what_all_slices_share_is_loaded_in_setup(parts, tmp_path):
+  """Which Beam calls once per worker."""
+  localise_anew()
+  settings = stages.Settings(localizer="acl", parts=str(parts))
+  stages.Slice(tmp_path, settings).setup()
+  locator = stages._locator("acl", str(parts))
+  assert isinstance(locator, localise.Acl) and locator._encoders is not None
 
 
 @pytest.mark.slow
