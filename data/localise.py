@@ -56,7 +56,7 @@ class Locator(Protocol):
 class Plain:
   """`motion` and `track:FILE`, which take no weights and no JAX."""
 
-  prompted = False
+  prompted: bool = False
 
   def __init__(self, name: str):
     """Reads the track, if there is one.
@@ -66,7 +66,7 @@ class Plain:
     """
     self._name = name
     self._track = localizers.track_of(name)
-    self.identity = {"localizer": name}
+    self.identity: Mapping[str, Any] = {"localizer": name}
     if self._track:  # Where the file lies makes no difference, what it says does.
       path = name.partition(":")[2]
       self.identity = {"localizer": "track", "track": io.file_hash(path)}
@@ -97,7 +97,7 @@ class Plain:
 class Acl:
   """CLIPSeg under ACL's calibration, prompted with each clip's caption, as `generate` does it."""
 
-  prompted = True
+  prompted: bool = True
 
   def __init__(self, parts: str):
     """Checks that the weights are there; `load` puts them on the devices.
@@ -120,7 +120,7 @@ class Acl:
       raise weights.missing(NETWORKS[0], parts)
     have = [name for name in NETWORKS if name in self._model.params]
     digests = {name: self._model.sha256[name] for name in have}
-    self.identity = {"localizer": "acl", "localizer_weights": digests}
+    self.identity: Mapping[str, Any] = {"localizer": "acl", "localizer_weights": digests}
     self._encoders: Any = None
 
   def load(self) -> None:
