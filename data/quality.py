@@ -57,7 +57,7 @@ class Aesthetics:
 def _package() -> Any:
   try:
     from audiobox_aesthetics import infer  # pyright: ignore[reportMissingImports]
-  except ImportError as error:
+  except (ImportError, OSError) as error:  # The latter from libraries that do not match.
     raise MissingAssetError(
       f"--quality-weights needs the package audiobox_aesthetics ({error}); install"
       " spatialv2a_jax[aesthetics], or give --quality-scores"
