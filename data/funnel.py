@@ -23,7 +23,7 @@ def write(
     out: folder of the build.
     known: list and folder.
     work: the clips of the build.
-    whole: nobody else works on the build: leftovers and files of other settings are removed.
+    whole: nobody else works on the build: what killed runs left of the reports is removed.
 
   Returns:
     The content of `funnel.json`.
@@ -32,8 +32,7 @@ def write(
   if whole:
     for name in _FILES:
       io.remove_leftovers(out / name)
-    _tidy(out, names)
-  infos = [_json(path) for path in sorted((out / "raw").glob("*.tfrecord-*.json"))]
+  infos = [_json(path) for path in _sidecars(out, names)]
   made = {name for info in infos for name in info.get("ids", ())}
   bad = {name: why for info in infos for name, why in info.get("bad", {}).items()}
   summaries = [_json(out / "slices" / name / "summary.json") for name in sorted(names)]
@@ -142,8 +141,16 @@ def speed(out: pathlib.Path) -> str:
   )
 
 
-def _tidy(out: pathlib.Path, names: set[str]) -> None:
-  """Removes slices and shards of an earlier cut of the same folder."""
+def tidy(out: pathlib.Path, work: Sequence[shards.Item]) -> None:
+  """Removes slices and shards of an earlier cut of a build that is complete again.
+
+  Not sooner: until then the earlier shards are the ones that the manifest names.
+
+  Args:
+    out: folder of the build, on which nobody else works.
+    work: the clips of the build.
+  """
+  names = {item.payload.slice_name for item in work}
   for folder in (out / "slices").glob("*-of-*"):
     if folder.name not in names:
       shutil.rmtree(folder)
@@ -152,6 +159,18 @@ def _tidy(out: pathlib.Path, names: set[str]) -> None:
     shard = path.name.removesuffix(".index").removesuffix(".json")
     if shard not in current:
       path.unlink()
+
+
+def _sidecars(out: pathlib.Path, names: set[str]) -> list[pathlib.Path]:
+  """Returns the JSON files of finished shards, those of an earlier cut left out.
+
+  Args:
+    out: folder of the build.
+    names: slices of this cut: SPLIT-I-of-N becomes NAME-SPLIT.tfrecord-I-of-N.
+  """
+  found = sorted((out / "raw").glob("*.tfrecord-*.json"))
+  slices = [path.stem.partition("-")[2].replace(".tfrecord-", "-") for path in found]
+  return [path for path, name in zip(found, slices, strict=True) if name in names]
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:

@@ -153,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
     finally:
       found = funnel.write(args.out, known, work, whole)
       _print(found, args.out)
+  if whole and stats["complete"]:
+    funnel.tidy(args.out, work)
   print(funnel.speed(args.out))
   state = "complete" if stats["complete"] else "not complete: run the other slices"
   print(f"{args.out / 'raw'}: {found['kept']} clips in {sum(counts.values())} shards, {state}")

@@ -151,6 +151,36 @@ def test_nothing_left_is_an_error_after_the_report(tmp_path, capsys):
   assert "mute: no_sound" in said.out and "not one clip could be used" in said.err
 
 
+def test_an_interrupted_new_cut_leaves_both_the_old_build_and_what_is_done(
+  videos, out, tmp_path, monkeypatch
+):
+  copy, probe, probed = tmp_path / "copy", filters.probe, []
+  shutil.copytree(out, copy)
+
+  def interrupted(path, limits):
+    probed.append(path)
+    if len(probed) > 6:
+      raise KeyboardInterrupt
+    return probe(path, limits)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(filters, "probe", interrupted)
+    assert command.main(arguments(videos, copy, "--clips-per-shard", "2")) == 130
+  assert digests(out).items() <= digests(copy).items() and set(records(copy)) == {"left", "middle"}
+  new = digests(copy).keys() - digests(out).keys()
+  assert len(new) >= 2
+  funnel = json.loads((copy / "funnel.json").read_text())
+  assert 0 < funnel["waiting"] < funnel["files"] and funnel["kept"] < 3
+  fates = funnel["kept"] + sum(funnel["dropped"].values()) + funnel["waiting"]
+  assert fates == funnel["files"]  # Shards of the old cut are not counted.
+  kept = {name: (copy / "raw" / name).stat().st_mtime_ns for name in new}
+  built(videos, copy, "--clips-per-shard", "2")
+  assert {name: (copy / "raw" / name).stat().st_mtime_ns for name in new} == kept
+  assert not digests(copy).keys() & digests(out).keys()
+  assert {path.name.rpartition("-")[2] for path in (copy / "slices").iterdir()} == {"00001", "00008"}
+  assert set(records(copy)) == {"left", "middle"}
+
+
 def test_parts_make_the_same_bytes(videos, out, tmp_path, capsys):
   parts = tmp_path / "parts"
   built(videos, parts, "--slice", "1/2")
