@@ -98,7 +98,7 @@ class Build:
     self.raw = self.folder / "raw"
     self.splits = list(shards.splits(self.raw))
     self._sources = {
-      split: tfrecord.TFRecordSource(shards.paths(f"{self.raw}:{split}")) for split in self.splits
+      split: tfrecord.TFRecordSource(shards.paths(self.raw, split)) for split in self.splits
     }
     self._fields = layout.read_features(self.raw)
     missing = {"audio", "cues", "azimuth", "video"} - self._fields.keys()

@@ -145,7 +145,7 @@ def encode_latents(
   items = [
     shards.Item(name, (str(path), place), info["sha256"], split)
     for split in splits
-    for path in shards.paths(f"{clips}:{split}")
+    for path in shards.paths(clips, split)
     for info in [json.loads(shards.sidecar(path).read_text())]
     for place, name in enumerate(info["ids"])
   ]

@@ -180,17 +180,13 @@ def build(
   return stats
 
 
-def paths(folder: str | pathlib.Path) -> list[pathlib.Path]:
+def paths(folder: str | pathlib.Path, split: str = SPLIT) -> list[pathlib.Path]:
   """Returns the shards of one split of a finished folder, in order.
-
-  Args:
-    folder: `DIR` for the split "train", `DIR:SPLIT` for another.
 
   Raises:
     UserError: the folder has no `manifest.json` or no such split, or a shard of it is missing.
   """
-  folder, _, split = str(folder).partition(":")
-  listed, split = splits(folder), split or SPLIT
+  listed = splits(folder)
   if split not in listed:
     raise UserError(f"{folder}: it has no split {split!r}, only {', '.join(listed)}; see DIR:SPLIT")
   found = [pathlib.Path(folder) / name for name in listed[split]]

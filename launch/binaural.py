@@ -64,9 +64,10 @@ class Pairs(tasks.Source):
   """Batches of pairs mixed on the fly."""
 
   def _load(self, path: str, **options: Any) -> Iterator[dict[str, np.ndarray]]:
-    sources.check_size(path, *self.shapes["image"][:2])
+    folder, split = tasks.place_of(path)
+    sources.check_size(folder, *self.shapes["image"][:2])
     options.pop("mirror", None)  # Sources are mirrored as they are cut.
-    return pairs.loader(shards.paths(path), self.config["data"]["spatializer"], **options)
+    return pairs.loader(shards.paths(folder, split), self.config["data"]["spatializer"], **options)
 
   def _noise(self, step, first, last, size):
     for number in itertools.count(step):

@@ -58,14 +58,14 @@ def run(args: argparse.Namespace) -> int:
   return 0
 
 
-def check_size(folder: str, rows: int, columns: int) -> None:
+def check_size(folder: pathlib.Path, rows: int, columns: int) -> None:
   """Refuses shards whose pictures are not of the size that a config says.
 
   Raises:
     UserError: they are not, or the folder holds other shards.
   """
   try:
-    config = json.loads((pathlib.Path(folder) / "manifest.json").read_text())["config"]
+    config = json.loads((folder / "manifest.json").read_text())["config"]
   except (OSError, ValueError, KeyError) as error:
     raise UserError(f"{folder}: no finished shards ({error}); build them first") from error
   if config.get("stage") != "sources":

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -218,6 +219,17 @@ def latent_statistics(batches: Iterator[Mapping[str, np.ndarray]]) -> tuple[np.n
   return mean_c.astype(np.float32), std_c.astype(np.float32)
 
 
+def place_of(text: str) -> tuple[pathlib.Path, str]:
+  """Returns folder and split that a user means by `DIR`, which stands for "train", or `DIR:SPLIT`.
+
+  Colons in the names of folders are none of this: it is a `DIR:SPLIT` if only `DIR` is there.
+  """
+  match = re.fullmatch(r"(.+):(\w*)", text)
+  if match is None or pathlib.Path(text).is_dir() or not pathlib.Path(match[1]).is_dir():
+    return pathlib.Path(text), shards.SPLIT
+  return pathlib.Path(match[1]), match[2] or shards.SPLIT
+
+
 @dataclasses.dataclass
 class Source:
   """Batches of this process, from any step on."""
@@ -254,7 +266,8 @@ class Source:
     return self._load(path, batch_size=size, seed=seed, **place, **options)
 
   def _load(self, path: str, **options: Any) -> Iterator[dict[str, np.ndarray]]:
-    return pipeline.loader(shards.paths(path), kind=self.kind, shapes=self.shapes, **options)
+    found = shards.paths(*place_of(path))
+    return pipeline.loader(found, kind=self.kind, shapes=self.shapes, **options)
 
   def row(self) -> dict[str, np.ndarray]:
     """Returns a batch of one clip of noise."""

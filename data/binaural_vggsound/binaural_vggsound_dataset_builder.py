@@ -98,7 +98,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     self, folder: pathlib.Path, split: str
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     stored, fields = layout.read_features(folder), _fields(self._config)
-    source = tfrecord.TFRecordSource(shards.paths(f"{folder}:{split}"))
+    source = tfrecord.TFRecordSource(shards.paths(folder, split))
     for place in range(len(source)):
       raw = tfrecord.decode_example(source[place])
       values = {name: tfrecord.value_of(raw[name], stored[name]) for name in fields}

@@ -213,12 +213,20 @@ def test_nan_may_stand_for_an_unknown_value(tmp_path):
 def test_splits_share_a_folder(tmp_path):
   items = [item._replace(split="test" if item.payload < 6 else "train") for item in ITEMS]
   build(tmp_path, items=items, shards={"train": 3, "test": 2}, name="mine", description="Clips.")
-  assert len(shards.paths(tmp_path)) == 3 and len(shards.paths(f"{tmp_path}:test")) == 2
+  assert len(shards.paths(tmp_path)) == 3 and len(shards.paths(tmp_path, "test")) == 2
   assert sorted(ids(tmp_path)) == sorted(f"clip{i}" for i in range(6, 20))
-  test = tfrecord.TFRecordSource(shards.paths(f"{tmp_path}:test"))
+  test = tfrecord.TFRecordSource(shards.paths(tmp_path, "test"))
   assert len(test) == 6 and all("/mine-test.tfrecord-0000" in path for path in test.paths)
   with pytest.raises(UserError, match="no split 'val', only test, train"):
-    shards.paths(f"{tmp_path}:val")
+    shards.paths(tmp_path, "val")
+
+
+def test_a_folder_may_have_a_colon_in_its_name(tmp_path):
+  """As folders named by the time have."""
+  folder = tmp_path / "2026-11-23T10:30" / "raw"
+  items = [item._replace(split="test" if item.payload < 6 else "train") for item in ITEMS]
+  build(folder, items=items, shards={"train": 3, "test": 2})
+  assert len(shards.paths(folder)) == 3 and len(shards.paths(folder, "test")) == 2
 
 
 def test_makers_of_batches_get_the_clips_of_a_shard(tmp_path):

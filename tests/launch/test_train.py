@@ -80,6 +80,23 @@ def test_the_44k_family_has_the_shapes_of_mmaudio(name, variant, ours):
   assert (sizes.remat, sizes.activations) == ("products", "bfloat16")
 
 
+def test_a_place_of_shards_is_a_folder_or_a_split_of_it(tmp_path, monkeypatch):
+  """Colons in the names of folders, as of those named by the time, do not count."""
+  folder, odd, absent = (tmp_path / "10:30" / name for name in ("clips", "clips:test", "absent"))
+  folder.mkdir(parents=True)
+  assert tasks.place_of(f"{folder}:test") == (folder, "test")
+  assert tasks.place_of(f"{folder}:") == tasks.place_of(str(folder)) == (folder, "train")
+  assert tasks.place_of(str(absent)) == (absent, "train")
+  odd.mkdir()
+  assert tasks.place_of(str(odd)) == (odd, "train")
+  taken = []
+  monkeypatch.setattr(tasks.shards, "paths", lambda *place: taken.append(place) or [])
+  monkeypatch.setattr(tasks.pipeline, "loader", lambda *_, **__: iter(()))
+  config = config_of("tiny", "smoke", **{"data.path": f"{folder}:val"})
+  tasks.build(config, one_device(), sharding.Rules()).batches(0)
+  assert taken == [(folder, "val")]
+
+
 def test_the_mirror_loss_is_a_switch():
   options = {"loss.mirror_weight": 1.0, "data.batch_size": 2}
   task = tasks.build(config_of("tiny", "smoke", **options), one_device(), sharding.Rules())
