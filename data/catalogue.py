@@ -20,6 +20,7 @@ from spatialv2a_jax.errors import UserError
 
 SPLIT = "train"
 CLIPS_PER_SHARD = 200
+LEAST_SHARDS = 16  # As far as there are clips for them: a shard is the work of one process.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +77,18 @@ class Catalogue:
   duplicates: tuple[str, ...]
   sizes: Mapping[str, int]
 
-  def shards(self, clips_per_shard: int = CLIPS_PER_SHARD) -> dict[str, int]:
+  def shards(self, clips_per_shard: int | None = None) -> dict[str, int]:
     """Returns the number of shards of each split: a power of two that depends on the list alone.
 
     For all of VGGSound these are 1024 for training and 128 for testing.
+
+    Args:
+      clips_per_shard: None for 200, or in a small split for what makes 16 shards of it.
     """
-    wanted = {split: -(-size // clips_per_shard) for split, size in self.sizes.items()}
+    wanted = {}
+    for split, size in self.sizes.items():
+      most = clips_per_shard or min(CLIPS_PER_SHARD, -(-size // LEAST_SHARDS))
+      wanted[split] = -(-size // most)
     return {split: 1 << (count - 1).bit_length() for split, count in wanted.items()}
 
   def coverage(self) -> dict[str, Any]:

@@ -76,7 +76,13 @@ def add_arguments(commands) -> None:
   )
   p.add_argument("--beam", metavar="RUNNER", help="run as a Beam pipeline, such as DirectRunner")
   p.add_argument("--beam-option", action="append", default=[], metavar="KEY=VALUE")
-  p.add_argument("--clips-per-shard", type=int, default=catalogue.CLIPS_PER_SHARD, metavar="N")
+  p.add_argument(
+    "--clips-per-shard",
+    type=int,
+    metavar="N",
+    help=f"{catalogue.CLIPS_PER_SHARD}, or fewer if that makes less than"
+    f" {catalogue.LEAST_SHARDS} shards for the worker processes to share",
+  )
   p.add_argument(
     "--audit", action="store_true", help="audit the build at the end, as the command audit does"
   )
@@ -201,7 +207,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> stages.Settings:
   for flag in ("jobs", "clips_per_shard"):
-    if getattr(args, flag) < 1:
+    if getattr(args, flag) is not None and getattr(args, flag) < 1:
       raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
   if not 1 <= args.seconds <= 600 or not 0 <= args.tolerance < args.seconds:
     raise UserError(f"--seconds {args.seconds:g} --tolerance {args.tolerance:g}: give 1 to 600 s")

@@ -105,8 +105,15 @@ def test_folders_that_cannot_be_meant(tmp_path):
 def test_shards_follow_from_the_list_alone():
   sizes = {"train": 183_971, "test": 15_446, "tiny": 7}
   known = catalogue.Catalogue((), (), (), sizes)
-  assert known.shards() == {"train": 1024, "test": 128, "tiny": 1}
+  assert known.shards() == {"train": 1024, "test": 128, "tiny": 8}
   assert known.shards(2)["tiny"] == 4
+
+
+def test_small_lists_are_cut_for_many_processes():
+  sizes = [1, 2, 3, 5, 16, 17, 33, 201, 3200, 3201]
+  known = catalogue.Catalogue((), (), (), {f"of_{size}": size for size in sizes})
+  assert list(known.shards().values()) == [1, 2, 4, 8, 16, 16, 16, 16, 16, 32]
+  assert known.shards(200)["of_201"] == 2  # What is asked for is taken as it is.
 
 
 def test_tables_of_numbers(tmp_path):
