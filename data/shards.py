@@ -126,11 +126,12 @@ def build(
     (whether all parts are there).
 
   Raises:
-    UserError: duplicate ids, too many bad clips, none left, or clips of different shapes.
+    UserError: a folder that cannot be written, duplicate ids, too many bad clips, none left, or
+      clips of different shapes.
     MissingAssetError, DamagedAssetError: from `make_record`.
   """
   out = pathlib.Path(out)
-  out.mkdir(parents=True, exist_ok=True)
+  io.check_writable(out)
   config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
   splits: dict[str, list[list[Item]]] = {}
   ids: set[str] = set()

@@ -65,12 +65,13 @@ def run(source: str, file: Path, out: Path, *, ears: int = 1) -> int:
 
   Raises:
     MissingAssetError: no such file.
-    UserError: the file is not what `source` says, completely.
+    UserError: the file is not what `source` says, completely, or `out` cannot be written.
   """
   chosen = _source(source)
   if ears != 1 and source != "mmaudio":
     raise UserError(f"--ears is for mmaudio, {source} has none")
   state = chosen.read(file)
+  io.check_writable(out)  # Before minutes of work.
   config, params = engine.convert(chosen, state, str(file))
   stats: dict[str, Any] = params.pop(engine.STATS, {})
   if ears == 2:
@@ -85,7 +86,6 @@ def run(source: str, file: Path, out: Path, *, ears: int = 1) -> int:
   if source == "mmaudio":
     origin["variant"] = mmaudio.variant(config)
   about = {name: dataclasses.asdict(config), f"{name}_source": origin, **chosen.about(config)}
-  io.check_writable(out)
   checkpoint.save_model(out, {name: params}, {name: stats}, about)
   count = sum(x.size for x in jax.tree.leaves(params))
   print(f"{out}/{name}.safetensors: {count:,} parameters from {file}")

@@ -145,6 +145,17 @@ def test_one_folder_takes_several_networks_and_rebuilds_them(tmp_path, capsys):
     assert jax.tree.map(jnp.shape, model.params[name]) == jax.tree.map(jnp.shape, want)
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_the_work_starts(
+  tmp_path, monkeypatch, capsys
+):
+  file, out = tmp_path / "acl.safetensors", tmp_path / "file" / "out"
+  save_file({"x": np.zeros(1, np.float32)}, file)
+  (tmp_path / "file").touch()
+  monkeypatch.setattr(convert.engine, "convert", lambda *_: pytest.fail("converted before"))
+  assert cli.main(["convert", "acl", str(file), "--out", str(out)]) == 2
+  assert f"cannot write to {out}" in capsys.readouterr().err
+
+
 def test_the_command_needs_a_file_and_a_folder(tmp_path, capsys):
   file, out = str(tmp_path / "none.pth"), str(tmp_path / "o")
   assert cli.main(["convert", "clip", file, "--out", out]) == 3

@@ -221,6 +221,14 @@ def test_splits_share_a_folder(tmp_path):
     shards.paths(tmp_path, "val")
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_the_work_starts(tmp_path):
+  (tmp_path / "file").touch()
+  maker = Maker()
+  with pytest.raises(UserError, match="cannot write to .*file/out: .*choose another --out"):
+    build(tmp_path / "file" / "out", maker)
+  assert not maker.calls
+
+
 def test_a_folder_may_have_a_colon_in_its_name(tmp_path):
   """As folders named by the time have."""
   folder = tmp_path / "2026-11-23T10:30" / "raw"
