@@ -101,6 +101,14 @@ def read_config(path: str) -> dict[str, Any]:
   return config
 
 
+def check(path: str, parts: pathlib.Path | None, vae: pathlib.Path | None) -> None:
+  """Opens the networks that `run` would, and raises what it would, before hours of other work."""
+  config = read_config(path)
+  open_encoders(features.Config(**config["features"]), parts)
+  if vae:
+    Latents.load(vae, schema.AUDIO[config["audio"]])
+
+
 def report(done: int, total: int, bad: int) -> None:
   """Prints one line per shard."""
   print(f"shard {done}/{total}, {bad} bad clips", flush=True)

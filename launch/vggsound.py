@@ -11,6 +11,8 @@ Whatever was interrupted is made good by the same command; what is done is not d
 """
 
 import argparse
+import concurrent.futures
+import multiprocessing
 import os
 import pathlib
 import re
@@ -123,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
     MissingAssetError: weights or a package are not there.
   """
   settings, judge = _settings(args), None
+  if args.features:
+    _check_encoding(args)
   if args.quality_weights:
     judge = quality.Aesthetics(args.quality_weights)
   runner = _beam(args)
@@ -163,6 +167,8 @@ def run(args: argparse.Namespace) -> int:
     funnel.tidy(args.out, work)
   print(funnel.speed(args.out))
   state = "complete" if stats["complete"] else "not complete: run the other slices"
+  if stats["complete"] and args.audit and not whole:
+    state += "; run once more without --slice to audit"
   print(f"{args.out / 'raw'}: {found['kept']} clips in {sum(counts.values())} shards, {state}")
   limit = max(shards.MIN_BAD, int(args.max_failures * len(known.clips)))
   if found["failures"] > limit:
@@ -175,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
   if not stats["complete"]:
     return 0
   code = _encode(args) if args.features else 0
-  return code or (_audit(args) if args.audit else 0)
+  return code or (_audit(args) if args.audit and whole else 0)
 
 
 def _print(found: Mapping[str, Any], out: pathlib.Path) -> None:
@@ -197,6 +203,24 @@ def _encode(args: argparse.Namespace) -> int:
     "batch": 8,
   }
   return encode.run(argparse.Namespace(**{**vars(args), **given}, max_bad=args.max_failures))
+
+
+def _check_encoding(args: argparse.Namespace) -> None:
+  """Raises what `_encode` would raise after hours of building."""
+  from launch import encode
+
+  config = encode.read_config(args.config)
+  if config["audio"] != args.audio:
+    raise UserError(f"--audio {args.audio}: give {config['audio']}, as --config {args.config} does")
+  if config["seconds"] > args.seconds:
+    raise UserError(
+      f"--seconds {args.seconds:g}: give {config['seconds']:g} or more, as --config {args.config}"
+    )
+  if args.parts or args.vae or config["features"].get("encoder", "random") != "random":
+    # Elsewhere, since here JAX would keep the accelerators from the workers.
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+      process.submit(encode.check, args.config, args.parts, args.vae).result()
 
 
 def _audit(args: argparse.Namespace) -> int:

@@ -1,3 +1,4 @@
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -246,6 +247,20 @@ def test_an_edited_caption_remakes_its_shard_and_latents(media, tmp_path):
   some = run()
   assert "clip2" in some and 0 < len(some) < 12
   assert some.count("codec") == len(some) / 2  # The same clips again, and no others.
+
+
+def test_a_table_of_texts_may_be_copied_by_several_at_once(tmp_path):
+  """As slices do that end together; files of an earlier table go."""
+  text, names = tmp_path / "clips" / "text", [f"shard{n}" for n in range(20)] + ["manifest.json"]
+  target = tmp_path / "latents" / "text"
+  for folder, file in [(text, name) for name in names] + [(target, "old")]:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text(file)
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    copies = [pool.submit(captions.copy, text.parent, target.parent) for _ in range(24)]
+    for copy in copies:
+      copy.result()
+  assert {path.name: path.read_text() for path in target.iterdir()} == {n: n for n in names}
 
 
 def test_a_damaged_record_is_a_bad_clip_of_the_next_stage(media, tmp_path):

@@ -14,7 +14,9 @@ from launch import data as command
 from tests.data import clips
 from tests.data.clips import RATE
 
+CONFIGS = pathlib.Path(shards.__file__).parents[1] / "configs"
 GOOD = ("left", "middle", "right")
+TINY = f"{CONFIGS}/tiny.py:smoke"
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +197,7 @@ def test_parts_make_the_same_bytes(videos, out, tmp_path, capsys):
 def test_features_follow_on_demand(videos, out, tmp_path, capsys):
   copy = tmp_path / "10:30"
   shutil.copytree(out, copy)
-  config = pathlib.Path(shards.__file__).parents[1] / "configs" / "tiny.py"
-  built(videos, copy, "--features", "--config", f"{config}:smoke")
+  built(videos, copy, "--features", "--config", TINY)
   assert "clips: 3 of 3 clips" in capsys.readouterr().out
   fields = layout.read_features(copy / "clips")
   samples = fields["audio"].shape[1]
@@ -222,6 +223,14 @@ def test_an_audit_on_demand_decides_the_exit_code(videos, out, tmp_path, capsys)
   assert "not fit for release" in capsys.readouterr().err
 
 
+def test_the_audit_waits_for_the_run_of_the_whole(videos, out, tmp_path, capsys):
+  copy = tmp_path / "copy"
+  shutil.copytree(out, copy)
+  built(videos, copy, "--audit", "--slice", "0/2")
+  assert "complete; run once more without --slice to audit" in capsys.readouterr().out
+  assert not list(copy.glob("audit.*"))
+
+
 def test_too_many_unreadable_files_are_said_by_the_exit_code(tmp_path, capsys):
   for n in range(6):
     (tmp_path / f"{n}.mp4").write_bytes(b"no video")
@@ -242,8 +251,26 @@ def test_too_many_unreadable_files_are_said_by_the_exit_code(tmp_path, capsys):
     (["--quality-weights", "no.pt"], 3, "no.pt: no such file"),
     (["--beam-option", "a=b"], 2, "--beam-option needs --beam"),
     (["--features"], 2, "--features and --config FILE go together"),
+    (["--features", "--config", "no.py"], 2, "no.py: no such file"),
+    (["--features", "--config", TINY, "--audio", "44k"], 2, "--audio 44k: give 16k, as"),
+    (["--features", "--config", f"{CONFIGS}/tiny.py:demo"], 2, "--seconds 1: give 4 or more, as"),
   ],
 )
+@pytest.mark.parametrize(
+  ("flag", "why"),
+  [
+    ("--vae", "no model folder"),
+    pytest.param("--parts", "no model folder", marks=pytest.mark.slow),  # A process each.
+  ],
+)
+def test_networks_that_are_not_there_are_said_before_the_work_starts(
+  videos, tmp_path, capsys, flag, why
+):
+  more = ["--features", "--config", TINY, flag, str(tmp_path / "nowhere")]
+  assert command.main(arguments(videos, tmp_path / "out", *more)) == 3
+  assert why in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_mistakes_are_said_before_the_work_starts(videos, tmp_path, capsys, more, code, why):
   assert command.main(arguments(videos, tmp_path / "out", *more)) == code
   assert why in capsys.readouterr().err and not (tmp_path / "out").exists()
