@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from spatialv2a_jax import io
@@ -69,6 +69,7 @@ class Catalogue:
     clips: the files, by id; those that no line names come with `listed` false.
     missing: ids of the list without a file.
     duplicates: files left out because another has the same id.
+    broken: links that lead nowhere.
     sizes: how many ids the list has in each split.
   """
 
@@ -76,6 +77,7 @@ class Catalogue:
   missing: tuple[str, ...]
   duplicates: tuple[str, ...]
   sizes: Mapping[str, int]
+  broken: tuple[str, ...] = ()
 
   def shards(self, clips_per_shard: int | None = None) -> dict[str, int]:
     """Returns the number of shards of each split: a power of two that depends on the list alone.
@@ -103,6 +105,7 @@ class Catalogue:
       "missing": list(self.missing),
       "unlisted": unlisted,
       "duplicates": list(self.duplicates),
+      "broken_links": list(self.broken),
     }
 
 
@@ -110,14 +113,15 @@ def read(videos: str | pathlib.Path, labels: str | pathlib.Path | None) -> Catal
   """Brings a folder of videos and a list together.
 
   Args:
-    videos: folder of videos at any depth; hidden files and folders are passed over.
+    videos: folder of videos at any depth, links followed; hidden files and folders are passed
+      over.
     labels: the list; None takes every video for training, labelled by the "caption" in
       `<id>.json` beside it, if there is one.
 
   Raises:
     UserError: no such folder, no videos in it, or a bad list.
   """
-  files, duplicates = _files(pathlib.Path(videos))
+  files, duplicates, broken = _files(pathlib.Path(videos))
   if labels is None:
     entries = [Entry(name, _caption(path), SPLIT, (name,)) for name, path in files.items()]
   else:
@@ -143,6 +147,7 @@ def read(videos: str | pathlib.Path, labels: str | pathlib.Path | None) -> Catal
     tuple(sorted(missing)),
     tuple(sorted(duplicates)),
     sizes,
+    tuple(broken),
   )
 
 
@@ -247,23 +252,46 @@ def _once(names: Iterable[str]) -> set[str]:
   return {name for name, count in counts.items() if count == 1}
 
 
-def _files(folder: pathlib.Path) -> tuple[dict[str, pathlib.Path], list[str]]:
-  """Returns the videos by stem, and those whose stem another one has."""
+def _files(folder: pathlib.Path) -> tuple[dict[str, pathlib.Path], list[str], list[str]]:
+  """Returns the videos by stem, those whose stem another one has, and links that lead nowhere."""
   if not folder.is_dir():
     raise UserError(f"--videos {folder}: no such folder")
   found: dict[str, pathlib.Path] = {}
-  duplicates = []
-  for parent, folders, names in os.walk(folder):
-    folders[:] = sorted(name for name in folders if not name.startswith("."))
-    for name in sorted(names):
-      path = pathlib.Path(parent, name)
-      if name.startswith(".") or path.suffix.lower() not in io.VIDEO_EXTENSIONS:
-        continue
-      if found.setdefault(path.stem, path) is not path:
-        duplicates.append(str(path.relative_to(folder)))
+  duplicates, broken = [], []
+  for entry in _walk(folder):
+    path = pathlib.Path(entry.path)
+    if path.suffix.lower() not in io.VIDEO_EXTENSIONS:
+      continue
+    if entry.is_symlink() and not path.exists():
+      broken.append(str(path.relative_to(folder)))
+    elif found.setdefault(path.stem, path) is not path:
+      duplicates.append(str(path.relative_to(folder)))
   if not found:
     raise UserError(f"--videos {folder}: no videos in it ({' '.join(sorted(io.VIDEO_EXTENSIONS))})")
-  return found, duplicates
+  return found, duplicates, sorted(broken)
+
+
+def _walk(folder: pathlib.Path) -> Iterator[os.DirEntry[str]]:
+  """Yields the files below a folder, each folder once: those that links lead to come last."""
+  seen: set[str] = set()
+  links: list[str] = [str(folder)]
+
+  def below(top: str) -> Iterator[os.DirEntry[str]]:
+    place = os.path.realpath(top)
+    if place in seen:
+      return
+    seen.add(place)
+    with os.scandir(top) as entries:
+      shown = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    folders = [entry for entry in shown if entry.is_dir()]
+    yield from (entry for entry in shown if not entry.is_dir())
+    links.extend(entry.path for entry in folders if entry.is_symlink())
+    for entry in folders:
+      if not entry.is_symlink():
+        yield from below(entry.path)
+
+  for link in links:
+    yield from below(link)
 
 
 def _caption(path: pathlib.Path) -> str:

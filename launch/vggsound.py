@@ -132,6 +132,8 @@ def run(args: argparse.Namespace) -> int:
   runner = _beam(args)
   config = {**settings.config(), "judge": judge.identity if judge else None}
   known = catalogue.read(args.videos, args.labels)
+  if known.broken:
+    print(f"{len(known.broken)} links lead nowhere, the first is {known.broken[0]}: passed over")
   scores = (
     catalogue.read_table(args.quality_scores, "--quality-scores") if args.quality_scores else {}
   )

@@ -37,8 +37,25 @@ def test_any_nesting_and_what_the_list_and_the_folder_lack(tmp_path):
   assert known.clips[1].name == "x/b.mp4"  # The first by name, whatever order the disk has.
   assert known.coverage() == {
     "listed": 3, "found": 2, "share": pytest.approx(2 / 3), "missing": ["c"],
-    "unlisted": ["x/extra.webm"], "duplicates": ["x/y/b.MKV"],
+    "unlisted": ["x/extra.webm"], "duplicates": ["x/y/b.MKV"], "broken_links": [],
   }  # fmt: skip
+
+
+def test_links_are_followed_once_and_those_that_lead_nowhere_are_named(tmp_path):
+  videos = touch(tmp_path / "v", "deep/a.mp4")
+  touch(tmp_path / "disk", "b.mp4", "more/c.mp4")
+  (videos / "b").symlink_to(tmp_path / "disk")
+  (videos / "again").symlink_to(tmp_path / "disk" / "more")
+  (videos / "deep" / "round").symlink_to(videos)
+  (videos / "same").symlink_to(videos / "deep")
+  (videos / "lost.mp4").symlink_to(tmp_path / "gone.mp4")
+  (videos / "d.mp4").symlink_to(tmp_path / "disk" / "b.mp4")
+  known = catalogue.read(videos, listed(tmp_path, "id\na\nb\nc\nd\nlost\n"))
+  assert {clip.id: clip.name for clip in known.clips} == {
+    "a": "deep/a.mp4", "b": "b/b.mp4", "c": "again/c.mp4", "d": "d.mp4",
+  }  # fmt: skip
+  assert known.missing == ("lost",) and not known.duplicates
+  assert known.coverage()["broken_links"] == ["lost.mp4"]
 
 
 def test_vggsounds_own_list(tmp_path):

@@ -2,15 +2,41 @@
 
 import dataclasses
 import math
+import pathlib
 
+import av
 import numpy as np
 import pytest
 
 from data import filters
+from spatialv2a_jax import io
 from tests.data import clips
 from tests.data.clips import RATE, noise
 
 LIMITS = filters.Limits()
+
+
+def streamed(path: pathlib.Path, seconds: float) -> str:
+  """Writes a video as browsers record it: nothing in the file says how long it lasts."""
+  source = clips.write(path.with_suffix(".mp4"), seconds)
+  with av.open(source) as held, av.open(path, "w", "matroska", {"live": "1"}) as output:
+    streams = [output.add_stream_from_template(stream) for stream in held.streams]
+    for packet in held.demux():
+      if packet.dts is not None:
+        packet.stream = streams[packet.stream.index]
+        output.mux(packet)
+  return str(path)
+
+
+@pytest.mark.parametrize(("seconds", "dropped"), [(0.8, True), (1.0, False), (1.2, False)])
+def test_a_length_that_is_not_stated_is_counted(tmp_path, seconds, dropped):
+  path = streamed(tmp_path / "clip.mkv", seconds)
+  assert io.probe(path).duration_s == 0
+  if dropped:
+    with pytest.raises(filters.DropError, match="short: 0.80 s of 1 s"):
+      filters.probe(path, filters.Limits(seconds=1))
+  else:
+    assert filters.probe(path, filters.Limits(seconds=1))["duration_s"] == 1
 
 
 def tone(seconds: float, level: float = 1.0) -> np.ndarray:
