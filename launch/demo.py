@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -94,6 +94,16 @@ def mirror_agreement(generated: pathlib.Path, mirrored: pathlib.Path) -> dict[st
   return {"ild_pearson_r": r, "windows": pair.shape[1]}
 
 
+def claim(out: pathlib.Path, sizes: Mapping[str, object]) -> None:
+  """Notes in a folder how large the demo in it is; UserError if it holds one of another size."""
+  note = out / "demo.json"
+  if not note.exists() and not (out / "checkpoint").exists():
+    with io.atomic_path(note) as temporary:
+      pathlib.Path(temporary).write_text(json.dumps(sizes))
+  if not note.exists() or json.loads(note.read_text()) != sizes:
+    raise UserError(f"{out} holds a demo of another size; delete it or choose another --out")
+
+
 def run(out: pathlib.Path, *, train: int, heldout: int, variant: str) -> None:
   """Runs all stages.
 
@@ -103,6 +113,7 @@ def run(out: pathlib.Path, *, train: int, heldout: int, variant: str) -> None:
     heldout: scenes to generate and score.
     variant: of the configs.
   """
+  claim(out, {"train": train, "heldout": heldout, "variant": variant})
   stages = Stages()
   at = {name: out / "scenes" / name for name in ("train", "heldout", "mirrored")}
   shards, runs, model = out / "shards", out / "runs", out / "checkpoint"
@@ -174,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m launch.demo", description="From nothing to scored sound.", allow_abbrev=False
   )
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("demo_out"), metavar="DIR")
+  parser.add_argument(
+    "--out", type=pathlib.Path, metavar="DIR", help="default: demo_out, with --smoke demo_out/smoke"
+  )
   parser.add_argument(
     "--smoke", action="store_true", help="a few scenes and steps: checks the path, not the sound"
   )
@@ -185,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else {"train": 640, "heldout": 64, "variant": ""}
   )
   try:
-    run(args.out, **sizes)
+    run(args.out or pathlib.Path("demo_out", *["smoke"] * args.smoke), **sizes)
   except UserError as error:
     print(f"launch.demo: {error}", file=sys.stderr)
     return error.exit_code
