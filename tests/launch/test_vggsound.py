@@ -178,7 +178,7 @@ def test_an_interrupted_new_cut_leaves_both_the_old_build_and_what_is_done(
   kept = {name: (copy / "raw" / name).stat().st_mtime_ns for name in new}
   built(videos, copy, "--clips-per-shard", "2")
   assert {name: (copy / "raw" / name).stat().st_mtime_ns for name in new} == kept
-  assert not digests(copy).keys() & digests(out).keys()
+  assert not [name for name in digests(copy) if name.endswith("-of-00004")]
   assert {path.name[-5:] for path in (copy / "slices").iterdir()} == {"00001", "00008"}
   assert set(records(copy)) == {"left", "middle"}
 
@@ -256,6 +256,11 @@ def test_too_many_unreadable_files_are_said_by_the_exit_code(tmp_path, capsys):
     (["--features", "--config", f"{CONFIGS}/tiny.py:demo"], 2, "--seconds 1: give 4 or more, as"),
   ],
 )
+def test_mistakes_are_said_before_the_work_starts(videos, tmp_path, capsys, more, code, why):
+  assert command.main(arguments(videos, tmp_path / "out", *more)) == code
+  assert why in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
   ("flag", "why"),
   [
@@ -268,9 +273,4 @@ def test_networks_that_are_not_there_are_said_before_the_work_starts(
 ):
   more = ["--features", "--config", TINY, flag, str(tmp_path / "nowhere")]
   assert command.main(arguments(videos, tmp_path / "out", *more)) == 3
-  assert why in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_mistakes_are_said_before_the_work_starts(videos, tmp_path, capsys, more, code, why):
-  assert command.main(arguments(videos, tmp_path / "out", *more)) == code
   assert why in capsys.readouterr().err and not (tmp_path / "out").exists()
