@@ -331,8 +331,10 @@ def _followed(audio_ep: np.ndarray, azimuth_v: np.ndarray) -> np.ndarray:
   """Returns the parts of a correlation of level difference and picture over windows."""
   heard = alignment.listen(analysis.analyse(audio_ep))
   seconds = audio_ep.shape[1] / analysis.RATE
-  track_v = azimuth_v.astype(np.float64)
-  truth = alignment.Truth(seconds, schema.CLIP_FPS, track_v, np.zeros(0))
+  # A frame tells of its middle, a truth of its beginning: at twice the rate there is one at each.
+  half_v = np.arange(2 * len(azimuth_v)) / 2 - 0.5
+  track_v = np.interp(half_v, np.arange(len(azimuth_v)), azimuth_v.astype(np.float64))
+  truth = alignment.Truth(seconds, 2 * schema.CLIP_FPS, track_v, np.zeros(0))
   true_w, sounds_w = alignment.window_truth(truth, len(heard.active_w))
   used_w = sounds_w & heard.active_w
   return stats.moments(heard.ild_db_w[used_w], true_w[used_w])

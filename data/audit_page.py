@@ -199,7 +199,7 @@ def _plot(audio_ep: np.ndarray, azimuth_v: np.ndarray) -> str:
   """Direction over time, 90 degrees left at the top: the rendered track, and what is heard."""
   seconds = audio_ep.shape[1] / analysis.RATE
   track = " ".join(
-    f"{100 * v / schema.CLIP_FPS / seconds:.2f},{_height(azimuth)}"
+    f"{100 * (v + 0.5) / schema.CLIP_FPS / seconds:.2f},{_height(azimuth)}"
     for v, azimuth in enumerate(azimuth_v)
   )
   dots = ""
