@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data import shards
+from data import filters, media, shards
 from spatialv2a_jax import io, localizers, schema
 
 RATE = schema.PAIR_RATE
@@ -24,7 +24,6 @@ FPS = schema.CLIP_FPS
 SEEN = 0.5  # Heat from which on a pixel belongs to the source, as in the descriptors.
 WIDEST = 0.4  # Share of the picture: what moves at two places farther apart is not one thing.
 SILENT = 10 ** (-50 / 20)  # RMS of the half second around a picture.
-ANTIPHASE = -0.9  # Correlation of channels below which their mean would cancel.
 QUALITIES = (90, 75, 60, 45, 30, 15)
 COMPRESSION = 10  # Raw bytes of a picture to one byte of its room in the record.
 
@@ -48,21 +47,24 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """Item of a video -> "mono" int16 [p], "jpeg" uint8 [i] padded with zeros, "ends" int32 [n] of
-  each picture in it, "column" float32 [n], 0 left to 1 right, -1 for a picture of no use.
-  Pickled to worker processes.
-  """  # noqa: D205
+  """Item of `media.files` -> what is kept of it; pickled to worker processes.
+
+  Fields are "mono" int16 [p], "jpeg" uint8 [i] padded with zeros, "ends" int32 [n] of each picture
+  in it, and "column" float32 [n], 0 left to 1 right, -1 for a picture of no use.
+  """
 
   settings: Settings
 
   def __call__(self, item: shards.Item) -> Mapping[str, np.ndarray | str]:
     """Makes the record; BadClipError says why a clip is of no use."""
-    s, video = self.settings, pathlib.Path(item.payload)
-    sound = video.with_suffix(".wav")
-    mono_p = mono(io.read_audio(sound if sound.exists() else video, RATE))
+    s, (audio_ep, video, _) = self.settings, item.payload.read(RATE)
     samples = round(s.seconds * RATE)
-    if len(mono_p) < samples:
-      raise shards.BadClipError(f"sound has {len(mono_p)} samples, fewer than {samples}")
+    if audio_ep.shape[1] < samples:
+      raise shards.BadClipError(f"sound has {audio_ep.shape[1]} samples, fewer than {samples}")
+    found = filters.measure(audio_ep[:, :samples], RATE)
+    if not found["finite"]:
+      raise shards.BadClipError("its sound holds NaN or infinite samples")
+    mono_p = filters.mono(audio_ep[:, :samples], found["layout"])
     views = {
       "small": io.View(schema.SYNC_FPS, size=localizers.FRAME_SIZE),
       "frames": io.View(FPS, size=(s.rows, s.columns)),
@@ -73,35 +75,16 @@ class Record:
       raise shards.BadClipError(f"video has {count} frames at {FPS} fps, not {wanted}")
     motion_ryx = localizers.residual_motion(seen["small"].astype(np.float32) / 255)
     column_n = places(localizers.heat(s.localizer, motion_ryx, wanted))
-    column_n = np.where(levels(mono_p[:samples], wanted) > SILENT, column_n, -1.0)
+    column_n = np.where(levels(mono_p, wanted) > SILENT, column_n, -1.0)
     if column_n.max() < 0:
       raise shards.BadClipError("there is no picture in which one thing moves while it sounds")
     jpeg_i, end_n = pack(seen["frames"][:wanted])
     return {
-      "mono": np.clip(np.rint(mono_p[:samples] * 32768), -32768, 32767).astype(np.int16),
+      "mono": np.clip(np.rint(mono_p * 32768), -32768, 32767).astype(np.int16),
       "jpeg": jpeg_i,
       "ends": end_n,
       "column": column_n.astype(np.float32),
     }
-
-
-def items(folder: str | pathlib.Path) -> list[shards.Item]:
-  """Returns the videos of a folder; `<id>.wav` beside one is its sound, stamps change with both."""
-  found = []
-  for path in io.list_media(folder):
-    stats = [p.stat() for p in (path, path.with_suffix(".wav")) if p.exists()]
-    found.append(shards.Item(path.stem, path, str([(s.st_size, s.st_mtime_ns) for s in stats])))
-  return found
-
-
-def mono(audio_ep: np.ndarray) -> np.ndarray:
-  """Returns the mean of the channels, or the louder one where they would cancel."""
-  power_e = np.square(audio_ep, dtype=np.float64).mean(1)
-  if len(audio_ep) == 2 and power_e.min() > 0:
-    both = (audio_ep[0].astype(np.float64) * audio_ep[1]).mean() / np.sqrt(power_e.prod())
-    if both < ANTIPHASE:
-      return audio_ep[power_e.argmax()]
-  return audio_ep.mean(0)
 
 
 def places(heat_nyx: np.ndarray) -> np.ndarray:
@@ -153,12 +136,12 @@ def unpack(jpeg_i: np.ndarray, end_n: np.ndarray, place: int) -> np.ndarray:
 
 
 def build(
-  media: str | pathlib.Path, out: str | pathlib.Path, settings: Settings, **options: Any
+  folder: str | pathlib.Path, out: str | pathlib.Path, settings: Settings, **options: Any
 ) -> dict[str, Any]:
   """Makes the shards of a folder of videos; any share of them may be left out.
 
   Args:
-    media: the folder.
+    folder: of the videos, as for `media.files`.
     out: folder of the shards.
     settings: on which records depend.
     **options: `shards`, `jobs`, `part`, `progress` of `shards.build`.
@@ -170,4 +153,6 @@ def build(
     UserError: no videos in the folder, no clip of any use, and as `shards.build`.
   """
   config = {"stage": "sources", **dataclasses.asdict(settings)}
-  return shards.build(items(media), Record(settings), out, config=config, max_bad=1.0, **options)
+  return shards.build(
+    media.files(folder), Record(settings), out, config=config, max_bad=1.0, **options
+  )

@@ -1,11 +1,13 @@
 """Sources and pairs: what is kept of a clip, where pairs put it, and that they repeat."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from data import pairs, shards, sources
+from data.media import File
 from launch import data as launch_data
 from spatialv2a_jax import io, schema
 from spatialv2a_jax.errors import UserError
@@ -45,7 +47,7 @@ def test_clips_without_one_sounding_place_are_left_out_with_the_reason(built):
 
 def test_a_record_knows_where_its_source_is(media):
   for i, side in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
-    record = sources.Record(SETTINGS)(shards.Item("x", media / f"clip{i}.mp4"))
+    record = sources.Record(SETTINGS)(shards.Item("x", File(media / f"clip{i}.mp4")))
     column = np.asarray(record["column"])
     want = side * 70 / 80 + 5 / 80  # The square of 10 pixels begins at 70 x side of 80 pixels.
     assert (column >= 0).sum() > 8 and np.abs(column[column >= 0] - want).max() < 0.1
@@ -63,11 +65,15 @@ def test_a_place_is_one_place():
   np.testing.assert_allclose(sources.places(heat), [0.3, -1, -1, 0.8])
 
 
-def test_the_louder_channel_stands_for_channels_that_cancel():
-  x = np.random.default_rng(0).standard_normal(1000).astype("f4")
-  np.testing.assert_allclose(sources.mono(np.stack([x, 0.5 * x])), 0.75 * x, rtol=1e-5)
-  np.testing.assert_array_equal(sources.mono(np.stack([0.5 * x, -x])), -x)
-  np.testing.assert_array_equal(sources.mono(x[None]), x)
+@pytest.mark.parametrize(("left", "right", "mono"), [(1, 0.5, 0.75), (0.5, -1, -1), (0, 1, 1)])
+def test_the_louder_channel_stands_for_channels_that_cancel_or_lack(
+  media, tmp_path, left, right, mono
+):
+  shutil.copy(media / "clip2.mp4", tmp_path)
+  x = np.random.default_rng(0).uniform(-0.9, 0.9, 25_600).astype("f4")
+  io.write_audio(tmp_path / "clip2.wav", np.stack([left * x, right * x]), 16_000)
+  record = sources.Record(SETTINGS)(shards.Item("x", File(tmp_path / "clip2.mp4")))
+  np.testing.assert_allclose(record["mono"], mono * x * 32768, atol=1)
 
 
 def test_columns_rise_apart_and_reach_both_edges():
