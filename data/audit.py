@@ -9,7 +9,6 @@ Axes: n clip, e ear (0 left, 1 right), p audio sample, v frame at 8 fps, w windo
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import pathlib
@@ -309,7 +308,7 @@ def _intact(build: Build) -> Check:
   wrong = [
     shard["file"]
     for shard in build.manifest["shards"]
-    if _sha256(build.raw / shard["file"]) != shard["sha256"]
+    if io.file_hash(build.raw / shard["file"]) != shard["sha256"]
   ]
   found = f"{len(wrong)} of {len(build.manifest['shards'])} shards differ{_named(wrong)}"
   return Check("shards have the checksums of the manifest", not wrong, found)
@@ -356,11 +355,6 @@ def _kept_of_source(build: Build, record: Mapping[str, Any], videos: pathlib.Pat
 
 def _named(names: Sequence[str]) -> str:
   return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
