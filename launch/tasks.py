@@ -24,6 +24,8 @@ from spatialv2a_jax import (
   codec,
   features,
   flow,
+  guard,
+  optim,
   schema,
   sharding,
   train_step,
@@ -31,6 +33,7 @@ from spatialv2a_jax import (
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.logbook import Logbook
 from spatialv2a_jax.models import flow_net
+from spatialv2a_jax.recipe import Recipe
 
 SYNTHETIC = "synthetic"  # As a path: noise of the right shapes, for smoke runs and estimates.
 Config = Mapping[str, Any]
@@ -76,6 +79,32 @@ def build(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   if config["audio"] not in schema.AUDIO:
     raise UserError(f"config.audio={config['audio']!r} is unknown, have: {', '.join(schema.AUDIO)}")
   return kinds[config["kind"]](config, mesh, rules)
+
+
+def recipe(config: Config, mesh: Mesh) -> tuple[Task, Recipe]:
+  """Returns the task of a config, and what its steps are made of on a mesh.
+
+  Raises:
+    UserError: as `build`, or if batch or parameters do not fit the mesh.
+  """
+  rules = sharding.Rules(**{name: axes or None for name, axes in config["rules"].items()})
+  task = build(config, mesh, rules)
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  return task, Recipe(
+    batches=task.batches,
+    batch_size=config["data"]["batch_size"],
+    loss=task.loss,
+    init=task.init,
+    stats=task.stats,
+    values=task.values,
+    optimizer=optim.adamw(optim.from_mapping(config["optim"]), shapes),
+    mesh=mesh,
+    rules=rules,
+    ema=optim.Ema(**config["ema"]),
+    seed=config["seed"],
+    accumulate=config["accumulate"],
+    guard=guard.Config(**config.get("guard", {})),
+  )
 
 
 def flow_config(config: Config) -> flow_net.Config:

@@ -52,14 +52,12 @@ from spatialv2a_jax import (
   determinism,
   goodput,
   meter,
-  optim,
   preemption,
   replay,
   sharding,
   train,
   waiting,
 )
-from spatialv2a_jax import guard as guards
 from spatialv2a_jax.errors import UserError
 
 
@@ -135,31 +133,14 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
   """
   config, workdir = arguments.config, pathlib.Path(arguments.workdir)
   mesh = sharding.make_mesh(**config["mesh"])
-  rules = sharding.Rules(**{name: axes or None for name, axes in config["rules"].items()})
-  task = tasks.build(config, mesh, rules)
-  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  task, recipe = tasks.recipe(config, mesh)
   every = train.Every(**config["every"])
-  common: dict[str, Any] = {
-    "batches": task.batches,
-    "batch_size": config["data"]["batch_size"],
-    "loss": task.loss,
-    "init": task.init,
-    "stats": task.stats,
-    "values": task.values,
-    "optimizer": optim.adamw(optim.from_mapping(config["optim"]), shapes),
-    "mesh": mesh,
-    "rules": rules,
-    "ema": optim.Ema(**config["ema"]),
-    "seed": config["seed"],
-    "accumulate": config["accumulate"],
-    "guard": guards.Config(**config.get("guard", {})),
-    "say": _say,
-  }
   if arguments.verify:
     span = {"start": arguments.start, "steps": arguments.steps}
-    return 0 if replay.verify(workdir, log=every.log, **span, **common) else 1
+    return 0 if replay.verify(workdir, recipe, log=every.log, **span, say=_say) else 1
   state = train.fit(
     workdir,
+    recipe,
     kind=config["kind"],
     config=config,
     steps=config["steps"],
@@ -169,7 +150,7 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
     flops_per_clip=task.flops() if meter.peak_flops() else None,
     tokens_per_clip=task.tokens,
     ledger=ledger,
-    **common,
+    say=_say,
   )
   task.export(workdir / "model", state)
   _say(f"model folder: {workdir / 'model'}")

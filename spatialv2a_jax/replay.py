@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from spatialv2a_jax import guard as guards
-from spatialv2a_jax import optim, sharding, train
+from spatialv2a_jax import optim, train
 from spatialv2a_jax.checkpoint import Checkpoints
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.logbook import read_metrics
 from spatialv2a_jax.meter import Meter
-from spatialv2a_jax.train_step import Loss, State, init_state, make_train_step, overwrite
+from spatialv2a_jax.recipe import Recipe
+from spatialv2a_jax.train_step import State
 
 TOLERANCE = 1e-5  # Of the loss, relative, on another mesh.
 JUDGED = ("good", "skipped", "burst", "sigmas")  # Metrics of the guard, not means of a log line.
@@ -38,21 +38,9 @@ def settings(run: str | pathlib.Path) -> dict[str, Any]:
 
 def verify(
   run: str | pathlib.Path,
+  recipe: Recipe,
   *,
-  batches: train.Batches,
-  batch_size: int,
-  loss: Loss,
-  init: Callable[[jax.Array], Any],
-  optimizer: optim.Optimizer,
-  mesh: Mesh,
   log: int,
-  stats: Any = None,
-  values: Callable[[], Mapping[str, Any]] | None = None,
-  rules: sharding.Rules | None = None,
-  ema: optim.Ema | None = None,
-  seed: int = 0,
-  accumulate: int = 1,
-  guard: guards.Config | None = None,
   start: int | None = None,
   steps: int | None = None,
   say: Callable[[str], None] = print,
@@ -61,20 +49,8 @@ def verify(
 
   Args:
     run: working directory of the run.
-    batches: as in `train.fit`, and so are all that are not named here.
-    batch_size: as there.
-    loss: as there.
-    init: as there.
-    optimizer: as there.
-    mesh: as there; need not be that of the run.
+    recipe: that of the run; its mesh need not be.
     log: steps between lines of the log.
-    stats: as there.
-    values: as there; used if the replay begins at step 0.
-    rules: as there.
-    ema: as there.
-    seed: as there.
-    accumulate: as there.
-    guard: as there.
     start: step of the checkpoint to begin with; 0: the beginning of the run; None: the last but
       one, or the beginning if there is only one.
     steps: how many to replay; None: up to the next checkpoint.
@@ -83,10 +59,7 @@ def verify(
   Raises:
     UserError: if there is no such checkpoint, or nothing to compare.
   """
-  rules, stats = rules or sharding.Rules(), {} if stats is None else stats
-  create, abstract, layout = init_state(
-    init, stats, optimizer, train.stream(seed, "init"), mesh, rules, ema
-  )
+  create, abstract, layout = recipe.state()
   with _open(run) as checkpoints:
     newest, saved = _newest(checkpoints), [0, *checkpoints.steps()]
     start = saved[-2] if start is None else start
@@ -98,25 +71,13 @@ def verify(
       raise UserError(f"nothing was logged or saved after step {start} of {run}")
     end = min(ends) if steps is None else min(start + steps, max(ends))
     about = checkpoints.run(start or newest)
-    same = _same(about, mesh, say)
+    same = _same(about, recipe.mesh, say)
     if start:
       state = checkpoints.read(start, abstract)
     else:
-      state, about = overwrite(create(), values() if values else {}), {}
-    step = make_train_step(
-      loss,
-      optimizer,
-      key=train.stream(seed, "train"),
-      mesh=mesh,
-      rules=rules,
-      layout=layout,
-      ema=ema,
-      accumulate=accumulate,
-      guard=guard,
-    )
+      state, about = create(), {}
+    step, feed = recipe.step(layout), recipe.feed(int(about.get("examples", 0)))
     say(f"replaying steps {start + 1} to {end} of {run}")
-    source = batches(int(about.get("examples", 0)) // batch_size)
-    feed = train.to_devices(source, mesh, rules, batch_size)
     meter, agreed, compared = Meter(**about.get("meter", {})), True, 0
     for done in range(start + 1, end + 1):
       state, metrics = step(state, next(feed).whole)

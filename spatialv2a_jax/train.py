@@ -8,58 +8,38 @@ import json
 import os
 import pathlib
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 import spatialv2a_jax
-from spatialv2a_jax import averages, optim, sharding
-from spatialv2a_jax import guard as guards
+from spatialv2a_jax import averages, sharding
 from spatialv2a_jax.checkpoint import Checkpoints
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.faults import Faults
 from spatialv2a_jax.goodput import Ledger
 from spatialv2a_jax.io import atomic_path
 from spatialv2a_jax.logbook import Logbook, read_metrics
-from spatialv2a_jax.loop import Batch, Every, Loop
+from spatialv2a_jax.loop import Every, Loop
 from spatialv2a_jax.meter import Meter, duration
 from spatialv2a_jax.preemption import StopSignal
-from spatialv2a_jax.train_step import Loss, State, init_state, make_train_step, overwrite
+from spatialv2a_jax.recipe import Recipe
+from spatialv2a_jax.train_step import State
 from spatialv2a_jax.watchdog import Watchdog
 
-Batches = Callable[[int], Iterator[Mapping[str, np.ndarray]]]
 Hook = Callable[[State, int, Logbook, Callable[[], bool]], Mapping[str, float] | None]
-
-
-def stream(seed: int, name: str) -> jax.Array:
-  """Returns the key of one use of randomness in a run."""
-  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def fit(
   workdir: str | pathlib.Path,
+  recipe: Recipe,
   *,
   kind: str,
   config: Mapping[str, Any],
-  batches: Batches,
-  batch_size: int,
-  loss: Loss,
-  init: Callable[[jax.Array], Any],
-  optimizer: optim.Optimizer,
-  mesh: Mesh,
   steps: int,
-  stats: Any = None,
-  values: Callable[[], Mapping[str, Any]] | None = None,
-  rules: sharding.Rules | None = None,
-  ema: optim.Ema | None = None,
-  seed: int = 0,
   every: Every | None = None,
-  accumulate: int = 1,
-  guard: guards.Config | None = None,
   limits: Mapping[str, float] | None = None,
   evaluate: Hook | None = None,
   flops_per_clip: float | None = None,
@@ -72,25 +52,11 @@ def fit(
   Args:
     workdir: gets checkpoints/, metrics.jsonl, config.json and TensorBoard events; faults/,
       stacks/ and profile/ where there is need.
+    recipe: what the steps are made of.
     kind: what is trained, "flow" or "vae"; a checkpoint of another kind is refused.
     config: the resolved configuration, JSON-able; stored with every checkpoint.
-    batches: from the index of a batch to the iterator that begins there. A batch is a dict of
-      arrays with the rows that `sharding.local_rows` gives this process; `id_b` names its clips.
-      The size of the iterator's attribute `bad`, if it has one, is logged as `bad_records`.
-    batch_size: clips per step over all processes.
-    loss: (params, stats, batch, key) -> (value, (metrics, new stats)).
-    init: from a key to parameters, boxed with their axis names.
-    optimizer: from `optim.adamw`.
-    mesh: from `sharding.make_mesh`.
     steps: updates of the whole run.
-    stats: running statistics to start from.
-    values: part of the parameter tree that replaces what `init` makes; called in a new run only.
-    rules: meaning of the axis names.
-    ema: moving average of the parameters.
-    seed: of parameters and noise.
     every: how often to log, evaluate and save.
-    accumulate: parts of a batch that are processed one after the other.
-    guard: which updates are left out, and when there are too many of them.
     limits: seconds after which a phase counts as hung, as `watchdog.LIMITS`.
     evaluate: hook (state, step, logbook, leave) -> scalars to log. It may ask `leave()` at the
       same places in every process, and returns None if the answer is yes; it is then called
@@ -111,19 +77,13 @@ def fit(
   A phase that hangs ends the process with exit code 43 and the stacks of its threads.
   """
   workdir, every, ledger = pathlib.Path(workdir), every or Every(), ledger or Ledger()
-  rules, stats = rules or sharding.Rules(), {} if stats is None else stats
-  guard = guards.Config() if guard is None else guard
   say = say if jax.process_index() == 0 else lambda _: None
-  sharding.local_rows(mesh, rules, batch_size)  # Fails before anything is built.
-  if batch_size % accumulate:
-    raise UserError(f"batch_size {batch_size} does not divide by accumulate {accumulate}")
-  widths = ema.widths if ema else ()
+  widths = recipe.ema.widths if recipe.ema else ()
   if every.average and not widths:
     raise UserError("every.average keeps snapshots of power-function averages: set ema.sigma_rel")
   config = json.loads(json.dumps(config))
-  key = stream(seed, "init")
-  create, abstract, layout = init_state(init, stats, optimizer, key, mesh, rules, ema)
-  about = {"kind": kind, "config": config, "versions": versions(), "machine": machine(mesh)}
+  create, abstract, layout = recipe.state()
+  about = {"kind": kind, "config": config, "versions": versions(), "machine": machine(recipe.mesh)}
 
   with (
     Watchdog(ledger, workdir, limits) as watchdog,
@@ -131,14 +91,14 @@ def fit(
     StopSignal() as stop,
   ):
     with ledger.during("restore"):
-      state, run = _begin(checkpoints, create, values, abstract, about, say)
+      state, run = _begin(checkpoints, create, abstract, about, say)
     start, rows = int(state.step), read_metrics(workdir)
     ledger.resume(run.get("ledger"), rows)
     evaluated = evaluate is None or not every.evaluates(start, steps) or _evaluated(rows, start)
     if start > steps or (start == steps and evaluated):
       say(f"this run is finished: {workdir} holds step {start} of {steps}; nothing to do")
       return state
-    _describe(state, mesh, batch_size, workdir, config, say)
+    _describe(state, recipe, workdir, config, say)
     with (
       Logbook(workdir, start + 1, writer=jax.process_index() == 0) as book,
       averages.Snapshots(workdir, widths if every.average else (), start) as snapshots,
@@ -148,13 +108,13 @@ def fit(
         first=start,
         examples=int(run.get("examples", 0)),
         steps=steps,
-        batch_size=batch_size,
+        batch_size=recipe.batch_size,
         every=every,
         checkpoints=checkpoints,
         snapshots=snapshots,
         run=about,
         meter=Meter(**run.get("meter", {})),
-        faults=Faults(workdir, guard.cap, checkpoints.latest, say, int(state.guard.skipped)),
+        faults=Faults(workdir, recipe.guard.cap, checkpoints.latest, say, int(state.guard.skipped)),
         ledger=ledger,
         book=book,
         stop=stop,
@@ -164,38 +124,18 @@ def fit(
         tokens_per_clip=tokens_per_clip,
         say=say,
       )
-      step = make_train_step(
-        loss,
-        optimizer,
-        key=stream(seed, "train"),
-        mesh=mesh,
-        rules=rules,
-        layout=layout,
-        ema=ema,
-        accumulate=accumulate,
-        guard=guard,
-      )
-      source = None if start == steps else batches(loop.examples // batch_size)
-      return loop(state, step, to_devices(source or iter(()), mesh, rules, batch_size), evaluated)
+      feed = iter(()) if start == steps else recipe.feed(loop.examples)
+      return loop(state, recipe.step(layout), feed, evaluated)
 
 
-def to_devices(
-  source: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, rules: sharding.Rules, batch_size: int
-) -> Iterator[Batch]:
-  """Yields the batches of all processes; the copy to the devices runs while they compute."""
-  for batch in source:
-    whole = sharding.global_batch(batch, mesh, rules, batch_size)
-    yield Batch(batch, whole, len(getattr(source, "bad", ())))
-
-
-def _begin(checkpoints, create, values, abstract, about, say) -> tuple[State, dict[str, Any]]:
+def _begin(checkpoints, create, abstract, about, say) -> tuple[State, dict[str, Any]]:
   """Returns the newest state and its `run` item, or a new state and an empty one."""
   latest, kind = checkpoints.latest(), about["kind"]
   if latest is not None and (there := checkpoints.run(latest).get("kind")) != kind:
     raise UserError(f"{checkpoints.folder} holds a run of kind {there!r}, not {kind!r}")
   found = checkpoints.restore(abstract, warn=say)
   if found is None:
-    return overwrite(create(), values() if values else {}), {}
+    return create(), {}
   state, run = found
   age = max(time.time() - run["time"], 0)
   say(f"resumed at step {int(state.step)} from a checkpoint saved {duration(age)} ago")
@@ -224,15 +164,16 @@ def machine(mesh: Mesh) -> dict[str, Any]:
   return about
 
 
-def _describe(state, mesh, batch_size, workdir, config, say) -> None:
+def _describe(state, recipe, workdir, config, say) -> None:
   """Prints what is about to be trained, and writes config.json."""
   count = sum(x.size for x in jax.tree.leaves(state.params))
   size = sharding.bytes_per_device(state) / 2**20
+  mesh = recipe.mesh
   axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
   kind = mesh.devices.flat[0].device_kind
   say(
     f"{count / 1e6:.2f} M parameters, {size:.0f} MiB of state per device; "
-    f"mesh {axes} on {mesh.size} x {kind}; batch {batch_size}"
+    f"mesh {axes} on {mesh.size} x {kind}; batch {recipe.batch_size}"
   )
   if jax.process_index() == 0:
     with atomic_path(workdir / "config.json") as temporary:

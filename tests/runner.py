@@ -11,7 +11,6 @@ import resource
 import signal
 import sys
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ import numpy as np
 
 from data import pipeline, shards
 from launch import train as launcher
-from spatialv2a_jax import cluster, goodput, guard, optim, replay, sharding, train
+from spatialv2a_jax import cluster, goodput, guard, optim, recipe, replay, sharding, train
 from spatialv2a_jax.errors import UserError
 from tests import test_train_step as toy
 
@@ -152,15 +151,15 @@ def evaluate(options: Options):
   return hook if options.eval else None
 
 
-def arguments(options: Options) -> dict[str, Any]:
-  """Returns what `train.fit` and `replay.verify` have in common."""
+def made_of(options: Options) -> recipe.Recipe:
+  """Returns what the steps are made of."""
   devices = jax.devices()[: int(np.prod(options.shape))]
   mesh = sharding.make_mesh(*options.shape, devices=devices)
   shapes = jax.eval_shape(toy.toy_init, jax.random.key(0))
   stats = {"mean": np.zeros(8, np.float32)}
   if options.ballast:
     stats["ballast"] = np.random.default_rng(0).standard_normal(options.ballast, np.float32)
-  return dict(
+  return recipe.Recipe(
     batches=batches(options, mesh),
     batch_size=options.batch_size,
     loss=loss(options),
@@ -169,13 +168,11 @@ def arguments(options: Options) -> dict[str, Any]:
     optimizer=toy.SGD if options.sgd else optim.adamw(optim.Config(lr=1e-2, warmup=2), shapes),
     mesh=mesh,
     guard=guard.Config(**options.guard),
-    say=lambda line: jax.process_index() or print(line, flush=True),
   )
 
 
 def verify(options: Options, say=print, **span) -> bool:
-  common = arguments(options) | {"say": say}
-  return replay.verify(options.workdir, log=options.log, **span, **common)
+  return replay.verify(options.workdir, made_of(options), log=options.log, say=say, **span)
 
 
 def main(options: Options) -> int:
@@ -186,6 +183,7 @@ def main(options: Options) -> int:
     return 0 if verify(options) else 1
   train.fit(
     options.workdir,
+    made_of(options),
     kind="toy",
     config={},
     steps=options.steps,
@@ -193,7 +191,7 @@ def main(options: Options) -> int:
     limits=options.limits,
     evaluate=evaluate(options),
     ledger=ledger,
-    **arguments(options),
+    say=lambda line: print(line, flush=True),
   )
   return 0
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data import pipeline, shards
-from spatialv2a_jax import checkpoint, logbook, sharding, train
+from spatialv2a_jax import checkpoint, logbook, recipe, sharding, train
 from tests import loader_shards
 from tests import test_train_step as toy
 from tests.processes import finish, start, together, wait_for
@@ -104,15 +104,17 @@ def fit(workdir, folder, shape, steps, seen, checkpoint_every=100):
 
   return train.fit(
     workdir,
+    recipe.Recipe(
+      batches=batches,
+      batch_size=8,
+      loss=toy.toy_loss,
+      init=toy.toy_init,
+      stats={"mean": np.zeros(8, np.float32)},
+      optimizer=toy.SGD,
+      mesh=sharding.make_mesh(*shape, devices=devices),
+    ),
     kind="toy",
     config={},
-    batches=batches,
-    batch_size=8,
-    loss=toy.toy_loss,
-    init=toy.toy_init,
-    stats={"mean": np.zeros(8, np.float32)},
-    optimizer=toy.SGD,
-    mesh=sharding.make_mesh(*shape, devices=devices),
     steps=steps,
     every=train.Every(log=1, checkpoint=checkpoint_every),
     say=lambda line: None,

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,9 +14,11 @@ import numpy as np
 import optax
 import pytest
 
-from spatialv2a_jax import checkpoint, optim, sharding, train
+from spatialv2a_jax import checkpoint, optim, recipe, sharding, train
 from spatialv2a_jax.errors import UserError
 from tests import test_train_step as toy
+
+RECIPE = {field.name for field in dataclasses.fields(recipe.Recipe)}
 
 
 def fit(workdir, *, steps=6, batches=None, shape=(1, 1, 1), kind="toy", **kwargs):
@@ -28,24 +31,20 @@ def fit(workdir, *, steps=6, batches=None, shape=(1, 1, 1), kind="toy", **kwargs
       index += 1
 
   arguments = {
-    "config": {"model": {"width": 8}},
+    "batches": batches or endless,
     "batch_size": 8,
     "loss": toy.toy_loss,
+    "init": toy.toy_init,
     "stats": {"mean": np.zeros(8, np.float32)},
     "optimizer": optim.adamw(
       optim.Config(lr=1e-2, warmup=2), jax.eval_shape(toy.toy_init, jax.random.key(0))
     ),
-    "every": train.Every(log=1, checkpoint=2),
+    "mesh": sharding.make_mesh(*shape, devices=devices),
   }
-  return train.fit(
-    workdir,
-    kind=kind,
-    batches=batches or endless,
-    init=toy.toy_init,
-    mesh=sharding.make_mesh(*shape, devices=devices),
-    steps=steps,
-    **(arguments | kwargs),
-  )  # fmt: skip
+  more = {"config": {"model": {"width": 8}}, "every": train.Every(log=1, checkpoint=2)}
+  for name, value in kwargs.items():
+    (arguments if name in RECIPE else more)[name] = value
+  return train.fit(workdir, recipe.Recipe(**arguments), kind=kind, steps=steps, **more)
 
 
 def lines(workdir):
