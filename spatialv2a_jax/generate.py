@@ -15,15 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import soxr
 
 import spatialv2a_jax
 from spatialv2a_jax import features, io, localizers, logbook, report, schema, worklist
 from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
 from spatialv2a_jax.feature_cache import open_cache
 from spatialv2a_jax.generator import Clip, Generator, Settings
-from spatialv2a_jax.metrics import analysis
-from spatialv2a_jax.metrics import spatial as spatial_metrics
+from spatialv2a_jax.metrics.summary import spatial_cues
 from spatialv2a_jax.windows import Window
 
 BATCH = 8  # Windows sampled at once.
@@ -33,8 +31,6 @@ ONE_EAR = (
   "`spatialv2a spatialize` places the sound where the picture moves, or along a track"
 )
 COUNT_SECONDS = 8.0  # Stretch of video that is held while frames are counted.
-CUES_SECONDS = 30.0
-CUES = ("ild_clip_db", "itd_xc_clip_us", "iacc_clip")
 
 
 @dataclasses.dataclass
@@ -101,27 +97,6 @@ def write(model: Generator, job: Job, clip: Clip, out: pathlib.Path, settings: S
   }
   with io.atomic_path(target["json"]) as temporary:
     temporary.write_text(json.dumps(about, indent=1) + "\n")
-
-
-def spatial_cues(audio_ep: np.ndarray, rate: int) -> dict[str, float | None]:
-  """Returns level and time difference and coherence of a clip; None where undefined.
-
-  Clips longer than `CUES_SECONDS` are cut into stretches of about that length, whose cues are
-  averaged by energy: a long one would need gigabytes.
-  """
-  at_rate = soxr.resample(audio_ep.T, rate, analysis.RATE, quality="VHQ").T
-  short = max(0, analysis.N_FFT - at_rate.shape[1])
-  at_rate = np.pad(at_rate, ((0, 0), (0, short)))
-  count = max(1, round(at_rate.shape[1] / (CUES_SECONDS * analysis.RATE)))
-  total, weight = np.zeros(len(CUES)), np.zeros(len(CUES))
-  for part_ep in np.array_split(at_rate, count, axis=1):
-    values = spatial_metrics.metrics(analysis.analyse(part_ep))
-    cues = np.array([values[name] for name in CUES])
-    energy = np.where(np.isfinite(cues), np.square(part_ep, dtype=np.float64).sum(), 0.0)
-    total += energy * np.nan_to_num(cues)
-    weight += energy
-  means = [round(float(t / w), 3) if w else None for t, w in zip(total, weight, strict=True)]
-  return dict(zip(CUES, means, strict=True))
 
 
 def peak_memory_mb() -> int | None:

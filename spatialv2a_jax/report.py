@@ -28,6 +28,7 @@ from PIL import Image
 from spatialv2a_jax import __version__, io, logbook, report_run
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, analysis, evaluate
+from spatialv2a_jax.metrics.summary import CUES
 
 EMBED_BYTES = 3_000_000  # A larger video is shrunk, or linked if that is not enough.
 HALF_VIEW_DEG = 60.0  # Azimuth at the edges of the picture: linear law, 120 degrees wide.
@@ -59,7 +60,7 @@ def write_report(
       or a workdir with `metrics.jsonl`, in it or in its `checkpoint/`.
     out_html: page to write, atomically.
     ref: folder with reference sound `<stem>.wav|flac|mp4`, for the A/B switch.
-    truth: folder with scene truth `<stem>.json`; else the sidecar's `truth`, a path or the object.
+    truth: folder with scene truth `<stem>.json`; scenes are their own truth.
     scores: file written by `evaluate`; else `scores.json` in `folder` or beside it.
 
   Raises:
@@ -191,13 +192,13 @@ def _clip(sidecar: pathlib.Path, folders: _Folders) -> dict[str, Any]:
     "curves": curves,
     "truth": known,
     "seen": _seen(info.get("descriptors") or []),
-    "heat": _heat(info, sidecar),
-    "summary": {key: spatial.get(key) for key in ("ild_db", "itd_us", "iacc")},
+    "heat": _heat(info),
+    "summary": {key: spatial.get(key) for key in CUES},
     "facts": {
       key: value
       for key, value in info.items()
       if isinstance(value, str | int | float | dict | bool)
-      and key not in ("heat", "truth", "spatial", "camera")
+      and key not in ("heat", "spatial", "camera")
     },
   }
 
@@ -238,20 +239,14 @@ def _numbers(values: np.ndarray | Sequence[float], digits: int) -> list[float | 
 def _truth(
   info: Mapping[str, Any], stem: str, sidecar: pathlib.Path, folders: _Folders
 ) -> dict[str, Any] | None:
-  """The true azimuth over time, from the truth folder, the sidecar, or a scene's own JSON."""
-  given = info.get("truth")
+  """The true azimuth over time, from the truth folder or a scene's own JSON."""
   path = _find(folders.truth, stem, (".json",))
   if path is None and "sources" in info:
     path = sidecar
-  if path is None and isinstance(given, str):
-    path = sidecar.parent / given
-  if path is not None:
-    found = alignment.read_truth(path)
-    return {"fps": found.fps, "azimuth": _numbers(found.azimuth_v, 1)}
-  if isinstance(given, Mapping):
-    azimuth = [math.nan if a is None else a for a in given.get("azimuth_deg", [])]
-    return {"fps": float(given.get("fps", 25)), "azimuth": _numbers(azimuth, 1)}
-  return None
+  if path is None:
+    return None
+  found = alignment.read_truth(path)
+  return {"fps": found.fps, "azimuth": _numbers(found.azimuth_v, 1)}
 
 
 def _seen(descriptors: Sequence[Sequence[float]]) -> dict[str, Any] | None:
@@ -270,21 +265,11 @@ def _seen(descriptors: Sequence[Sequence[float]]) -> dict[str, Any] | None:
   }
 
 
-def _heat(info: Mapping[str, Any], sidecar: pathlib.Path) -> dict[str, Any] | None:
-  given = info.get("heat")
-  if isinstance(given, Mapping) and "png" in given:
-    strip = dict(given)
-  elif isinstance(info.get("heatmap"), str):
-    path = sidecar.parent / info["heatmap"]
-    try:
-      with np.load(path) as arrays:
-        strip = heat_strip(arrays[arrays.files[0]])
-    except (OSError, ValueError) as error:
-      raise UserError(f"report: cannot read the heat maps {path}: {error}") from None
-  else:
+def _heat(info: Mapping[str, Any]) -> dict[str, Any] | None:
+  strip = info.get("heat")
+  if not isinstance(strip, Mapping) or "png" not in strip:
     return None
-  strip["png"] = f"data:image/png;base64,{strip['png']}"
-  return strip
+  return {**strip, "png": f"data:image/png;base64,{strip['png']}"}
 
 
 def _video(path: pathlib.Path, page: pathlib.Path) -> str:

@@ -240,8 +240,8 @@ function showClip(clip) {
 
   const signed = (x, unit) => (x === null || x === undefined ? null : `${x > 0 ? "+" : ""}${short(x)} ${unit}`);
   describe(find(".summary"), {
-    "Level difference": signed(clip.summary.ild_db, "dB"), "Time difference": signed(clip.summary.itd_us, "µs"),
-    "Interaural coherence": clip.summary.iacc === null ? null : short(clip.summary.iacc),
+    "Level difference": signed(clip.summary.ild_clip_db, "dB"), "Time difference": signed(clip.summary.itd_xc_clip_us, "µs"),
+    "Interaural coherence": clip.summary.iacc_clip === null ? null : short(clip.summary.iacc_clip),
   });
   describe(find(".facts"), clip.facts);
   document.getElementById("clips").append(card);

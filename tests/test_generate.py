@@ -18,6 +18,7 @@ import spatialv2a_jax
 from spatialv2a_jax import checkpoint, generate, generator, io
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.generator import Settings
+from spatialv2a_jax.metrics import summary
 from tests import tiny
 
 BASE = Settings(steps=tiny.STEPS)
@@ -228,13 +229,13 @@ def test_cues_of_long_sound_are_averaged_over_stretches(monkeypatch):
   rng = np.random.default_rng(0)
   noise = rng.standard_normal((1, 48_000)).astype(np.float32) * 0.1
   ears = np.concatenate([noise, 0.5 * np.roll(noise, 4, axis=1)])
-  whole = generate.spatial_cues(ears, 16_000)
-  monkeypatch.setattr(generate, "CUES_SECONDS", 1.0)
-  parts = generate.spatial_cues(ears, 16_000)
+  whole = summary.spatial_cues(ears, 16_000)
+  monkeypatch.setattr(summary, "STRETCH_SECONDS", 1.0)
+  parts = summary.spatial_cues(ears, 16_000)
   assert parts == pytest.approx(whole, rel=0.01)
   assert parts["itd_xc_clip_us"] == pytest.approx(250, abs=2)
   assert parts["ild_clip_db"] == pytest.approx(6.02, abs=0.05)
-  assert generate.spatial_cues(np.zeros((2, 100), np.float32), 16_000)["iacc_clip"] is None
+  assert summary.spatial_cues(np.zeros((2, 100), np.float32), 16_000)["iacc_clip"] is None
 
 
 def test_each_file_has_noise_of_its_own(films, make, monkeypatch):

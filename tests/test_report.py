@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatialv2a_jax import io, report, report_run
+from spatialv2a_jax import generate, io, report, report_run
 from spatialv2a_jax.errors import UserError
 
 RATE = 16000
@@ -47,8 +47,7 @@ def clips(tmp_path):
     "prompt": HOSTILE,
     "sample_rate": RATE,
     "descriptors": [[0.5, 0.1, 0.04, 1.0, 0.0]] * 6 + [[0.0] * 5] * 6,
-    "spatial": {"ild_db": 6.0, "itd_us": 400.0, "iacc": 0.9},
-    "truth": {"fps": 8, "azimuth_deg": [30.0] * 11 + [None]},
+    "spatial": generate.spatial_cues(leftward(), RATE),
   }
   (folder / "clip.json").write_text(json.dumps(sidecar))
   return folder
@@ -78,7 +77,11 @@ def test_hostile_text_stays_text(clips, tmp_path):
 
 
 def test_left_is_positive_and_the_right_of_the_picture_is_negative(clips, tmp_path):
-  report.write_report(clips, tmp_path / "report.html")
+  (tmp_path / "truth").mkdir()
+  azimuth = [30.0] * 11 + [None]
+  truth = {"seconds": 1.5, "fps": 8, "azimuth_deg": azimuth, "sources": []}
+  (tmp_path / "truth" / "clip.json").write_text(json.dumps(truth))
+  report.write_report(clips, tmp_path / "report.html", truth=tmp_path / "truth")
   (clip,) = payload(tmp_path / "report.html")["clips"]
   heard = clip["curves"]["generated"]
   assert np.median(heard["ild"]) == pytest.approx(6, abs=0.3)
@@ -88,6 +91,16 @@ def test_left_is_positive_and_the_right_of_the_picture_is_negative(clips, tmp_pa
   assert clip["seen"]["azimuth"] == [-30.0] * 6 + [None] * 6  # Centre of the right half.
   assert clip["seen"]["half"][0] == pytest.approx(0.2)
   assert clip["truth"]["azimuth"] == [30.0] * 11 + [None]
+
+
+def test_the_cues_that_generation_wrote_are_summed_up(clips, tmp_path):
+  report.write_report(clips, tmp_path / "report.html")
+  (clip,) = payload(tmp_path / "report.html")["clips"]
+  level, delay, coherence = clip["summary"].values()
+  assert level == pytest.approx(6, abs=0.1) and delay == pytest.approx(375, abs=5)
+  assert 0.95 < coherence <= 1
+  names = set(re.findall(r"clip\.summary\.(\w+)", (tmp_path / "report.html").read_text()))
+  assert names == set(clip["summary"])  # What the page asks for is what there is.
 
 
 def test_reference_joins_the_switch_and_mono_is_always_there(clips, tmp_path):
@@ -137,15 +150,6 @@ def test_heat_strip_keeps_place_and_time():
   tiles = image.reshape(rows, 3, columns)
   assert tiles[:, [0, 2]].max() == 0 and tiles[:, 1, : columns // 2].max() == 0
   assert tiles[:, 1, columns // 2 :].min() == 255
-
-
-def test_heat_maps_can_lie_beside_the_sidecar(clips, tmp_path):
-  np.savez(clips / "heat.npz", heat=np.ones((12, 8, 8), np.float32))
-  info = json.loads((clips / "clip.json").read_text())
-  (clips / "clip.json").write_text(json.dumps(info | {"heatmap": "heat.npz"}))
-  report.write_report(clips, tmp_path / "report.html")
-  heat = payload(tmp_path / "report.html")["clips"][0]["heat"]
-  assert heat["png"].startswith("data:image/png;base64,") and heat["frames"] == 12
 
 
 def test_a_folder_of_scenes_is_its_own_truth(tmp_path):

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from spatialv2a_jax import io, report
+from spatialv2a_jax import generate, io, report
 from tests.e2e.browsing import click, wait
 
 pytestmark = pytest.mark.browser
@@ -33,9 +33,12 @@ def write_clip(folder, name):
     "settings": {"steps": 25},
     "descriptors": [[float(place), 0.05, 0.02, float(np.sign(place)), 0.0] for place in place_v],
     "heat": report.heat_strip(heat),
-    "truth": {"fps": 8, "azimuth_deg": (-60 * place_v).tolist()},
-    "spatial": {"ild_db": 0.0, "itd_us": 0.0, "iacc": 1.0},
+    "spatial": generate.spatial_cues(sound, RATE),
   }
+  azimuth = (-60 * place_v).tolist()
+  truth = {"seconds": SECONDS, "fps": 8, "azimuth_deg": azimuth, "sources": []}
+  (folder / "truth").mkdir(exist_ok=True)
+  (folder / "truth" / f"{name}.json").write_text(json.dumps(truth))
   (folder / f"{name}.json").write_text(json.dumps(sidecar))
 
 
@@ -51,7 +54,7 @@ def page(tmp_path_factory):
   metrics = {"sign_agreement": score, "isd_cos": score}
   scores = {"metrics": metrics, "baselines": {"dual_mono": metrics}, "dropped": []}
   (folder / "scores.json").write_text(json.dumps(scores))
-  report.write_report(folder, folder / "report.html", ref=folder / "ref")
+  report.write_report(folder, folder / "report.html", ref=folder / "ref", truth=folder / "truth")
   return (folder / "report.html").as_uri()
 
 
@@ -125,6 +128,12 @@ def test_clicking_a_plot_seeks_and_left_is_up(browser):
   path = "return document.querySelector('svg .truth').getAttribute('d')"
   points = [tuple(map(float, pair.split())) for pair in browser.execute_script(path)[1:].split("L")]
   assert points[0][0] < points[-1][0] and points[0][1] < points[-1][1]  # From the left, at the top.
+
+
+def test_the_cues_of_the_sidecar_are_shown(browser):
+  text = browser.find_element("css selector", ".summary").text
+  assert text.split("\n")[::2] == ["Level difference", "Time difference", "Interaural coherence"]
+  assert "0 dB" in text and "0 µs" in text
 
 
 def test_the_heat_is_drawn_where_the_dot_is_and_can_be_hidden(browser):
