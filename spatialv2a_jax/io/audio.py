@@ -3,6 +3,7 @@
 import os
 import pathlib
 import warnings
+from collections.abc import Iterator
 from fractions import Fraction
 
 import av
@@ -11,6 +12,8 @@ import numpy as np
 import scipy.io.wavfile
 import soundfile
 import soxr
+from av.audio.stream import AudioStream
+from av.container import InputContainer
 
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.io.files import atomic_path, check_readable, open_media
@@ -26,27 +29,51 @@ def _decode_file(path: pathlib.Path) -> tuple[np.ndarray, int]:
   return samples.T, rate
 
 
+def _blocks(
+  container: InputContainer, stream: AudioStream
+) -> Iterator[tuple[float | None, np.ndarray]]:
+  """Decodes (time, float32 [e, p]), all with the channels and the rate of the stream's head.
+
+  Recordings of broadcasts, and files that were joined, change both on the way.
+  """
+  head = stream.codec_context
+  layout, rate = head.layout, head.sample_rate
+  kind, planar = None, None
+  for frame in container.decode(stream):
+    if kind != (kind := (frame.format.name, frame.layout.name, frame.sample_rate)):
+      if planar:
+        yield from ((block.time, block.to_ndarray()) for block in planar.resample(None))
+      planar = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+    assert planar
+    time = frame.time
+    yield from ((time, block.to_ndarray()) for block in planar.resample(frame))
+  if planar:
+    yield from ((block.time, block.to_ndarray()) for block in planar.resample(None))
+
+
 def _decode_container(path: pathlib.Path) -> tuple[np.ndarray, int]:
   with open_media(path) as container:
     if not container.streams.audio:
       raise UserError(f"{path} has no audio stream")
     stream = container.streams.audio[0]
     rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
-    planar = av.AudioResampler(format="fltp", layout=stream.codec_context.layout, rate=rate)
     blocks, first = [], None
     try:
-      for frame in container.decode(stream):
-        first = frame.time if first is None else first
-        blocks += [block.to_ndarray() for block in planar.resample(frame)]
-      blocks += [block.to_ndarray() for block in planar.resample(None)]
+      for time, block_ep in _blocks(container, stream):
+        first = time if first is None else first
+        blocks.append(block_ep)
     except av.error.FFmpegError as error:
       seconds = sum(block.shape[1] for block in blocks) / rate
       raise UserError(
         f"{path} is damaged: its sound stops after {seconds:.2f} s ({error.strerror or error})"
       ) from None
     audio_ep = np.concatenate(blocks, 1) if blocks else np.zeros((channels, 0), np.float32)
-    if stream.duration and stream.time_base:  # Codecs fill up their last block: cut that off.
-      audio_ep = audio_ep[:, : round(stream.duration * stream.time_base * rate)]
+    if stream.duration and stream.time_base:
+      # Codecs fill up their last block: cut that off. Where more is left, the length was a guess.
+      stated = round(stream.duration * stream.time_base * rate)
+      longest = max((block_ep.shape[1] for block_ep in blocks), default=0)
+      if audio_ep.shape[1] - stated <= 2 * longest:
+        audio_ep = audio_ep[:, :stated]
     shift = 0
     if container.streams.video and first is not None:
       video = container.streams.video[0]

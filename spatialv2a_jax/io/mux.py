@@ -8,8 +8,9 @@ there for players without FLAC. Stereo is tagged as such, channel 0 left.
 Axes: e channel (0 left, 1 right), p sample, y row, x column.
 """
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Literal
 
@@ -190,7 +191,8 @@ def remux(
 
   The compressed video packets are copied byte for byte, with their rotation; every other stream is
   dropped. Picture and sound start together at zero; the sound is cut where the picture ends. A
-  picture that MP4 cannot hold (old AVI, MPEG-1, Theora...) is encoded anew with H.264, upright.
+  picture that MP4 cannot hold (old AVI, MPEG-1, Theora, joined recordings whose times go back...)
+  is encoded anew with H.264, upright.
 
   Args:
     video_path: a file with a video stream.
@@ -204,34 +206,74 @@ def remux(
     UserError: unreadable video, no video stream, or an output that cannot be written.
   """
   stop = None if duration is None else rational(duration)
-  copy = _can_copy(video_path)
+  if _can_copy(video_path):
+    try:
+      with _remuxing(video_path, audio_ep, sample_rate, out_path, codec) as parts:
+        _copy(*parts, video_path, stop)
+      return
+    except (av.error.FFmpegError, ValueError):
+      pass  # Times that repeat or go back, as of joined recordings, are more than MP4 can hold.
+  with _remuxing(video_path, audio_ep, sample_rate, out_path, codec) as parts:
+    container, source, output, sound = parts
+    fps = rational(source.average_rate or source.guessed_rate or 25)
+    frames = _onward(timed_frames(container, source, video_path, Fraction(0)), stop)
+    try:
+      _encode(output, frames, fps, Fraction(1, 90_000), sound)
+    except av.error.FFmpegError as error:
+      raise UserError(
+        f"{video_path}: its picture cannot be put into {out_path} ({error.strerror or error})"
+      ) from None
+
+
+_Remux = tuple[InputContainer, av.VideoStream, OutputContainer, Callable[[], _Sound]]
+
+
+@contextlib.contextmanager
+def _remuxing(
+  video_path: str | os.PathLike,
+  audio_ep: np.ndarray,
+  sample_rate: int,
+  out_path: str | os.PathLike,
+  codec: Codec,
+) -> Iterator[_Remux]:
+  """Yields the open video, its picture, the output, and what begins the sound."""
   with (
     open_media(video_path) as container,
     atomic_path(out_path) as temporary,
     _open_output(temporary) as output,
   ):
     source = video_stream(container, video_path)
+    yield container, source, output, lambda: _Sound(output, audio_ep, sample_rate, codec, out_path)
 
-    def sound() -> _Sound:
-      return _Sound(output, audio_ep, sample_rate, codec, out_path)
 
-    if not copy:
-      picture, fps = Picture(), rational(source.average_rate or source.guessed_rate or 25)
-      frames = (
-        (time, picture(frame))
-        for time, _, frame in timed_frames(container, source, video_path, Fraction(0))
-        if stop is None or time < stop
-      )
-      _encode(output, frames, fps, Fraction(1, 90_000), sound)
-      return
-    target = output.add_stream_from_template(source)
-    track, end = sound(), Fraction(0)
-    base = source.time_base or Fraction(1, av.time_base)
-    step = 1 / (source.average_rate or source.guessed_rate or Fraction(25))
-    for packet in _video_packets(container, source, video_path, stop):
-      time = packet.pts if packet.pts is not None else packet.dts or 0
-      end = max(end, time * base + (packet.duration * base if packet.duration else step))
-      packet.stream = target
-      output.mux(packet)
-      track.feed(time * base)
-    track.finish(end)
+def _copy(
+  container: InputContainer,
+  source: av.VideoStream,
+  output: OutputContainer,
+  sound: Callable[[], _Sound],
+  path: str | os.PathLike,
+  stop: Fraction | None,
+) -> None:
+  """Copies the packets of a picture, the sound alongside; FFmpegError where MP4 refuses one."""
+  target = output.add_stream_from_template(source)
+  track, end = sound(), Fraction(0)
+  base = source.time_base or Fraction(1, av.time_base)
+  step = 1 / (source.average_rate or source.guessed_rate or Fraction(25))
+  for packet in _video_packets(container, source, path, stop):
+    time = packet.pts if packet.pts is not None else packet.dts or 0
+    end = max(end, time * base + (packet.duration * base if packet.duration else step))
+    packet.stream = target
+    output.mux(packet)
+    track.feed(time * base)
+  track.finish(end)
+
+
+def _onward(
+  frames: Iterable[tuple[Fraction, Fraction, av.VideoFrame]], stop: Fraction | None
+) -> Iterator[tuple[Fraction, np.ndarray]]:
+  """Frames up to `stop` that are later than those before them, as pixels."""
+  picture, shown = Picture(), Fraction(-1)
+  for time, _, frame in frames:
+    if time > shown and (stop is None or time < stop):
+      shown = time
+      yield time, picture(frame)
