@@ -9,33 +9,15 @@ import pathlib
 
 import numpy as np
 import soxr
-from numpy.typing import ArrayLike
-from scipy import ndimage
 
 from data import filters
 from spatialv2a_jax import io, schema
-from spatialv2a_jax.spatial import spatializer
+from spatialv2a_jax.spatial import render, spatializer
 
-SMOOTH_S = 0.375  # Standard deviation: a source does not jump, a localizer does.
-FULL_SCALE = 32767 / 32768
 # Correlation of level difference and picture that says left is right. Both drift slowly, ten
 # seconds hold some ten independent moments: by chance, -0.6 is common in true stereo.
 REVERSED = -0.85
 _LEAST_SWING_DEG, _LEAST_SWING_DB, _LEAST_FRAMES = 10.0, 1.0, 16
-
-
-def smooth(azimuth_v: ArrayLike, located_v: ArrayLike) -> np.ndarray:
-  """Returns a track float64 [v] without jumps: frames in which nothing was found take no part.
-
-  Gaps are bridged and the ends held; all zero where nothing was ever found.
-  """
-  weight_v = np.asarray(located_v, np.float64)
-  if not weight_v.any():
-    return np.zeros(len(weight_v))
-  seen_v = np.flatnonzero(weight_v)
-  bridged_v = np.interp(np.arange(len(weight_v)), seen_v, np.asarray(azimuth_v)[seen_v])
-  sigma = SMOOTH_S * schema.CLIP_FPS
-  return ndimage.gaussian_filter1d(bridged_v, sigma, mode="nearest")
 
 
 def agreement(audio_ep: np.ndarray, sample_rate: int, azimuth_v: np.ndarray) -> float:
@@ -170,7 +152,5 @@ class Placer:
 
 
 def _placed(audio_ep: np.ndarray, label: str, head: str, agrees: float) -> Placed:
-  peak = float(np.abs(audio_ep).max())
-  gain = min(1.0, FULL_SCALE / peak) if peak else 1.0
-  kept_ep = (audio_ep * np.float32(gain)).astype(np.float32)
-  return Placed(kept_ep, label, head, 20 * math.log10(gain) + 0.0, agrees)
+  kept_ep, gain_db = render.within_full_scale(audio_ep)
+  return Placed(kept_ep, label, head, gain_db, agrees)

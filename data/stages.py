@@ -53,7 +53,7 @@ import threadpoolctl
 
 from data import catalogue, filters, findings, layout, localise, quality, shards, spatialise
 from data.findings import Clock, Job, Run
-from spatialv2a_jax import io, schema
+from spatialv2a_jax import io, localizers, schema
 from spatialv2a_jax.metrics import analysis
 from spatialv2a_jax.metrics import spatial as metrics
 
@@ -238,7 +238,7 @@ class Slice:
     with clock("spatialise"):
       audio_ep = self._sound(job)[:, : settings.samples]
       audio_ep = np.pad(audio_ep, ((0, 0), (0, settings.samples - audio_ep.shape[1])))
-      azimuth_v = spatialise.smooth(seen["azimuth_deg"], seen["located"])
+      azimuth_v = localizers.smooth(seen["azimuth_deg"], seen["located"])
       placed = place(audio_ep, heard["layout"], azimuth_v, job.clip.path)
     with clock("encode"):
       scores = _scores(job, heard)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from data import scenes
 from launch import audit, sources, vggsound
-from spatialv2a_jax import logbook
+from spatialv2a_jax import errors, logbook
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.spatial import hrtf
 
@@ -145,6 +145,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print(f"launch.data {args.command}: interrupted", file=sys.stderr)
     return 130
+  except (OSError, RuntimeError, MemoryError) as error:
+    line = errors.one_line(error, "; try a smaller --batch or --jobs")
+    if line is None:
+      raise
+    print(f"launch.data {args.command}: {line}", file=sys.stderr)
+    return UserError.exit_code
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import spatialv2a_jax
+from spatialv2a_jax import errors
 from spatialv2a_jax.errors import UserError
 
 SOLVERS = ("euler", "ab2", "midpoint", "rk4")  # Those of `flow`, which is slow to import.
+
+MEMORY = {"generate": "; try --low-memory, --dtype bfloat16 or a shorter --duration"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +61,17 @@ def hrtf(text: str) -> str:
   if text != "sphere" and not text.startswith("sofa:"):
     raise argparse.ArgumentTypeError(f"{text!r} is none of: sphere, sofa:FILE")
   return text
+
+
+def add_video_sound(p: argparse.ArgumentParser) -> None:
+  """Adds --video-sound."""
+  p.add_argument(
+    "--video-sound",
+    choices=("aac", "flac", "alac"),
+    default="aac",
+    help="how the mp4 stores its sound: aac (320 kb/s) plays everywhere; flac (browsers, VLC) and "
+    "alac (Apple's players) are lossless, as the file beside it is anyway",
+  )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument("--format", choices=("wav", "flac"), default="wav")
   p.add_argument("--no-video", dest="video", action="store_false", help="write sound only")
+  add_video_sound(p)
   p.add_argument(
     "--dtype", choices=("float32", "bfloat16"), help="of the matmuls; unset: the checkpoint's"
   )
@@ -155,11 +170,12 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument("inputs", nargs="+", metavar="AUDIO|VIDEO")
   p.add_argument("--out", required=True, metavar="DIR")
   p.add_argument("--track", metavar="FILE", help="CSV or JSON with time_s and azimuth_deg")
-  p.add_argument("--hrtf", type=hrtf, default="sphere", help="sphere or sofa:FILE")
+  p.add_argument("--hrtf", type=hrtf, help="sphere or sofa:FILE; unset: sphere")
   p.add_argument(
     "--checkpoint", metavar="DIR", help="mono-to-binaural network, instead of a track and a head"
   )
   p.add_argument("--format", choices=("wav", "flac"), default="wav")
+  add_video_sound(p)
   p.set_defaults(run=run_spatialize)
 
   p = command("evaluate", "Score binaural sound against references and visible truth.")
@@ -186,11 +202,11 @@ def parser() -> argparse.ArgumentParser:
   )
   p.add_argument("file", nargs="?", metavar="FILE", help="safetensors, .pth, .pt or .bin")
   p.add_argument("--out", metavar="DIR", help="model folder, which may hold other networks")
-  p.add_argument("--ears", type=number(int, 1, 2), default=1, help="2: both start as this mono one")
+  p.add_argument("--ears", type=number(int, 1, 2), help="2: both start as this mono one; unset: 1")
   p.add_argument(
     "--check", metavar="FILE", help="compare with the outputs in a golden file instead"
   )
-  p.add_argument("--tolerance", type=number(float, 0), default=1e-4, help="of --check")
+  p.add_argument("--tolerance", type=number(float, 0), help="of --check; unset: 1e-4")
   p.set_defaults(run=run_convert)
 
   p = command("export", "Write a network of a model folder in the layout of its upstream project.")
@@ -263,6 +279,7 @@ def run_spatialize(args: argparse.Namespace) -> int:
     track=args.track,
     hrtf=args.hrtf,
     format=args.format,
+    video_sound=args.video_sound,
     checkpoint=args.checkpoint,
   )
 
@@ -285,10 +302,16 @@ def run_convert(args: argparse.Namespace) -> int:
   from spatialv2a_jax import convert
 
   if args.check is not None:
-    return convert.check(args.source, args.check, args.tolerance)
+    other = {"FILE": args.file, "--out": args.out, "--ears": args.ears}
+    if given := [name for name, value in other.items() if value is not None]:
+      raise UserError(f"--check converts the weights of its own file, without {given[0]}")
+    tolerance = convert.TOLERANCE if args.tolerance is None else args.tolerance
+    return convert.check(args.source, args.check, tolerance)
+  if args.tolerance is not None:
+    raise UserError("--tolerance is for --check FILE")
   if args.file is None or args.out is None:
     raise UserError("give FILE and --out DIR, or --check FILE")
-  return convert.run(args.source, args.file, args.out, ears=args.ears)
+  return convert.run(args.source, args.file, args.out, ears=args.ears or 1)
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -330,6 +353,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print(f"spatialv2a {args.command}: interrupted", file=sys.stderr)
     return 130
+  except (OSError, RuntimeError, MemoryError) as error:
+    line = errors.one_line(error, MEMORY.get(args.command, ""))
+    if line is None:
+      raise
+    print(f"spatialv2a {args.command}: {line}", file=sys.stderr)
+    return UserError.exit_code
 
 
 if __name__ == "__main__":

@@ -51,14 +51,14 @@ def codecs() -> Check:
   """PyAV can read and write what the commands read and write."""
   import av
 
-  wanted = {"h264": "r", "libx264": "w", "aac": "r", "flac": "w"}
+  wanted = {"h264": "r", "libx264": "w", "aac": "w", "flac": "w"}
   missing = []
   for name, mode in wanted.items():
     try:
       av.Codec(name, mode)  # type: ignore[arg-type]
     except ValueError:
       missing.append(name)
-  text = "h264 and AAC in, h264 and FLAC out" + (f"; missing: {', '.join(missing)}" * bool(missing))
+  text = "h264, AAC and FLAC in and out" + (f"; missing: {', '.join(missing)}" * bool(missing))
   return not missing, text, "pip install --upgrade av"
 
 

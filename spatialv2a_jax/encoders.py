@@ -205,6 +205,11 @@ class Encoders:
         one |= features_of
     return encoded
 
+  def check_text(self, words: str) -> None:
+    """MissingAssetError, or UserError, where a text cannot be encoded; encodes nothing."""
+    if self.config.encoder != "random" and words:
+      self._ids([words], "clip")
+
   def text(self, words: str) -> np.ndarray:
     """Returns the features of a text, float32 [w, f]."""
     if self.config.encoder == "random":

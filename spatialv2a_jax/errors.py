@@ -16,6 +16,24 @@ class UserError(Exception):
       self.exit_code = exit_code
 
 
+def one_line(error: Exception, memory: str = "") -> str | None:
+  """Returns what a user can do about an error of the system or the device; None for others.
+
+  Args:
+    error: that no code has foreseen.
+    memory: what to try where memory is short, to be appended.
+  """
+  text = str(error)
+  if isinstance(error, MemoryError):
+    return f"out of memory{memory}"
+  if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:  # JAX's.
+    return f"out of memory on the device{memory} ({text.strip().splitlines()[0][:200]})"
+  if isinstance(error, OSError) and error.strerror:
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}"
+  return None
+
+
 class MissingAssetError(UserError):
   """Weights or data that the chosen settings need are not on this machine."""
 

@@ -83,7 +83,14 @@ def write(model: Generator, job: Job, clip: Clip, out: pathlib.Path, settings: S
       path.unlink(missing_ok=True)
   io.write_audio(target[settings.format], clip.audio_ep, rate)
   if settings.video:
-    io.remux(job.path, clip.audio_ep, rate, target["mp4"], duration=settings.duration)
+    io.remux(
+      job.path,
+      clip.audio_ep,
+      rate,
+      target["mp4"],
+      codec=settings.video_sound,
+      duration=settings.duration,
+    )
   wall = time.monotonic() - job.began
   about = sidecar(model, job, settings) | {
     "jax": jax.__version__,
@@ -161,9 +168,15 @@ def run(
   model = Generator(
     checkpoint_dir, parts=parts, dtype=dtype, low_memory=settings.low_memory, cache=cache
   )
+  if model.ears == 1:
+    refuse_ears(settings)
+    print(ONE_EAR, file=sys.stderr)
   if settings.guidance is None:
     settings = dataclasses.replace(settings, guidance=model.guidance)
-  stages = model.encoders(settings.localizer).stages(settings.prompt)
+  encoders = model.encoders(settings.localizer)
+  for words in (settings.prompt, settings.negative):
+    encoders.check_text(words)  # Before the first film goes through the encoders.
+  stages = encoders.stages(settings.prompt)
   batched = len(paths) > 1 and not settings.low_memory
   rows = min(BATCH, 1 << (len(paths) - 1).bit_length()) if batched else 1
   held = GROUP if settings.low_memory else rows
@@ -197,8 +210,6 @@ def run(
         progress.advance()
     waiting.clear()
 
-  if model.ears == 1:
-    print(ONE_EAR, file=sys.stderr)
   with logbook.Progress(len(paths), "generating", "file") as progress:
     model.report = progress.say
     for path in paths:
@@ -218,6 +229,18 @@ def run(
     model.weights.drop()
   in_order = {path: failed[path] for path in paths if path in failed}
   return worklist.conclude(len(paths), in_order, out)
+
+
+def refuse_ears(settings: Settings) -> None:
+  """UserError for settings that a network of one ear would pass over in silence."""
+  flags = {
+    "--spatial-guidance": settings.spatial_guidance is not None,
+    "--phase independent": settings.phase != "shared",
+    f"--localizer {settings.localizer}": settings.localizer not in (None, "motion"),
+  }
+  for flag, given in flags.items():
+    if given:
+      raise UserError(f"{flag} changes nothing: this network has one ear")
 
 
 def start(path: pathlib.Path, settings: Settings) -> Job:

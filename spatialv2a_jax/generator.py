@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spatialv2a_jax import codec, features, flow, model_folder, schema
+from spatialv2a_jax import codec, features, flow, io, model_folder, schema
 from spatialv2a_jax import phase as phases
 from spatialv2a_jax.encoders import Encoders, Stage
 from spatialv2a_jax.errors import MissingAssetError, UserError
@@ -49,6 +49,8 @@ class Settings:
     duration: seconds to generate at most; None is all of the video.
     format: "wav" (float32) or "flac" (24 bit).
     video: whether to write the video with its new sound.
+    video_sound: how that video stores it: "aac" (320 kb/s, plays everywhere), "flac" (lossless; in
+      browsers) or "alac" (lossless; on Apple's devices).
     low_memory: one window and one network at a time, instead of several.
   """
 
@@ -64,6 +66,7 @@ class Settings:
   duration: float | None = None
   format: str = "wav"
   video: bool = True
+  video_sound: io.SoundCodec = "aac"
   low_memory: bool = False
 
 

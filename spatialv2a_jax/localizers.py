@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from spatialv2a_jax import schema
@@ -24,6 +25,7 @@ FRAME_SIZE = (48, 80)  # Rows, columns of the pictures and of the heat maps.
 THUMBNAIL = (12, 20)  # Of the heat maps that are kept to be shown.
 MOTION_FLOOR = 0.02  # Grey levels (0..1) of residual motion below which nothing moves.
 HISTORY = 0.75  # What is left of a motion after 1/8 s: a struck object rings while it rests.
+SMOOTH_S = 0.375  # Standard deviation: a source does not jump, a localizer does.
 TRACK_WIDTH_DEG = 8.0  # Standard deviation of the blob that a `track` draws.
 
 _CHUNK = 16  # Frames whose arrays stay in the cache of the processor.
@@ -124,6 +126,20 @@ def motion_heat(motion_nyx: np.ndarray, count: int) -> np.ndarray:
   heat_vyx = history_nyx[np.minimum(at_v, len(history_nyx) - 1)]
   peak_v11 = heat_vyx.max(axis=(1, 2), keepdims=True)
   return np.where(peak_v11 > MOTION_FLOOR, heat_vyx / (peak_v11 + 1e-6), 0).astype(np.float32)
+
+
+def smooth(azimuth_v: ArrayLike, located_v: ArrayLike) -> np.ndarray:
+  """Returns a track float64 [v] without jumps: frames in which nothing was found take no part.
+
+  Gaps are bridged and the ends held; all zero where nothing was ever found.
+  """
+  weight_v = np.asarray(located_v, np.float64)
+  if not weight_v.any():
+    return np.zeros(len(weight_v))
+  seen_v = np.flatnonzero(weight_v)
+  bridged_v = np.interp(np.arange(len(weight_v)), seen_v, np.asarray(azimuth_v)[seen_v])
+  sigma = SMOOTH_S * schema.CLIP_FPS
+  return ndimage.gaussian_filter1d(bridged_v, sigma, mode="nearest")
 
 
 @dataclasses.dataclass(frozen=True)

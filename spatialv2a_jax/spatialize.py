@@ -26,8 +26,9 @@ def run(
   out: str | pathlib.Path,
   *,
   track: str | None,
-  hrtf: str,
+  hrtf: str | None,
   format: str,
+  video_sound: io.SoundCodec = "aac",
   checkpoint: str | None = None,
 ) -> int:
   """Spatialises files and folders; returns the exit code (4 if some files failed).
@@ -36,20 +37,23 @@ def run(
     inputs: files and folders.
     out: folder.
     track: file of a track; None follows the picture.
-    hrtf: head that hears along a track.
+    hrtf: head that hears along a track; None is the sphere.
     format: "wav" or "flac".
+    video_sound: how videos store their sound, as `io.remux` has it.
     checkpoint: model folder of a mono-to-binaural network, which replaces track and head.
 
   Raises:
     MissingAssetError: no such model folder.
-    UserError: for a bad track, HRTF or model, both of track and model, an unwritable `out`, or a
-      fault of the only file.
+    UserError: for a bad track, HRTF or model, a model beside one of the others, an unwritable
+      `out`, or a fault of the only file.
   """
   out = pathlib.Path(out)
   io.check_writable(out)
   paths = worklist.collect(inputs, out, io.AUDIO_EXTENSIONS | io.VIDEO_EXTENSIONS)
-  if track is not None and checkpoint is not None:
-    raise UserError("--track and --checkpoint exclude each other: the network places the sound")
+  for flag, value in (("--track", track), ("--hrtf", hrtf)):
+    if value is not None and checkpoint is not None:
+      raise UserError(f"{flag} and --checkpoint exclude each other: the network places the sound")
+  hrtf = hrtf or "sphere"
   net = None if checkpoint is None else binauralizer.Binauralizer(checkpoint)
   chosen = None if track is None else localizers.read_track(track)
   hrtfs.load(hrtf, schema.AUDIO["44k"].sample_rate)  # A bad one is no fault of the files.
@@ -58,9 +62,12 @@ def run(
     for path in paths:
       try:
         audio_ep, rate = binauralize(path, net) if net else spatialize(path, chosen, hrtf)
+        audio_ep, gain_db = render.within_full_scale(audio_ep)
+        if gain_db:
+          progress.say(f"{path}: both ears are turned down by {-gain_db:.1f} dB to full scale")
         io.write_audio(out / f"{path.stem}.{format}", audio_ep, rate)
         if io.probe(path).has_video:
-          io.remux(path, audio_ep, rate, out / f"{path.stem}.mp4")
+          io.remux(path, audio_ep, rate, out / f"{path.stem}.mp4", codec=video_sound)
       except UserError as error:
         if len(paths) == 1:
           raise
@@ -124,18 +131,18 @@ def _sound(path: pathlib.Path) -> tuple[io.MediaInfo, np.ndarray, int]:
 
 
 def visible_track(path: pathlib.Path) -> localizers.Track:
-  """Returns where the picture of a video moves, over time; UserError if nothing does."""
-  config = features.Config()
-  times, azimuths = [], []
+  """Returns where the picture of a video moves, smoothed over time; UserError if nothing does."""
+  parts = []
   for window in io.iter_views(path, features.views(), WINDOW_SECONDS):
     frames = window.frames["frames"]
     short = max(0, schema.SEGMENT_FRAMES - len(frames))
     frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
-    spatial_vk = features.encode(frames, len(frames) / schema.SYNC_FPS, config)["spatial_vk"]
-    seen_v = spatial_vk[:, schema.DESCRIPTORS.index("S_area")] > 0
-    time_v = window.start_s + (np.arange(len(spatial_vk)) + 0.5) / schema.CLIP_FPS
-    times.append(time_v[seen_v])
-    azimuths.append(-0.5 * schema.HFOV_DEG * spatial_vk[seen_v, 0])
-  if not sum(map(len, times)):
+    placed = features.place(frames, len(frames) / schema.SYNC_FPS, "motion")
+    parts.append(placed["spatial_vk"].astype(np.float64))
+  spatial_vk = np.concatenate(parts)
+  seen_v = spatial_vk[:, schema.DESCRIPTORS.index("S_area")] > 0
+  if not seen_v.any():
     raise UserError(f"nothing moves in the picture of {path}; give --track FILE")
-  return localizers.Track(np.concatenate(times), np.concatenate(azimuths).astype(np.float64))
+  azimuth_v = -0.5 * schema.HFOV_DEG * spatial_vk[:, schema.DESCRIPTORS.index("S_h")]
+  time_v = (np.arange(len(azimuth_v)) + 0.5) / schema.CLIP_FPS
+  return localizers.Track(time_v, localizers.smooth(azimuth_v, seen_v))

@@ -1,6 +1,7 @@
 """The command line: what users type, and one line for each mistake."""
 
 import dataclasses
+import errno
 import json
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 import spatialv2a_jax
 from data import shards
+from launch import data as data_command
 from launch import train
 from spatialv2a_jax import (
   cli,
@@ -63,6 +65,7 @@ def media(tmp_path_factory, model_folder):
 
 
 GENERATE = "generate {0}/good.mp4 --checkpoint {model} --out {out} "
+SPATIALIZED = "spatialize a.wav --out o --track t --hrtf sofa:f --format flac --video-sound flac"
 SPATIALIZE = "spatialize {0}/tone.wav --track {0}/track.csv --out {out} "
 
 
@@ -102,6 +105,11 @@ SPATIALIZE = "spatialize {0}/tone.wav --track {0}/track.csv --out {out} "
     ("spatialize {0}/tone.wav --out {out}", 2, "give --track FILE"),
     ("spatialize {0}/silent.wav --track {0}/track.csv --out {out}", 2, "zero samples"),
     ("spatialize {0}/good.mp4 --out {out}", 2, "no sound to place"),
+    (SPATIALIZE + "--video-sound mp3", 2, "invalid choice: 'mp3'"),
+    ("convert vae x --check y", 2, "--check converts the weights of its own file, without FILE"),
+    ("convert vae --check y --out {out}", 2, "without --out"),
+    ("convert vae --check y --ears 2", 2, "without --ears"),
+    ("convert vae x --out {out} --tolerance 0.1", 2, "--tolerance is for --check FILE"),
     (SPATIALIZE + "--hrtf kemar", 2, "'kemar' is none of: sphere, sofa:FILE"),
     (SPATIALIZE + "--hrtf sofa:{0}/text.mp4", 2, "not a SOFA file"),
     ("evaluate --pred {0} --ref {0} --out {out}/x.json --baseline x", 2, "write it as NAME=DIR"),
@@ -151,6 +159,7 @@ def test_flags_reach_the_settings(monkeypatch):
   flags = (
     "--prompt dog --negative music --seed 3 --steps 9 --guidance 7 --spatial-guidance 0 --localizer"
     " track:t.csv --phase independent --duration 2.5 --format flac --no-video --low-memory"
+    " --video-sound alac"
     " --solver ab2 --parts p --dtype bfloat16 --feature-cache c"
   )
   assert cli.main([*defaults, *flags.split()]) == 4
@@ -158,7 +167,7 @@ def test_flags_reach_the_settings(monkeypatch):
   expected = generator.Settings(
     prompt="dog", negative="music", seed=3, steps=9, guidance=7.0, spatial_guidance=0.0,
     localizer="track:t.csv", phase="independent", duration=2.5, format="flac", video=False,
-    low_memory=True, method="ab2",
+    low_memory=True, method="ab2", video_sound="alac",
   )  # fmt: skip
   assert settings == expected
   assert options == {"parts": "p", "dtype": "bfloat16", "feature_cache": "c"}
@@ -172,10 +181,11 @@ def test_the_other_commands_pass_on_what_was_typed(monkeypatch, capsys):
     monkeypatch.setattr(module, "run", lambda *a, name=name, **k: seen.update({name: (a, k)}) or 0)
   monkeypatch.setattr(convert, "check", lambda *a: seen.update(check=a) or 1)
   monkeypatch.setattr(doctor, "run", lambda: 1)
-  assert cli.main("spatialize a.wav --out o --track t --hrtf sofa:f --format flac".split()) == 0
+  assert cli.main(SPATIALIZED.split()) == 0
   assert seen["spatialize"] == (
-    (["a.wav"], "o"), {"track": "t", "hrtf": "sofa:f", "format": "flac", "checkpoint": None}
-  )  # fmt: skip
+    (["a.wav"], "o"),
+    {"track": "t", "hrtf": "sofa:f", "format": "flac", "video_sound": "flac", "checkpoint": None},
+  )
   line = "evaluate --pred p --ref r --truth t --out o --baseline a=b --baseline c=d --jobs 3"
   assert cli.main(line.split()) == 0
   assert seen["evaluate"] == (
@@ -197,6 +207,37 @@ def test_warnings_are_one_line(monkeypatch, capsys):
     warnings.simplefilter("always")
     assert cli.main(["doctor"]) == 0
   assert capsys.readouterr().err == "warning: clipped\n"
+
+
+@pytest.mark.parametrize(
+  "error, message",
+  [
+    (PermissionError(errno.EACCES, "Permission denied", "x/config.json"), "x/config.json: Perm"),
+    (MemoryError(), "out of memory; try --low-memory, --dtype bfloat16"),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile"), "on the device; try --low-memory"),
+  ],
+)
+def test_errors_of_the_system_and_the_device_are_one_line(monkeypatch, capsys, error, message):
+  def failing(*_, **__):
+    raise error
+
+  monkeypatch.setattr(generate, "run", failing)
+  assert cli.main("generate a.mp4 --checkpoint m --out o".split()) == 2
+  line = capsys.readouterr().err
+  assert message in line and line.count("\n") == 1 and line.startswith("spatialv2a generate: ")
+  monkeypatch.setattr(data_command.hrtf, "load", failing)
+  assert data_command.main(["scenes", "--out", "o", "--clips", "1"]) == 2
+  line = capsys.readouterr().err
+  assert line.count("\n") == 1 and line.startswith("launch.data scenes: ")
+
+
+def test_errors_of_the_program_keep_their_traceback(monkeypatch):
+  def failing():
+    raise RuntimeError("a mistake in the code")
+
+  monkeypatch.setattr(doctor, "run", failing)
+  with pytest.raises(RuntimeError, match="mistake"):
+    cli.main(["doctor"])
 
 
 def test_an_interrupt_is_one_line(monkeypatch, capsys):

@@ -8,7 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import checkpoint, cli, encoders, feature_cache, generate, generator, io
+from spatialv2a_jax import (
+  checkpoint,
+  cli,
+  encoders,
+  feature_cache,
+  generate,
+  generator,
+  io,
+  tokenizer,
+)
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.generator import Settings
 from spatialv2a_jax.weights import Weights
@@ -152,6 +161,39 @@ def test_what_needs_no_network_is_not_asked_for(tmp_path, capsys, film):
   line = capsys.readouterr().err
   assert "spatialv2a convert clipseg FILE --out" in line and line.count("\n") == 1
   assert not os.listdir(tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--negative"])
+def test_a_missing_tokenizer_is_told_before_anything_is_encoded(
+  tmp_path, capsys, film, monkeypatch, option
+):
+  def absent():
+    raise MissingAssetError("CLIP's merges file is missing")
+
+  def never(*_, **__):
+    raise AssertionError("encoded")
+
+  net = tiny_mmaudio.save(tmp_path / "net", ALL - {"clipseg"})
+  (net / tokenizer.FILE).unlink()
+  encoders._tokenizer.cache_clear()
+  monkeypatch.setattr(tokenizer, "find_merges", absent)
+  monkeypatch.setattr(encoders.Encoders, "read", never)
+  command = ["generate", film, "--checkpoint", net, "--out", tmp_path / "out", option, "a dog"]
+  assert cli.main([*map(str, command), "--localizer", "motion"]) == 3
+  line = capsys.readouterr().err
+  assert "merges" in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  "flags", ["--spatial-guidance 3", "--phase independent", "--localizer acl"]
+)
+def test_what_one_ear_cannot_use_is_refused(tmp_path, capsys, film, flags):
+  net = tiny_mmaudio.save(tmp_path / "net", ears=1)
+  command = ["generate", film, "--checkpoint", net, "--out", tmp_path / "out", *flags.split()]
+  assert cli.main(list(map(str, command))) == 2
+  line = capsys.readouterr().err
+  assert "changes nothing: this network has one ear" in line and line.count("\n") == 1
+  assert flags.split()[0] in line
 
 
 def test_parts_for_other_sound_are_refused(tmp_path, folder):

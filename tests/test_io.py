@@ -1,5 +1,6 @@
 """Media files: sampling by time, orientation, lossless stereo, one-line errors, atomic outputs."""
 
+import errno
 import math
 import os
 import pathlib
@@ -372,6 +373,16 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
   io.remove_leftovers(path)
   assert sorted(tmp_path.iterdir()) == sorted(neighbours)
   io.remove_leftovers(tmp_path / "no" / "folder")
+
+
+def test_what_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+  def refused(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+  for method, call in (("iterdir", io.list_media), ("stat", io.probe)):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot read .*: Perm"):
+      patch.setattr(pathlib.Path, method, refused)
+      call(tmp_path)
 
 
 def test_list_media_is_sorted_and_passes_over_other_files(tmp_path):

@@ -23,8 +23,8 @@ def track(folder, *azimuths):
   return path
 
 
-def run(*inputs, out, track=None, hrtf="sphere", format="wav"):
-  return spatialize.run(list(inputs), out, track=track, hrtf=hrtf, format=format)
+def run(*inputs, out, track=None, hrtf=None, format="wav", **options):
+  return spatialize.run(list(inputs), out, track=track, hrtf=hrtf, format=format, **options)
 
 
 def level_db(ears):
@@ -89,6 +89,36 @@ def test_the_track_of_a_long_picture_is_one_track(tmp_path, monkeypatch):
   assert (np.diff(found.time_s) > 0).all() and found.time_s[-1] > 3.2
   assert found.azimuth_deg[0] > 35 and found.azimuth_deg[-1] < -35
   assert np.polyfit(found.time_s, found.azimuth_deg, 1)[0] < -20
+
+
+def test_a_source_in_the_picture_does_not_jump(tmp_path, monkeypatch):
+  """The square is on the left, then on the right at once."""
+  frames = np.full((75, 48, 80, 3), 80, np.uint8)
+  for i, frame in enumerate(frames):
+    at = (5 if i < 38 else 65) + i % 2 * 3
+    frame[16:26, at : at + 10] = 255
+  io.write_video(tmp_path / "x.mp4", frames, 25)
+  found = spatialize.visible_track(tmp_path / "x.mp4")
+  np.testing.assert_allclose(np.diff(found.time_s), 1 / 8)  # Frames without motion are bridged.
+  assert found.azimuth_deg[2] > 35 and found.azimuth_deg[-2] < -35
+  assert np.abs(np.diff(found.azimuth_deg)).max() < 20
+
+
+@pytest.mark.parametrize("format", ["wav", "flac"])
+def test_loud_sound_is_turned_down_in_both_ears_alike(tmp_path, capsys, format):
+  film = tiny.film(tmp_path / "x.mp4", 1.6, side=0.0)
+  for name, gain in (("loud", 3.3), ("quiet", 0.33)):
+    io.remux(film, gain * noise(1.6, 2), RATE, tmp_path / name / "x.mp4", codec="flac")
+    options = {"out": tmp_path / f"{name}_out", "format": format, "video_sound": "flac"}
+    assert run(tmp_path / name / "x.mp4", **options) == 0
+  error = capsys.readouterr().err
+  assert error.count("turned down by") == 1 and "clipped" not in error
+  loud, quiet = (io.read_audio(tmp_path / f"{n}_out" / f"x.{format}") for n in ("loud", "quiet"))
+  assert 0.99 < np.abs(loud).max() <= 32767 / 32768
+  assert level_db(loud) == pytest.approx(level_db(quiet), abs=0.2)
+  film_ep = io.read_audio(tmp_path / "loud_out" / "x.mp4")
+  assert np.abs(film_ep - loud).max() < 2**-22
+  assert np.abs(quiet).max() < 0.5
 
 
 @pytest.mark.parametrize("rate", [100, 8_000, 11_025, 96_000])
@@ -169,16 +199,17 @@ def test_a_network_places_the_sound_of_a_video(tmp_path, rate, seconds):
   sound = noise(seconds, 1, rate)
   io.remux(film, np.repeat(sound, 2, 0), rate, tmp_path / "with" / "x.mp4")
   mono = io.read_audio(tmp_path / "with" / "x.mp4", mono=True)[0]
-  options = {"track": None, "hrtf": "sphere", "format": "wav"}
+  options = {"track": None, "hrtf": None, "format": "wav"}
   video = tmp_path / "with" / "x.mp4"
   assert spatialize.run([video], tmp_path / "out", **options, checkpoint=str(folder)) == 0
   ears = io.read_audio(tmp_path / "out" / "x.wav")
   assert io.probe(tmp_path / "out" / "x.wav").audio_rate == rate
   np.testing.assert_allclose(ears.mean(0), mono, atol=1e-6)  # Of which nothing is lost.
   assert np.abs(ears[0] - ears[1]).max() > 1e-3
-  with pytest.raises(UserError, match="exclude each other"):
-    both = options | {"track": str(track(tmp_path, 0))}
-    spatialize.run([video], tmp_path / "both", **both, checkpoint=str(folder))
+  for name, value in (("track", str(track(tmp_path, 0))), ("hrtf", "sofa:x")):
+    with pytest.raises(UserError, match=f"--{name} and --checkpoint exclude each other"):
+      both = options | {name: value}
+      spatialize.run([video], tmp_path / "both", **both, checkpoint=str(folder))
   io.write_audio(tmp_path / "blind.wav", sound, rate)
   with pytest.raises(UserError, match="no picture for the network"):
     spatialize.run([tmp_path / "blind.wav"], tmp_path / "no", **options, checkpoint=str(folder))

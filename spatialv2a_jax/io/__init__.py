@@ -12,13 +12,14 @@ from spatialv2a_jax.io.files import (
   probe,
   remove_leftovers,
 )
-from spatialv2a_jax.io.mux import remux, write_video
+from spatialv2a_jax.io.mux import SoundCodec, remux, write_video
 from spatialv2a_jax.io.video import View, Window, iter_views, read_video, read_views
 
 __all__ = [
   "AUDIO_EXTENSIONS",
   "VIDEO_EXTENSIONS",
   "MediaInfo",
+  "SoundCodec",
   "View",
   "Window",
   "atomic_path",

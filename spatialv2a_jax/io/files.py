@@ -145,11 +145,11 @@ def list_media(
     raise UserError(f"no such file or folder: {path}")
   if not path.is_dir():
     return [path]
-  found = sorted(
-    entry
-    for entry in path.iterdir()
-    if entry.is_file() and not entry.name.startswith(".") and entry.suffix.lower() in extensions
-  )
+  try:
+    entries = [entry for entry in path.iterdir() if entry.suffix.lower() in extensions]
+    found = sorted(e for e in entries if e.is_file() and not e.name.startswith("."))
+  except OSError as error:
+    raise UserError(f"cannot read {path}: {error.strerror}") from None
   if not found:
     wanted = " ".join(sorted(extensions))
     raise UserError(f"folder {path} holds no media files (looked for {wanted})")
@@ -159,11 +159,15 @@ def list_media(
 def check_readable(path: str | os.PathLike) -> pathlib.Path:
   """`path` if it is a file with bytes in it, else a UserError."""
   path = pathlib.Path(path)
-  if not path.exists():
-    raise UserError(f"no such file: {path}")
+  try:
+    size = path.stat().st_size
+  except (FileNotFoundError, NotADirectoryError):
+    raise UserError(f"no such file: {path}") from None
+  except OSError as error:
+    raise UserError(f"cannot read {path}: {error.strerror}") from None
   if path.is_dir():
     raise UserError(f"{path} is a folder, a media file is needed")
-  if not path.stat().st_size:
+  if not size:
     raise UserError(f"{path} is empty (0 bytes)")
   return path
 

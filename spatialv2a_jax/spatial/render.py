@@ -24,6 +24,7 @@ from spatialv2a_jax.spatial.hrtf import Hrtf
 
 HOP_S = 0.01
 MIN_DISTANCE_M = 0.25
+FULL_SCALE = 32767 / 32768  # What 16 bits hold.
 _CHUNK = 1024  # blocks per pass: bounds the memory of long clips
 
 Track = float | np.ndarray | tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
@@ -147,6 +148,17 @@ def ambisonic(
     encoded_p = mono_p * channel_p.astype(np.float32)
     binaural_ep += _convolve(encoded_p, filter_et.astype(np.float32), hrtf.lead)
   return binaural_ep
+
+
+def within_full_scale(audio_ep: np.ndarray) -> tuple[np.ndarray, float]:
+  """Turns both ears down together where one exceeds full scale, as the near ear of loud music does.
+
+  Returns:
+    float32 [2, p], and the gain in dB, 0 or negative.
+  """
+  peak = float(np.abs(audio_ep).max(initial=0.0))
+  gain = min(1.0, FULL_SCALE / peak) if peak else 1.0
+  return (audio_ep * np.float32(gain)).astype(np.float32), 20 * math.log10(gain) + 0.0
 
 
 def mix(sources: Sequence[np.ndarray]) -> np.ndarray:

@@ -112,23 +112,33 @@ def _text(attributes: h5py.AttributeManager, name: str) -> str:
   return value.decode() if isinstance(value, bytes) else str(value)
 
 
+def _variables(path: str, file: h5py.File) -> tuple[np.ndarray, float, np.ndarray, str, np.ndarray]:
+  """Responses, their rate, positions and what kind those are, and stored delays."""
+  convention = _text(file.attrs, "SOFAConventions")
+  if convention != CONVENTION:
+    raise UserError(f"{path} has SOFA convention {convention}; give a {CONVENTION} file")
+  try:
+    position = file["SourcePosition"]
+    return (
+      np.asarray(file["Data.IR"], np.float64),
+      float(np.asarray(file["Data.SamplingRate"]).reshape(-1)[0]),
+      np.asarray(position, np.float64),
+      _text(position.attrs, "Type"),
+      np.asarray(file["Data.Delay"] if "Data.Delay" in file else 0, np.float64),
+    )
+  except KeyError as error:
+    raise UserError(f"{path} lacks a variable of {CONVENTION}: {error}") from error
+
+
 def _read_file(path: str) -> tuple[np.ndarray, int, np.ndarray]:
   """Responses with their stored delays applied, the rate, unit vectors."""
   if not h5py.is_hdf5(path):
     raise UserError(f"{path} is not a SOFA file; give a {CONVENTION} file as sofa:FILE")
-  with h5py.File(path) as file:
-    convention = _text(file.attrs, "SOFAConventions")
-    if convention != CONVENTION:
-      raise UserError(f"{path} has SOFA convention {convention}; give a {CONVENTION} file")
-    try:
-      response_det = np.asarray(file["Data.IR"], np.float64)
-      rate = float(np.asarray(file["Data.SamplingRate"]).reshape(-1)[0])
-      position = file["SourcePosition"]
-      position_d3 = np.asarray(position, np.float64)
-      kind = _text(position.attrs, "Type")
-      delay_de = np.asarray(file["Data.Delay"] if "Data.Delay" in file else 0, np.float64)
-    except KeyError as error:
-      raise UserError(f"{path} lacks a variable of {CONVENTION}: {error}") from error
+  try:
+    with h5py.File(path) as file:
+      response_det, rate, position_d3, kind, delay_de = _variables(path, file)
+  except (OSError, RuntimeError) as error:  # A file that is cut short fails wherever it is read.
+    raise UserError(f"{path} is damaged ({error}); copy it again") from None
   shape = response_det.shape
   if len(shape) != 3 or shape[1] != 2 or position_d3.shape != (shape[0], 3):
     raise UserError(f"{path}: Data.IR {shape} must be (directions, 2, taps); export it again")

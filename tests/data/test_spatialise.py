@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from data import spatialise
+from spatialv2a_jax import localizers
 from spatialv2a_jax.spatial import hrtf
 from tests import tiny
 from tests.data import clips
@@ -16,22 +17,22 @@ STILL = np.zeros(32)
 
 def test_a_track_has_no_jumps_and_bridges_gaps():
   jumping = np.where(np.arange(80) < 40, -50.0, 50.0)
-  track = spatialise.smooth(jumping, np.ones(80))
+  track = localizers.smooth(jumping, np.ones(80))
   assert np.abs(np.diff(track)).max() < 15 and track[0] == -50 and track[-1] == 50
   located = np.ones(80)
   located[10:70] = 0
-  bridged = spatialise.smooth(np.where(located, jumping, 0.0), located)
+  bridged = localizers.smooth(np.where(located, jumping, 0.0), located)
   assert (
     np.all(np.diff(bridged) >= -1e-9) and abs(bridged[0] + 50) < 0.01
   )  # Zeros of gaps take no part.
-  assert not spatialise.smooth(jumping, np.zeros(80)).any()
+  assert not localizers.smooth(jumping, np.zeros(80)).any()
 
 
 def test_motion_makes_no_clicks():
   """A tone stays a tone: its second difference is bounded by its own curvature."""
   hertz, jumping = 400.0, np.where(np.arange(32) // 8 % 2, 55.0, -55.0)
   mono_p = np.sin(2 * np.pi * hertz * np.arange(SECONDS * RATE) / RATE).astype(np.float32)
-  track = spatialise.smooth(jumping, np.ones(32))
+  track = localizers.smooth(jumping, np.ones(32))
   for name in ("sphere", "paper"):
     place = spatialise.Placer(name, RATE)
     heard_ep = place(mono_p[None] * 0.2, "mono", track).audio_ep
@@ -70,7 +71,7 @@ def test_chance_does_not_overrule_a_recording():
   kept = 0
   for seed in range(40):
     rng = np.random.default_rng(seed)
-    wander = [3 * spatialise.smooth(rng.uniform(-60, 60, 80), np.ones(80)) for _ in range(2)]
+    wander = [3 * localizers.smooth(rng.uniform(-60, 60, 80), np.ones(80)) for _ in range(2)]
     level_p = np.interp(np.arange(10 * RATE) / RATE, np.arange(80) / 8, wander[0] / 10)
     audio_ep = np.stack([noise(10.0, seed) * 10 ** (level_p / 20), noise(10.0, seed + 99)])
     kept += keep(audio_ep.astype(np.float32), "stereo", wander[1]).spatializer == "recorded"

@@ -244,7 +244,9 @@ def test_unusable_files_are_refused_in_one_line(tmp_path):
   write_sofa(tmp_path / "front.sofa", direction_d2[front], response_det[front])
   with h5py.File(write_sofa(tmp_path / "bare.sofa", direction_d2, response_det), "a") as file:
     del file["Data.IR"]
-  for name in ("absent", "text", "kind", "mono", "nan", "front", "bare"):
+  whole = write_sofa(tmp_path / "whole.sofa", direction_d2, response_det).read_bytes()
+  (tmp_path / "cut.sofa").write_bytes(whole[: len(whole) // 2])
+  for name in ("absent", "text", "kind", "mono", "nan", "front", "bare", "cut"):
     with pytest.raises(UserError, match=rf"{name}\.sofa") as caught:
       hrtf.load(f"sofa:{tmp_path / name}.sofa", 16000)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
