@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spatialv2a_jax import checkpoint, generator, io, logbook
+from spatialv2a_jax import checkpoint, generator, io, logbook, windows
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, analysis, evaluate
 
@@ -66,10 +66,11 @@ def make_ceiling(model_dir: pathlib.Path, media: pathlib.Path, out: pathlib.Path
   with logbook.Progress(len(paths), "true sound through the codec", "clip") as progress:
     for path in paths:
       seconds = io.probe(path).duration_s
-      windows = list(model.windows(path, seconds, settings))
+      clip_windows = model.windows(path, seconds, settings)
       audio_ep = io.read_audio(path.with_suffix(".wav"), rate)
-      latents = [model.encode(audio_ep, window.first) for window in windows]
-      clip = model.clip(windows, latents, seconds, settings.phase)
+      firsts = [window.first for window in clip_windows]
+      z_etc = windows.cross_fade(firsts, [model.encode(audio_ep, first) for first in firsts])
+      clip = model.clip(clip_windows, z_etc, seconds, settings.phase)
       io.write_audio(out / f"{path.stem}.wav", clip.audio_ep, rate)
       progress.advance()
 

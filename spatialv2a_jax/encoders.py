@@ -144,7 +144,7 @@ class Encoders:
 
   def read(
     self,
-    path: str | pathlib.Path,
+    source: str | pathlib.Path | io.Frames,
     stages: Sequence[Stage],
     seconds: float,
     *,
@@ -155,12 +155,12 @@ class Encoders:
     """Decodes a stretch of a video once and runs stages on it, but for those the cache has.
 
     Args:
-      path: of the video.
+      source: the video.
       stages: from `stages`.
       seconds: length of the stretch; the last frame fills up what the video lacks.
       start: where it begins.
       available: seconds of it that may be looked at; None is `seconds`.
-      sha256: of the file; without it the cache is passed over.
+      sha256: of the video; without it the cache is passed over.
 
     Raises:
       UserError: the video cannot be read, or weights are damaged.
@@ -170,7 +170,7 @@ class Encoders:
     kept = [None if sha256 is None else self._recall(stage, stretch) for stage in stages]
     todo = [stage for stage, found in zip(stages, kept, strict=True) if found is None]
     views = {name: view for stage in todo for name, view in stage.views.items()}
-    frames = io.read_views(path, views, start=start, duration=left) if views else {}
+    frames = io.read_views(source, views, start=start, duration=left) if views else {}
     for name, view in views.items():
       count = max(1, schema.whole_frames(seconds, int(view.fps)))
       held = frames[name][:count]

@@ -268,7 +268,12 @@ SOLVERS = {
 
 
 def sample(
-  velocity: Velocity, x_betc: Float[Array, "b e t c"], *, steps: int, method: str = "euler"
+  velocity: Velocity,
+  x_betc: Float[Array, "b e t c"],
+  *,
+  steps: int,
+  method: str = "euler",
+  compiled: bool = True,
 ) -> Float[Array, "b e t c"]:
   """Integrates the flow from noise at t = 0 to data at t = 1.
 
@@ -280,6 +285,7 @@ def sample(
     steps: equal steps of time.
     method: one of SOLVERS; "euler" and "ab2" evaluate once a step, "midpoint" twice, "rk4" four
       times.
+    compiled: False calls `velocity` once for each evaluation, so that it may be any function.
 
   Raises:
     ValueError: for an unknown method.
@@ -304,4 +310,9 @@ def sample(
 
   numbers = tuple(jnp.asarray(row, x_betc.dtype) for row in plan)
   start = x_betc, x_betc, jnp.zeros_like(x_betc)
+  if not compiled:
+    state = start
+    for *now, ends in zip(*numbers, last, strict=True):
+      state, _ = evaluate(state, (now, ends))
+    return state[0]
   return jax.lax.scan(evaluate, start, (numbers, jnp.asarray(last)))[0][0]

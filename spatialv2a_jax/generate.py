@@ -6,31 +6,29 @@ not stop the others.
 
 import dataclasses
 import json
-import math
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 import spatialv2a_jax
-from spatialv2a_jax import features, io, localizers, logbook, report, schema, worklist
+from spatialv2a_jax import io, localizers, logbook, report, worklist
 from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
 from spatialv2a_jax.feature_cache import open_cache
-from spatialv2a_jax.generator import Clip, Generator, Settings
+from spatialv2a_jax.generator import BATCH, Clip, Generator, Settings
 from spatialv2a_jax.metrics.summary import spatial_cues
-from spatialv2a_jax.windows import Window
+from spatialv2a_jax.sampler import clip_key
+from spatialv2a_jax.windows import Window, length
 
-BATCH = 8  # Windows sampled at once.
 GROUP = 32  # Windows that go through the networks together where only one network is held.
 ONE_EAR = (
   "this network has one ear: both channels will be equal; "
   "`spatialv2a spatialize` places the sound where the picture moves, or along a track"
 )
-COUNT_SECONDS = 8.0  # Stretch of video that is held while frames are counted.
 
 
 @dataclasses.dataclass
@@ -41,7 +39,6 @@ class Job:
   seconds: float
   sha256: str
   windows: list[Window]
-  latents: list[np.ndarray]
   began: float
 
 
@@ -177,9 +174,6 @@ def run(
   for words in (settings.prompt, settings.negative):
     encoders.check_text(words)  # Before the first film goes through the encoders.
   stages = encoders.stages(settings.prompt)
-  batched = len(paths) > 1 and not settings.low_memory
-  rows = min(BATCH, 1 << (len(paths) - 1).bit_length()) if batched else 1
-  held = GROUP if settings.low_memory else rows
   failed: dict[pathlib.Path, UserError] = {}
   waiting: list[Job] = []
 
@@ -187,7 +181,17 @@ def run(
     if len(paths) == 1 or isinstance(error, (MissingAssetError, DamagedAssetError)):
       raise error
     failed[path] = error
-    progress.advance()
+
+  todo: list[tuple[pathlib.Path, float, list[int]]] = []
+  for path in paths:
+    try:
+      seconds = length(path, settings.duration)
+      todo.append((path, seconds, model.firsts(seconds)))
+    except UserError as error:
+      fail(path, error)
+  alone = sum(len(firsts) == 1 for _, _, firsts in todo)
+  rows = 1 if settings.low_memory else min(BATCH, 1 << max(0, alone - 1).bit_length())
+  held = GROUP if settings.low_memory else rows
 
   def flush() -> None:
     """Takes the files that wait through the networks, one network after the other."""
@@ -198,30 +202,32 @@ def run(
         except UserError as error:
           waiting.remove(job)
           fail(job.path, error)
-    sample_all(model, waiting, settings, rows)
-    mels = [model.mels([w.first for w in job.windows], job.latents) for job in waiting]
+          progress.advance(len(job.windows))
+    sampled = sample_all(model, waiting, settings, rows, progress)
+    pairs = zip(waiting, sampled, strict=True)
+    mels = [model.mels([w.first for w in job.windows], z_etc) for job, z_etc in pairs]
     for job, mel_emn in zip(waiting, mels, strict=True):
       try:
         clip = model.sound(job.windows, mel_emn, job.seconds, settings.phase)
         write(model, job, clip, out, settings)
       except UserError as error:
         fail(job.path, error)
-      else:
-        progress.advance()
     waiting.clear()
 
-  with logbook.Progress(len(paths), "generating", "file") as progress:
+  total = sum(len(firsts) for _, _, firsts in todo)
+  with logbook.Progress(total, "generating", "window") as progress:
     model.report = progress.say
-    for path in paths:
+    for path, seconds, firsts in todo:
       try:
-        job = start(path, settings)
+        windows = [Window(first, {}) for first in firsts]
+        job = Job(path, seconds, io.file_hash(path), windows, time.monotonic())
         if finished(model, job, out, settings):
-          progress.advance()
-          continue
-        job.windows = [Window(first, {}) for first in model.firsts(job.seconds)]
-        waiting.append(job)
+          progress.advance(len(windows))
+        else:
+          waiting.append(job)
       except UserError as error:
         fail(path, error)
+        progress.advance(len(firsts))
       if sum(len(job.windows) for job in waiting) >= held:
         flush()
     flush()
@@ -243,24 +249,40 @@ def refuse_ears(settings: Settings) -> None:
       raise UserError(f"{flag} changes nothing: this network has one ear")
 
 
-def start(path: pathlib.Path, settings: Settings) -> Job:
-  """Looks at one file: how long it is and what it holds."""
-  began = time.monotonic()
-  seconds = io.probe(path).duration_s
-  if not seconds:  # Recordings that were streamed may not say: count their frames.
-    pieces = io.iter_views(path, features.views(), COUNT_SECONDS)
-    seconds = sum(len(piece.frames["frames"]) for piece in pieces) / schema.SYNC_FPS
-  seconds = min(seconds, settings.duration or math.inf)
-  return Job(path, seconds, io.file_hash(path), [], [], began)
+def sample_all(
+  model: Generator,
+  jobs: Sequence[Job],
+  settings: Settings,
+  rows: int,
+  progress: logbook.Progress,
+) -> list[np.ndarray]:
+  """Returns the latents [e, t, c] of several files, those of one window in batches of `rows`."""
+  keys = [clip_key(settings.seed, job.sha256) for job in jobs]
+  latents: dict[int, np.ndarray] = {}
+  alone = [i for i, job in enumerate(jobs) if len(job.windows) == 1]
+  for at in range(0, len(alone), rows):
+    part = alone[at : at + rows]
+    windows = [jobs[i].windows[0] for i in part]
+    latents |= zip(
+      part, model.sample(windows, [keys[i] for i in part], settings, rows), strict=True
+    )
+    progress.advance(len(part))
+  for i, job in enumerate(jobs):
+    if i not in latents:
+      advance = whole(progress, len(job.windows))
+      latents[i] = model.latents(job.windows, keys[i], settings, advance)
+  return [latents[i] for i in range(len(jobs))]
 
 
-def sample_all(model: Generator, jobs: Sequence[Job], settings: Settings, rows: int) -> None:
-  """Samples the windows of several files in batches of `rows`."""
-  work = [(job, window) for job in jobs for window in job.windows]
-  key = jax.random.fold_in(jax.random.key(settings.seed), schema.clip_id("noise"))
-  for at in range(0, len(work), rows):
-    part = work[at : at + rows]
-    keys = [jax.random.fold_in(key, int(job.sha256[:8], 16)) for job, _ in part]
-    latents = model.sample([window for _, window in part], keys, settings, rows)
-    for (job, _), x_etc in zip(part, latents, strict=True):
-      job.latents.append(x_etc)
+def whole(progress: logbook.Progress, count: int) -> Callable[[float], None]:
+  """Returns what takes shares of `count` units of work and counts those that are whole."""
+  done, told = 0.0, 0
+
+  def advance(share: float) -> None:
+    nonlocal done, told
+    done += share * count
+    now = min(count, int(done + 1e-6))
+    progress.advance(now - told)
+    told = now
+
+  return advance

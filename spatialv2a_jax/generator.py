@@ -1,8 +1,7 @@
-"""A loaded model: videos and text in, binaural sound out. Arrays only; `generate` does the files.
+"""A loaded model: videos or frames and text in, binaural sound out; `generate` writes files.
 
-A video longer than the window the model was trained on is generated in overlapping windows
-whose noise is that of the whole clip and whose latents are cross-faded, so memory does not grow
-with the picture.
+A video longer than the window the model was trained on is generated in overlapping windows that are
+sampled as one clip (`sampler`), so memory does not grow with the picture.
 
 Axes: b window, e ear (0 left, 1 right), t latent frame, c latent channel, v frame at 8 fps,
 s synchronisation token, w text token, f feature, k descriptor, m mel bin, n mel frame, p sample.
@@ -25,54 +24,27 @@ from spatialv2a_jax.encoders import Encoders, Stage
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.feature_cache import Cache
 from spatialv2a_jax.models import flow_net, vocoder
+from spatialv2a_jax.sampler import Choice, Condition, Sampler, clip_key
+from spatialv2a_jax.settings import Settings as Settings
 from spatialv2a_jax.weights import Weights, missing
-from spatialv2a_jax.windows import Window, azimuths, cross_fade
+from spatialv2a_jax.windows import Source, Window, azimuths, cross_fade, length, shares
 
 GUIDANCE = 2.0  # Where neither the user nor the checkpoint says another.
-OVERLAP_SECONDS = 1.0  # Of neighbouring windows; their latents are cross-faded.
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """What a user can choose; every field goes into the sidecar.
-
-  Attributes:
-    prompt: what sounds; empty leaves it to the picture.
-    negative: what should not sound.
-    seed: of the noise, together with the file's content.
-    steps: steps of the solver.
-    method: solver, one of `flow.SOLVERS`.
-    guidance: classifier-free guidance of all conditions; None is the checkpoint's own, or 2.
-    spatial_guidance: that of the spatial condition; None follows `guidance`.
-    localizer: replaces the checkpoint's: "motion", "track:FILE", "acl" or "acl:FILE".
-    phase: "shared" keeps the interaural phase, "independent" reconstructs each ear by itself.
-    duration: seconds to generate at most; None is all of the video.
-    format: "wav" (float32) or "flac" (24 bit).
-    video: whether to write the video with its new sound.
-    video_sound: how that video stores it: "aac" (320 kb/s, plays everywhere), "flac" (lossless; in
-      browsers) or "alac" (lossless; on Apple's devices).
-    low_memory: one window and one network at a time, instead of several.
-  """
-
-  prompt: str = ""
-  negative: str = ""
-  seed: int = 0
-  steps: int = 25
-  method: str = "euler"
-  guidance: float | None = None
-  spatial_guidance: float | None = None
-  localizer: str | None = None
-  phase: phases.Phase = "shared"
-  duration: float | None = None
-  format: str = "wav"
-  video: bool = True
-  video_sound: io.SoundCodec = "aac"
-  low_memory: bool = False
+DEFAULTS = Settings()
+BATCH = 8  # Windows sampled at once.
+OVERLAP_SECONDS = 1.0  # Of neighbouring windows, at least; over it one takes over from the other.
+SLACK_SECONDS = 0.064  # Film of 240 frames at 29.97 fps is 8.008 s: no second window for 8 ms.
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """Generated sound of one file."""
+  """Generated sound of one video.
+
+  Attributes:
+    audio_ep: float32 [2, samples], left ear first, never normalised.
+    descriptors_vk: where it sounds at 8 fps, see `schema.DESCRIPTORS`.
+    heat_vyx: uint8 heat maps of which these are.
+  """
 
   audio_ep: np.ndarray
   descriptors_vk: np.ndarray
@@ -80,7 +52,7 @@ class Clip:
 
 
 class Generator:
-  """A loaded model: arrays in, arrays out.
+  """A loaded model: `generate` takes a file or frames in memory and returns sound.
 
   Attributes:
     folder: where it came from.
@@ -134,6 +106,7 @@ class Generator:
       if "vocoder" in self.weights or self.features.encoder != "random":
         self.vocoder = vocoder.Config(**self.weights.config("vocoder", name))
       self.frames = schema.lengths(self.seconds, self.audio).latent
+      self.sampler = Sampler(self.net, self.frames)
     except (KeyError, TypeError, ValueError) as error:
       raise UserError(f"{path}/config.json describes no model of this version: {error!r}") from None
     if flow_config.latent_channels != self.audio.latent_channels:
@@ -176,46 +149,78 @@ class Generator:
     names += ["vocoder"] if self.vocoder is not None else []
     return {name: self.weights.sha256(name) for name in names}
 
+  def generate(
+    self,
+    source: Source,
+    settings: Settings = DEFAULTS,
+    advance: Callable[[float], None] = lambda share: None,
+  ) -> Clip:
+    """Makes the sound of one video and writes nothing.
+
+    Args:
+      source: a file, or frames in memory.
+      settings: what to make; those of the output files are without effect.
+      advance: takes the share of the sampling that has been done, after each part of it.
+
+    Raises:
+      MissingAssetError: a network that the settings need is nowhere.
+      UserError: the video cannot be read.
+    """
+    seconds = length(source, settings.duration)
+    sha256 = source.sha256 if isinstance(source, io.Frames) else io.file_hash(source)
+    windows = self.windows(source, seconds, settings, sha256)
+    z_etc = self.latents(windows, clip_key(settings.seed, sha256), settings, advance)
+    return self.clip(windows, z_etc, seconds, settings.phase)
+
   def firsts(self, seconds: float) -> list[int]:
-    """Returns the first latent frame of each window of a clip."""
+    """Returns the first latent frame of each window of a clip.
+
+    A clip longer by `SLACK_SECONDS` at most is one window, whose last frame is held.
+    """
     total = math.ceil(seconds * self.audio.latent_rate)
-    if total <= self.frames:
+    if total <= self.frames + round(SLACK_SECONDS * self.audio.latent_rate):
       return [0]
-    hop = self.frames - min(round(OVERLAP_SECONDS * self.audio.latent_rate), self.frames // 2)
+    hop = self.frames - self._overlap
     count = math.ceil((total - self.frames) / hop) + 1
     return [round(i * (total - self.frames) / (count - 1)) for i in range(count)]
 
+  @property
+  def _overlap(self) -> int:
+    return min(round(OVERLAP_SECONDS * self.audio.latent_rate), self.frames // 2)
+
   def windows(
-    self, path: pathlib.Path, seconds: float, settings: Settings, sha256: str | None = None
+    self, source: Source, seconds: float, settings: Settings, sha256: str | None = None
   ) -> list[Window]:
-    """Decodes and encodes the windows of one file; a short end holds its last frame.
+    """Decodes and encodes the windows of one video; a short end holds its last frame.
 
     Args:
-      path: of the video.
+      source: the video.
       seconds: its length.
       settings: the prompt, which `acl` looks for, and the localizer.
-      sha256: of the file, by which the cache knows it.
+      sha256: of the video, by which the cache knows it.
     """
     windows = [Window(first, {}) for first in self.firsts(seconds)]
     encoders = self.encoders(settings.localizer)
-    self.look(path, seconds, windows, encoders.stages(settings.prompt), settings, sha256)
+    self.look(source, seconds, windows, encoders.stages(settings.prompt), settings, sha256)
     return windows
 
   def look(
     self,
-    path: pathlib.Path,
+    source: Source,
     seconds: float,
     windows: Sequence[Window],
     stages: Sequence[Stage],
     settings: Settings,
     sha256: str | None = None,
   ) -> None:
-    """Adds the features of some stages to the windows of one file."""
+    """Adds the features of some stages to the windows of one video."""
     encoders = self.encoders(settings.localizer)
     for window in windows:
       start = window.first / self.audio.latent_rate
       left = min(self.seconds, seconds - start)
-      found = encoders.read(path, stages, self.seconds, start=start, available=left, sha256=sha256)
+      found = encoders.read(
+        source, stages, self.seconds, start=start, available=left, sha256=sha256
+      )
       window.features.update(found)
 
   def encode(self, audio_ep: np.ndarray, first: int) -> np.ndarray:
@@ -230,65 +235,81 @@ class Generator:
   def _encode(self) -> Callable[..., jax.Array]:
     return jax.jit(lambda params, audio_bep: self.codec.encode(params, audio_bep)[0])
 
-  def noise(self, key: jax.Array, first: int) -> jax.Array:
+  def noise(self, key: jax.Array, first: int, frames: int | None = None) -> jax.Array:
     """Returns the noise of a window, which is that of the whole clip there."""
     return flow.ear_noise(
       key,
-      self.frames,
+      frames or self.frames,
       self.audio.latent_channels,
       ears=self.ears,
       correlation=self.correlation,
       start=first,
     )
 
-  @functools.cached_property
-  def _sample(self) -> Callable[..., jax.Array]:
-    def run(params, stats, cond, negative_bwf, missing_text_b, noise_betc, scales, settings):
-      none_b = jnp.zeros_like(missing_text_b)
-      velocity = flow.guided(
-        self.net,
-        params,
-        stats,
-        cond,
-        latent_len=self.frames,
-        guidance=scales[0],
-        spatial_guidance=scales[1],
-        negative_text_bwf=negative_bwf,
-        missing={"video": none_b, "text": missing_text_b, "spatial": none_b},
-      )
-      x_betc = flow.sample(velocity, noise_betc, steps=settings[0], method=settings[1])
-      return self.net.unnormalize(params, x_betc)
-
-    return jax.jit(run, static_argnums=(6, 7))
-
   def sample(
     self, windows: Sequence[Window], keys: Sequence[jax.Array], settings: Settings, rows: int
   ) -> np.ndarray:
-    """Returns latents [b, e, t, c] of windows, in a batch padded to `rows`."""
+    """Returns latents [b, e, t, c] of clips of one window, in a batch padded to `rows`."""
     fill = [*range(len(windows)), *[0] * (rows - len(windows))]
-    names = {"clip_bvf": "clip_vf", "sync_bsf": "sync_sf", "spatial_bvk": "spatial_vk"}
-    cond = {b: np.stack([windows[i].features[n] for i in fill]) for b, n in names.items()}
-
-    def text(words):
-      return np.stack([self.encoders(settings.localizer).text(words)] * rows)
-
-    none = np.zeros((rows, self.features.text_len, self.features.text_dim), np.float32)
-    cond["text_bwf"] = text(settings.prompt) if settings.prompt.strip() else none
-    negative_bwf = text(settings.negative) if settings.negative else None
+    given, choice = self._given(windows, settings), self._choice(settings)
     noise_betc = jnp.stack([self.noise(keys[i], windows[i].first) for i in fill])
-    guidance = self.guidance if settings.guidance is None else settings.guidance
-    choice = (guidance, settings.spatial_guidance), (settings.steps, settings.method)
-    self._announce("the sampler", rows, negative_bwf is None, *choice)
-    x_betc = self._sample(
+    self._announce("the sampler", rows, given.negative_bwf is None, choice)
+    weights = self.weights.take("flow"), self.weights.stats("flow")
+    x_betc = self.sampler.windows(*weights, given.rows(fill), noise_betc, choice)
+    return np.asarray(x_betc)[: len(windows)]
+
+  def latents(
+    self,
+    windows: Sequence[Window],
+    key: jax.Array,
+    settings: Settings,
+    advance: Callable[[float], None] = lambda share: None,
+  ) -> np.ndarray:
+    """Returns the latents [e, t, c] of a clip of one window or more.
+
+    Args:
+      windows: of the clip.
+      key: of its noise.
+      settings: what to make.
+      advance: takes the share of the work that has been done, after each part of it.
+    """
+    if len(windows) == 1:
+      (x_etc,) = self.sample(windows, [key], settings, 1)
+      advance(1.0)
+      return x_etc
+    turns = math.ceil(len(windows) / (1 if settings.low_memory else BATCH))
+    rows = math.ceil(len(windows) / turns)
+    firsts = [window.first for window in windows]
+    given, choice = self._given(windows, settings), self._choice(settings)
+    self._announce("the sampler of long clips", rows, given.negative_bwf is None, *choice[:2])
+    return self.sampler.together(
       self.weights.take("flow"),
       self.weights.stats("flow"),
-      cond,
-      negative_bwf,
-      np.full(rows, not settings.prompt.strip()),
-      noise_betc,
-      *choice,
+      given,
+      self.noise(key, 0, firsts[-1] + self.frames),
+      choice,
+      firsts=firsts,
+      share_bn=shares(firsts, self.frames, self._overlap),
+      rows=rows,
+      advance=advance,
     )
-    return np.asarray(x_betc)[: len(windows)]
+
+  def _given(self, windows: Sequence[Window], settings: Settings) -> Condition:
+    names = {"clip_bvf": "clip_vf", "sync_bsf": "sync_sf", "spatial_bvk": "spatial_vk"}
+    cond = {b: np.stack([w.features[name] for w in windows]) for b, name in names.items()}
+    count, spoken = len(windows), bool(settings.prompt.strip())
+
+    def text(words):
+      return np.stack([self.encoders(settings.localizer).text(words)] * count)
+
+    none = np.zeros((count, self.features.text_len, self.features.text_dim), np.float32)
+    cond["text_bwf"] = text(settings.prompt) if spoken else none
+    negative_bwf = text(settings.negative) if settings.negative else None
+    return Condition(cond, negative_bwf, np.full(count, not spoken))
+
+  def _choice(self, settings: Settings) -> Choice:
+    guidance = self.guidance if settings.guidance is None else settings.guidance
+    return Choice(guidance, settings.spatial_guidance, settings.steps, settings.method)
 
   def _announce(self, *what: Any) -> None:
     """Tells that a program is about to be compiled, which takes a while the first time."""
@@ -300,13 +321,12 @@ class Generator:
   def _decode(self) -> Callable[..., jax.Array]:
     return jax.jit(lambda params, z_etc: self.codec.decode(params, z_etc[None])[0])
 
-  def mels(self, firsts: Sequence[int], latents: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the log-mels [e, m, n] of a clip from the latents [e, t, c] of its windows.
+  def mels(self, firsts: Sequence[int], z_etc: np.ndarray) -> np.ndarray:
+    """Returns the log-mels [e, m, n] of a clip from its latents.
 
-    Latents are joined first, then decoded window by window: the decoder sees the length it knows,
-    and its memory does not grow with the clip.
+    They are decoded window by window: the decoder sees the length it knows, and its memory does
+    not grow with the clip.
     """
-    z_etc = cross_fade(firsts, latents)
     params = self.weights.take("vae")
     self._announce("the VAE's decoder")
     pieces_enm = [
@@ -328,14 +348,10 @@ class Generator:
     return np.asarray(self._vocode(params, jnp.asarray(log_mel_mn)[None])[0])
 
   def clip(
-    self,
-    windows: Sequence[Window],
-    latents: Sequence[np.ndarray],
-    seconds: float,
-    phase: phases.Phase,
+    self, windows: Sequence[Window], z_etc: np.ndarray, seconds: float, phase: phases.Phase
   ) -> Clip:
-    """Turns the windows of one file into sound of `seconds`."""
-    return self.sound(windows, self.mels([w.first for w in windows], latents), seconds, phase)
+    """Turns the windows and the latents of one file into sound of `seconds`."""
+    return self.sound(windows, self.mels([w.first for w in windows], z_etc), seconds, phase)
 
   def sound(
     self, windows: Sequence[Window], mel_emn: np.ndarray, seconds: float, phase: phases.Phase
@@ -343,7 +359,9 @@ class Generator:
     """Turns the log-mels of one file into sound of `seconds`."""
     firsts = [w.first for w in windows]
     rate = self.audio.latent_rate
-    mel_emn = mel_emn[..., : 2 * math.ceil(seconds * rate)]
+    count = 2 * math.ceil(seconds * rate)
+    short = max(0, count - mel_emn.shape[-1])  # At most the slack of `firsts`.
+    mel_emn = np.pad(mel_emn[..., :count], ((0, 0), (0, 0), (0, short)), mode="edge")
 
     # Frame v of the clip comes from the last window that has begun by then.
     starts = np.array(firsts) / rate

@@ -183,7 +183,7 @@ def test_a_mirrored_video_runs_and_moves_to_the_other_side(films, make, tmp_path
   assert sound(out).shape == (2, 20_480)
 
 
-def test_a_video_longer_than_the_window_is_made_whole(model, make, tmp_path):
+def test_a_video_longer_than_the_window_is_made_whole(model, make, tmp_path, capsys):
   path = tiny.film(tmp_path / "long.mp4", 3.0)
   out = make(path)
   wav = sound(out, "long")
@@ -197,6 +197,7 @@ def test_a_video_longer_than_the_window_is_made_whole(model, make, tmp_path):
   assert abs(io.probe(out / "long.mp4").duration_s - 3.0) <= 1 / 25
   windows = list(model.windows(path, 3.0, BASE))
   assert len(windows) == 4 and [w.first for w in windows] == model.firsts(3.0)
+  assert "generating: 4/4" in capsys.readouterr().err  # Of its windows, not of one file.
 
 
 @pytest.mark.parametrize("seconds", [0.04, 0.4])

@@ -1,5 +1,6 @@
 """Generating from arrays: places in a batch, windows, joins, and folders that hold no model."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import checkpoint, generator, schema
+from spatialv2a_jax import checkpoint, generator, schema, windows
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.generator import Generator, Settings, Window
 from tests import tiny
@@ -27,20 +28,40 @@ def window_of(model, number, first=0):
 
 
 def test_a_clip_ignores_its_place_in_the_batch(model):
-  windows = [window_of(model, i) for i in range(8)]
+  all_8 = [window_of(model, i) for i in range(8)]
   keys = list(jax.random.split(jax.random.key(3), 8))
-  alone = model.sample(windows[5:6], keys[5:6], SETTINGS, rows=1)[0]
-  together = model.sample(windows, keys, SETTINGS, rows=8)
-  backwards = model.sample(windows[::-1], keys[::-1], SETTINGS, rows=8)[::-1]
-  padded = model.sample(windows[5:7], keys[5:7], SETTINGS, rows=8)
+  alone = model.sample(all_8[5:6], keys[5:6], SETTINGS, rows=1)[0]
+  together = model.sample(all_8, keys, SETTINGS, rows=8)
+  backwards = model.sample(all_8[::-1], keys[::-1], SETTINGS, rows=8)[::-1]
+  padded = model.sample(all_8[5:7], keys[5:7], SETTINGS, rows=8)
   sound = [
-    model.clip(windows[5:6], [x], model.seconds, "shared").audio_ep
+    model.clip(all_8[5:6], x, model.seconds, "shared").audio_ep
     for x in (alone, together[5], backwards[5], padded[0])
   ]
   assert np.abs(sound[0]).max() > 0.01
   for other in sound[1:]:
     assert np.abs(other - sound[0]).max() < 1e-4 * FULL_SCALE
   assert np.abs(together[4] - alone).max() > 0.1
+
+
+def test_a_long_clip_ignores_how_many_windows_run_at_once(model, monkeypatch):
+  firsts = model.firsts(2.5)
+  pieces = [window_of(model, i, first) for i, first in enumerate(firsts)]
+  assert len(pieces) == 3
+  shares = []
+  together = model.latents(pieces, jax.random.key(5), SETTINGS, shares.append)
+  assert together.shape == (2, firsts[-1] + model.frames, 20)
+  assert len(shares) == tiny.STEPS and sum(shares) == pytest.approx(1)
+  single = model.latents(
+    pieces, jax.random.key(5), dataclasses.replace(SETTINGS, low_memory=True), shares.append
+  )
+  assert np.abs(together - single).max() < 1e-4 and len(shares) == tiny.STEPS * 4
+  # Where it has no neighbour, the first step of a window is that of the window alone.
+  once = dataclasses.replace(SETTINGS, steps=1)
+  clip = model.latents(pieces, jax.random.key(5), once)
+  (alone,) = model.sample(pieces[:1], [jax.random.key(5)], once, rows=1)
+  np.testing.assert_allclose(clip[:, :10], alone[:, :10], atol=1e-4)
+  assert np.abs(clip[:, 25 : model.frames] - alone[:, 25:]).max() > 0.01
 
 
 def test_noise_is_the_clips_own_and_goes_on_from_window_to_window(model):
@@ -56,15 +77,16 @@ def test_noise_is_the_clips_own_and_goes_on_from_window_to_window(model):
 def test_windows_cover_the_clip_and_overlap(model, seconds):
   firsts = model.firsts(seconds)
   total = int(np.ceil(seconds * model.audio.latent_rate))
-  assert firsts[0] == 0 and max(total, model.frames) == firsts[-1] + model.frames
+  alone = seconds <= model.seconds + generator.SLACK_SECONDS
+  assert firsts[0] == 0 and firsts[-1] + model.frames == (model.frames if alone else total)
   steps = np.diff(firsts)
   assert (steps > 0).all() and (steps <= model.frames // 2 + 1).all()
-  assert (len(firsts) == 1) == (seconds <= model.seconds)
+  assert (len(firsts) == 1) == alone
 
 
 def test_windows_of_a_trained_model_overlap_by_a_second(model, monkeypatch):
   monkeypatch.setattr(model, "frames", 250)
-  assert model.firsts(8.0) == [0]
+  assert model.firsts(8.0) == model.firsts(8.008) == model.firsts(8.04) == [0]  # Film at 29.97.
   firsts = model.firsts(30.0)
   assert (np.diff(firsts) <= 250 - 31).all() and len(firsts) == 5
 
@@ -81,35 +103,50 @@ def test_a_cross_fade_keeps_what_agrees_and_is_smooth():
   assert (np.diff(steps) >= 0).all() and np.diff(steps).max() < 0.15
 
 
+@pytest.mark.parametrize("firsts, fade", [([0, 3], 4), ([0, 16], 4), ([0, 10, 20], 10), ([0], 4)])
+def test_windows_own_what_is_theirs_and_share_the_middle_of_the_overlap(firsts, fade):
+  length, total = 20, np.zeros(firsts[-1] + 20)
+  share_wn = windows.shares(firsts, length, fade)
+  for first, share_n in zip(firsts, share_wn, strict=True):
+    total[first : first + length] += share_n
+    assert ((share_n > 0) & (share_n < 1)).sum() <= 2 * fade
+  np.testing.assert_allclose(total, 1, atol=1e-6)
+  for w, (a, b) in enumerate(zip(firsts[:-1], firsts[1:], strict=True)):
+    middle = (b + a + length) // 2
+    assert (share_wn[w, middle - a + (fade + 1) // 2 :] == 0).all()
+    assert (share_wn[w + 1, : middle - b - fade // 2] == 0).all()
+
+
 def test_joined_windows_of_the_same_latents_sound_as_one(model):
   """The decoder sees a window at a time, so that memory does not grow with the clip."""
   rng = np.random.default_rng(0)
   firsts = model.firsts(3.0)
   z_etc = rng.standard_normal((2, firsts[-1] + model.frames, 20)).astype(np.float32)
-  mels = model.mels(firsts, [z_etc[:, at : at + model.frames] for at in firsts])
+  mels = model.mels(firsts, z_etc)
   assert mels.shape == (2, 80, 2 * z_etc.shape[1])
-  single = model.mels([0], [z_etc[:, : model.frames]])
+  single = model.mels([0], z_etc[:, : model.frames])
   edge = 2 * firsts[1]  # Up to where the second window begins; the last one alone has the end.
   np.testing.assert_allclose(mels[..., :edge], single[..., :edge], atol=1e-4)
-  last = model.mels([0], [z_etc[:, firsts[-1] :]])
+  last = model.mels([0], z_etc[:, firsts[-1] :])
   edge = 2 * (firsts[-2] + model.frames)
   np.testing.assert_allclose(mels[..., edge:], last[..., edge - 2 * firsts[-1] :], atol=1e-4)
 
 
 def test_sound_has_the_length_of_the_clip_to_the_sample(model):
-  latents = [np.zeros((2, model.frames, 20), np.float32)]
-  for seconds in (0.04, 0.333, 1.28):
-    clip = model.clip([window_of(model, 0)], latents, seconds, "shared")
+  z_etc = np.random.default_rng(0).standard_normal((2, model.frames, 20)).astype(np.float32)
+  for seconds in (0.04, 0.333, 1.28, 1.34):  # The last one is in the slack, where nothing is mute.
+    clip = model.clip([window_of(model, 0)], z_etc, seconds, "shared")
+    assert np.abs(clip.audio_ep[:, -400:]).max() > 1e-3
     assert clip.audio_ep.shape == (2, round(16000 * seconds)) and clip.audio_ep.dtype == np.float32
     assert len(clip.descriptors_vk) == len(clip.heat_vyx) == max(1, int(8 * seconds))
 
 
 def test_descriptors_of_joined_windows_come_from_the_latest(model):
-  windows = [window_of(model, i, first) for i, first in enumerate((0, 20))]
-  for i, window in enumerate(windows):
+  both = [window_of(model, i, first) for i, first in enumerate((0, 20))]
+  for i, window in enumerate(both):
     window.features["spatial_vk"][:] = i + np.arange(10)[:, None] / 100
-  latents = [np.zeros((2, model.frames, 20), np.float32)] * 2
-  shown = model.clip(windows, latents, 1.92, "shared").descriptors_vk[:, 0]
+  z_etc = np.zeros((2, model.frames + 20, 20), np.float32)
+  shown = model.clip(both, z_etc, 1.92, "shared").descriptors_vk[:, 0]
   # The second window begins after 0.64 s: the first frame whose middle lies in it is the sixth.
   np.testing.assert_allclose(shown[:5], np.arange(5) / 100, atol=1e-6)
   np.testing.assert_allclose(shown[5:], 1 + np.arange(10) / 100, atol=1e-6)
