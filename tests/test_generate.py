@@ -86,6 +86,12 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(films, referenc
   assert np.abs(sound(other) - sound(reference)).max() > 0.01
 
 
+def test_one_call_from_python_makes_the_same_sound(films, reference, model):
+  clip = model.generate(films / "left.mp4", BASE)
+  np.testing.assert_array_equal(clip.audio_ep, sound(reference))
+  assert about(reference)["descriptors"] == np.round(clip.descriptors_vk.astype(float), 4).tolist()
+
+
 def test_the_video_keeps_its_picture_and_carries_the_sound_of_the_wav(films, reference):
   before, after = io.probe(films / "left.mp4"), io.probe(reference / "left.mp4")
   assert abs(after.duration_s - before.duration_s) <= 1 / 25

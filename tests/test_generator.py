@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import checkpoint, generator, schema, windows
+from spatialv2a_jax import checkpoint, generator, io, schema, windows
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.generator import Generator, Settings, Window
 from tests import tiny
@@ -169,6 +169,22 @@ def test_true_sound_has_latents_of_the_same_shape(model):
   assert model.encode(audio_ep, 0).shape == (2, model.frames, 20)
   short = model.encode(audio_ep, 20)  # Silence fills up what is missing.
   assert short.shape == (2, model.frames, 20) and np.isfinite(short).all()
+
+
+def test_one_call_makes_the_sound_of_a_file_or_of_frames_in_memory(model, tmp_path):
+  """What `generate` writes of the same file, see there."""
+  path = tiny.film(tmp_path / "x.mp4", 0.8, side=0.1)
+  by_file = model.generate(path, SETTINGS)
+  frames = io.Frames(io.read_video(path, 25), 25)
+  by_frames, again = model.generate(frames, SETTINGS), model.generate(frames, SETTINGS)
+  np.testing.assert_array_equal(by_frames.audio_ep, again.audio_ep)
+  assert by_frames.audio_ep.shape == by_file.audio_ep.shape == (2, 12_800)
+  # They show the same and have noise of their own.
+  np.testing.assert_allclose(by_frames.descriptors_vk, by_file.descriptors_vk, atol=1e-6)
+  assert np.abs(by_frames.audio_ep - by_file.audio_ep).max() > 0.01
+  cut = dataclasses.replace(SETTINGS, duration=0.4)
+  assert model.generate(frames, cut).audio_ep.shape == (2, 6_400)
+  assert sorted(tmp_path.iterdir()) == [path]
 
 
 def test_a_short_video_holds_its_last_frame(model, tmp_path):

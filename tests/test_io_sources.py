@@ -1,4 +1,4 @@
-"""Recordings that were joined: times that go back, channels and rates that change on the way."""
+"""Joined recordings, whose times go back and whose channels change; and frames in memory."""
 
 import pathlib
 
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from spatialv2a_jax import io
+from spatialv2a_jax.errors import UserError
 
 CHANNELS = {"mono": 1, "stereo": 2, "5.1": 6}
 
@@ -35,6 +36,28 @@ def tone(path, layout, rate, seconds=1.0, silent=0.0):
     output.mux(stream.encode(frame))
     output.mux(stream.encode(None))
   return path.read_bytes()
+
+
+@pytest.mark.parametrize("fps", [25, 24_000 / 1001])
+def test_frames_in_memory_are_seen_as_those_of_a_file(tmp_path, fps):
+  pixels = np.random.default_rng(0).integers(0, 255, (40, 24, 32, 3), np.uint8)
+  io.write_video(tmp_path / "x.mp4", pixels, fps)
+  held = io.Frames(io.read_video(tmp_path / "x.mp4", fps), fps)
+  views = {"a": io.View(8, (16, 16)), "b": io.View(25, short_side=16, crop=16)}
+  assert held.seconds == pytest.approx(io.probe(tmp_path / "x.mp4").duration_s, abs=1e-3)
+  for span in ({}, {"start": 0.3}, {"start": 0.5, "duration": 0.6}, {"duration": 9}):
+    seen, kept = (
+      io.read_views(tmp_path / "x.mp4", views, **span),
+      io.read_views(held, views, **span),
+    )
+    for name in views:
+      np.testing.assert_array_equal(kept[name], seen[name])
+  assert held.sha256 != io.Frames(held.pixels, 30).sha256
+  for bad in (held.pixels[0], held.pixels.astype(np.float32), held.pixels[:0]):
+    with pytest.raises(UserError, match="uint8 RGB"):
+      io.Frames(bad, fps)
+  with pytest.raises(UserError, match="nothing from 9.00 s on"):
+    io.read_views(held, views, start=9)
 
 
 def join(path: pathlib.Path, *parts: bytes) -> pathlib.Path:
