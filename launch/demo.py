@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spatialv2a_jax import checkpoint, generator, io, logbook, windows
+from spatialv2a_jax import generator, io, logbook, model_folder, windows
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, analysis, evaluate
 
@@ -174,7 +174,7 @@ def run(out: pathlib.Path, *, train: int, heldout: int, variant: str) -> None:
 
 def publish(source: pathlib.Path, target: pathlib.Path) -> None:
   """Copies a model folder, which is there completely or not at all."""
-  checkpoint.load_model(source)
+  model_folder.load_model(source)
   temporary = target.with_name(f".{target.name}.tmp")
   shutil.rmtree(temporary, ignore_errors=True)
   shutil.copytree(source, temporary)

@@ -271,7 +271,7 @@ def _beam(args: argparse.Namespace) -> shards.Runner | None:
     from data import beam
   except ImportError as error:
     raise MissingAssetError(
-      f"--beam needs Apache Beam ({error}); pip install spatialv2a_jax[beam]"
+      f"--beam needs Apache Beam ({error}); pip install -e '.[beam]'"
     ) from None
   return beam.runner(args.beam, args.beam_option)
 

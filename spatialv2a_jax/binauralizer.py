@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from spatialv2a_jax import checkpoint, schema
+from spatialv2a_jax import model_folder, schema
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import mono2binaural
 
@@ -156,7 +156,7 @@ class Binauralizer:
       MissingAssetError: no such folder.
       UserError: it has no mono-to-binaural network, or one of another version.
     """
-    model = checkpoint.load_model(os.fspath(folder))
+    model = model_folder.load_model(os.fspath(folder))
     if NETWORK not in model.params:
       raise UserError(f"{folder} has no network {NETWORK!r}, only {sorted(model.params)}")
     try:

@@ -33,7 +33,7 @@ def packages() -> Check:
     except importlib.metadata.PackageNotFoundError:
       missing.append(name)
   text = ", ".join(found) + (f"; missing: {', '.join(missing)}" if missing else "")
-  return not missing, text, "pip install --upgrade spatialv2a_jax"
+  return not missing, text, "in a checkout: pip install -e ."
 
 
 def devices() -> Check:
@@ -44,7 +44,14 @@ def devices() -> Check:
     seen = jax.devices()
   except RuntimeError as error:
     return False, f"no device: {error}".splitlines()[0], "set JAX_PLATFORMS=cpu, or mend the driver"
-  return True, f"{len(seen)} x {seen[0].device_kind} ({jax.default_backend()})", ""
+  found = f"{len(seen)} x {seen[0].device_kind} ({jax.default_backend()})"
+  if jax.default_backend() == "cpu" and shutil.which("nvidia-smi"):
+    chosen = os.environ.get("JAX_PLATFORMS")
+    mend = (
+      f"unset JAX_PLATFORMS={chosen}" if chosen else f'pip install "jax[cuda12]=={jax.__version__}"'
+    )
+    found += f"; there is an NVIDIA driver that JAX does not use: {mend}"
+  return True, found, ""
 
 
 def codecs() -> Check:

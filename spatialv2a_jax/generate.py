@@ -9,7 +9,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,6 +90,7 @@ def write(model: Generator, job: Job, clip: Clip, out: pathlib.Path, settings: S
     )
   wall = time.monotonic() - job.began
   about = sidecar(model, job, settings) | {
+    "licences": model.licences(settings.localizer),
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
     "descriptors": np.round(clip.descriptors_vk.astype(float), 4).tolist(),
@@ -214,6 +215,8 @@ def run(
         fail(job.path, error)
     waiting.clear()
 
+  for licence, names in by_value(model.licences(settings.localizer)).items():
+    print(f"licence of the weights ({', '.join(names)}): {licence}", file=sys.stderr)
   total = sum(len(firsts) for _, _, firsts in todo)
   with logbook.Progress(total, "generating", "window") as progress:
     model.report = progress.say
@@ -272,6 +275,11 @@ def sample_all(
       advance = whole(progress, len(job.windows))
       latents[i] = model.latents(job.windows, keys[i], settings, advance)
   return [latents[i] for i in range(len(jobs))]
+
+
+def by_value(of: Mapping[str, str]) -> dict[str, list[str]]:
+  """Returns the keys of each value."""
+  return {value: [name for name in of if of[name] == value] for value in dict.fromkeys(of.values())}
 
 
 def whole(progress: logbook.Progress, count: int) -> Callable[[float], None]:

@@ -149,6 +149,11 @@ class Generator:
     names += ["vocoder"] if self.vocoder is not None else []
     return {name: self.weights.sha256(name) for name in names}
 
+  def licences(self, localizer: str | None = None) -> dict[str, str]:
+    """Returns the licence of every network that makes the sound and has one."""
+    found = {name: self.weights.licence(name) for name in self.sha256(localizer)}
+    return {name: licence for name, licence in found.items() if licence}
+
   def generate(
     self,
     source: Source,

@@ -76,7 +76,7 @@ class Tokenizer:
     except ImportError as error:
       raise MissingAssetError(
         f"CLIP's tokenizer needs the package {error.name}; "
-        'install it with: pip install "spatialv2a_jax[encoders]"'
+        'install it from a checkout with: pip install -e ".[encoders]"'
       ) from None
     path = find_merges() if merges is None else pathlib.Path(merges)
     if not path.is_file():

@@ -86,6 +86,10 @@ class Weights:
       where = f"{self.model(name).folder}/config.json"
       raise UserError(f"{where} describes no {name} of this version: {error}") from None
 
+  def licence(self, name: str) -> str | None:
+    """Returns the licence of a network's weights, if the folder that gives it says one."""
+    return self.model(name).config.get(f"{name}_source", {}).get("licence")
+
   def sha256(self, name: str) -> str:
     """Returns the digest of a network's file."""
     return self.model(name).sha256[name]

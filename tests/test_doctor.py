@@ -60,6 +60,16 @@ def test_a_broken_driver(monkeypatch, capsys):
   assert bad == ["devices"] and "no device: no CUDA  ->" in lines[2]
 
 
+@pytest.mark.parametrize(
+  "chosen, mend", [("cpu", "unset JAX_PLATFORMS=cpu"), ("", "jax[cuda12]==")]
+)
+def test_a_gpu_that_jax_does_not_see(monkeypatch, capsys, chosen, mend):
+  monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+  monkeypatch.setenv("JAX_PLATFORMS", chosen)
+  bad, lines = failing(capsys)
+  assert not bad and "does not use" in lines[2] and mend in lines[2]
+
+
 def test_a_missing_codec(monkeypatch, capsys):
   import av
 

@@ -104,6 +104,14 @@ def test_the_video_keeps_its_picture_and_carries_the_sound_of_the_wav(films, ref
   assert close.shape == wav.shape and np.square(close - wav).sum() < 0.02 * np.square(wav).sum()
 
 
+def test_the_licence_of_the_weights_is_told_and_kept(films, make, model, monkeypatch, capsys):
+  config = model.weights.model("flow").config
+  monkeypatch.setitem(config, "flow_source", {"licence": "CC-BY-NC-4.0", "file": "x.pth"})
+  out = make(films, video=False)
+  assert capsys.readouterr().err.count("licence of the weights (flow): CC-BY-NC-4.0\n") == 1
+  assert about(out)["licences"] == {"flow": "CC-BY-NC-4.0"}  # Of the VAE, nobody said one.
+
+
 @pytest.mark.parametrize("codec, error", [("aac", 0.1), ("flac", 2**-22), ("alac", 2**-22)])
 def test_the_sound_of_the_video_is_stored_as_chosen(films, make, monkeypatch, codec, error):
   ears = np.random.default_rng(0).uniform(-0.1, 0.1, (2, 20_480)).astype(np.float32)

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from spatialv2a_jax import checkpoint, io, tokenizer
+from spatialv2a_jax import io, model_folder, tokenizer
 from spatialv2a_jax.convert import (
   acl,
   beats,
@@ -86,7 +86,7 @@ def run(source: str, file: Path, out: Path, *, ears: int = 1) -> int:
   if source == "mmaudio":
     origin["variant"] = mmaudio.variant(config)
   about = {name: dataclasses.asdict(config), f"{name}_source": origin, **chosen.about(config)}
-  checkpoint.save_model(out, {name: params}, {name: stats}, about)
+  model_folder.save_model(out, {name: params}, {name: stats}, about)
   count = sum(x.size for x in jax.tree.leaves(params))
   print(f"{out}/{name}.safetensors: {count:,} parameters from {file}")
   print(f"licence of the weights: {chosen.licence}")
@@ -161,7 +161,7 @@ def export(source: str, folder: Path, out: Path) -> int:
     UserError: the folder lacks the network, or it is one that upstream does not have.
   """
   chosen = _source(source)
-  model = checkpoint.load_model(folder)
+  model = model_folder.load_model(folder)
   name = chosen.network
   if name not in model.params:
     raise UserError(f"{folder} has no network {name!r}, only {', '.join(sorted(model.params))}")

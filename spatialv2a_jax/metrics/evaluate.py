@@ -9,7 +9,9 @@ cannot be scored are listed in `dropped` with a reason, undefined values are nul
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from spatialv2a_jax import io
+from spatialv2a_jax import io, logbook
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, distances, spatial, stats
 from spatialv2a_jax.metrics import analysis as an
@@ -117,7 +119,7 @@ def run(
     raise UserError(f"baseline name {sorted(clash)[0]!r} is built in; choose another")
   paired, dropped, counts = _pair(pred, ref, truth, baselines)
   with io.atomic_path(out) as temporary:
-    done = _map(score, paired, jobs)
+    done = _map(score, paired, jobs, "scoring")
     scored = [one for one in done if isinstance(one, Scored)]
     dropped += [one for one in done if isinstance(one, Dropped)]
     dropped.sort(key=lambda one: one.stem)
@@ -139,6 +141,7 @@ def run(
       "ref": os.fspath(ref),
       "truth": os.fspath(truth) if truth else None,
       "baselines": {name: os.fspath(folder) for name, folder in baselines.items()},
+      "set_sha256": set_digest(ref, truth),
       "sample_rate": an.RATE,
       "bootstrap": {"draws": stats.DRAWS, "seed": stats.SEED, "unit": "clip"},
     }
@@ -146,6 +149,19 @@ def run(
       json.dump(result, file, indent=1, allow_nan=False)
   echo(markdown(result))
   return result
+
+
+def set_digest(ref: str | os.PathLike, truth: str | os.PathLike | None) -> str:
+  """SHA-256 of the set of clips that predictions are scored against: stems, references, truths.
+
+  Scores of two models may be compared where it is the same.
+  """
+  digest = hashlib.sha256()
+  for stem, path in sorted(_by_stem(ref).items()):
+    seen = None if truth is None else pathlib.Path(truth) / f"{stem}.json"
+    known = io.file_hash(seen) if seen and seen.is_file() else "-"
+    digest.update(f"{stem}\0{io.file_hash(path)}\0{known}\n".encode())
+  return digest.hexdigest()
 
 
 def score(job: Job) -> Scored | Dropped:
@@ -295,7 +311,9 @@ def _shuffled(scored: Sequence[Scored], jobs: int) -> list[Parts]:
     for one, other in zip(scored, others, strict=True)
   ]
   parts = []
-  for one, other, waves in zip(scored, others, _map(_wave_pair, pairs, jobs), strict=True):
+  for one, other, waves in zip(
+    scored, others, _map(_wave_pair, pairs, jobs, "scoring shuffled pairs"), strict=True
+  ):
     values = dict(waves)
     if other.ref_cues:
       values |= distances.cue_errors(one.cues, other.ref_cues)
@@ -345,14 +363,20 @@ def _collect(
   return {"metrics": summaries(own), "baselines": named, "clips": clips}
 
 
-def _map(work: Callable, items: Sequence, jobs: int) -> list:
+def _map(work: Callable, items: Sequence, jobs: int, what: str) -> list:
   """Maps in order, over processes that start afresh: a forked JAX would hang."""
-  workers = min(jobs, len(items))
-  if workers < 2:
-    return [work(item) for item in items]
-  context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-    return list(pool.map(work, items))
+  workers, done = min(jobs, len(items)), []
+  with contextlib.ExitStack() as stack:
+    results = map(work, items)
+    if workers > 1:
+      context = multiprocessing.get_context("spawn")
+      pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context)
+      results = stack.enter_context(pool).map(work, items)
+    progress = stack.enter_context(logbook.Progress(len(items), what, "clip"))
+    for one in results:
+      done.append(one)
+      progress.advance()
+  return done
 
 
 def _count_lines(counts: Mapping[str, int], dropped: Sequence[Dropped]) -> Iterator[str]:

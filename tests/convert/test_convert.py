@@ -1,6 +1,8 @@
 """`check` and `run` as the command line uses them, on encoders with upstream's names."""
 
 import json
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,15 @@ from spatialv2a_jax.models import clip, localizer, synchformer
 from tests.models import encoder_reference, encoder_states
 
 IDS = np.array([[57, 3, 17, 59, 0, 0, 0, 0, 0], [57, 4, 4, 8, 1, 9, 30, 2, 59]])
+
+
+def test_model_folders_are_read_and_written_without_orbax():
+  code = (
+    "import sys, spatialv2a_jax.convert, spatialv2a_jax.binauralizer, spatialv2a_jax.generate;"
+    "print([name for name in sys.modules if name.startswith('orbax')])"
+  )
+  got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert got.stdout.strip() == "[]", got.stderr
 
 
 def write(path, state, inputs, outputs, **metadata):

@@ -57,6 +57,21 @@ def scores(scenes, tmp_path_factory):
   return json.loads(out.read_text())
 
 
+def test_the_set_of_clips_has_a_digest_and_work_is_shown(scenes, scores, tmp_path, capsys):
+  digest = scores["settings"]["set_sha256"]
+  assert digest == evaluate.set_digest(scenes, scenes) and len(digest) == 64
+  assert digest != evaluate.set_digest(scenes, None)
+  other = tmp_path / "other"
+  shutil.copytree(scenes, other)
+  assert evaluate.set_digest(other, other) == digest  # Wherever it lies.
+  (other / "clip_0.json").write_text("{}")
+  changed = evaluate.set_digest(other, other)
+  (other / "clip_1.wav").unlink()
+  assert len({digest, changed, evaluate.set_digest(other, other)}) == 3
+  evaluate.run(other, other, None, tmp_path / "x.json", echo=quiet)
+  assert "scoring: 4/4" in capsys.readouterr().err
+
+
 def copy(scenes, folder):
   return shutil.copytree(scenes, folder)
 
