@@ -55,7 +55,7 @@ def make(model_folder, tmp_path):
 
 
 def sound(folder, stem="left", suffix="wav"):
-  return io.read_audio(folder / f"{stem}.{suffix}")
+  return io.read_audio(folder / f"{stem}.{suffix}", tiny.RATE)  # AAC is stored at 48 kHz.
 
 
 def about(folder, stem="left"):

@@ -1,4 +1,4 @@
-"""Joined recordings, whose times go back and whose channels change; and frames in memory."""
+"""Joined recordings, whose times go back and whose channels change; AAC; frames in memory."""
 
 import pathlib
 
@@ -8,6 +8,7 @@ import pytest
 
 from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.metrics import summary
 
 CHANNELS = {"mono": 1, "stereo": 2, "5.1": 6}
 
@@ -36,6 +37,22 @@ def tone(path, layout, rate, seconds=1.0, silent=0.0):
     output.mux(stream.encode(frame))
     output.mux(stream.encode(None))
   return path.read_bytes()
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_aac_keeps_both_ears_in_time_and_level(tmp_path, rate):
+  noise_p = np.random.default_rng(0).standard_normal(2 * rate) * 0.1
+  ears = np.stack([noise_p, 0.5 * np.roll(noise_p, round(400e-6 * rate))]).astype("f4")
+  pixels = np.zeros((50, 32, 64, 3), np.uint8)
+  io.write_video(tmp_path / "x.mp4", pixels, 25, ears, rate, codec="aac")
+  with av.open(str(tmp_path / "x.mp4")) as container:
+    assert container.streams.audio[0].bit_rate > 250_000
+  back = io.read_audio(tmp_path / "x.mp4", rate)
+  assert back.shape == ears.shape
+  (before, after) = (summary.spatial_cues(x, rate) for x in (ears, back))
+  assert after["itd_xc_clip_us"] == pytest.approx(before["itd_xc_clip_us"], abs=1)
+  assert after["ild_clip_db"] == pytest.approx(before["ild_clip_db"], abs=0.2)
+  assert np.square(back - ears).mean() < 0.1 * np.square(ears).mean()  # No sample late.
 
 
 @pytest.mark.parametrize("fps", [25, 24_000 / 1001])

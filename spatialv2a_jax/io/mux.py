@@ -1,9 +1,9 @@
 """Video with sound out: encoding frames, and putting new sound under an untouched picture.
 
 Sound goes into MP4 as 24-bit FLAC, lossless and played by browsers; as ALAC, lossless and played by
-QuickTime and Apple's devices, which FLAC in MP4 is not; or as AAC of 320 kb/s where the sample rate
-allows it, which plays everywhere and keeps time differences between the ears to 1 us and level
-differences to 0.2 dB (at common rates it bends both). Stereo is tagged as such, channel 0 left.
+QuickTime and Apple's devices, which FLAC in MP4 is not; or as AAC of 320 kb/s at 44.1 or 48 kHz,
+which plays everywhere and keeps time differences between the ears to 1 us and level differences to
+0.2 dB (at common bit rates it bends both). Stereo is tagged as such, channel 0 left.
 
 Axes: e channel (0 left, 1 right), p sample, y row, x column.
 """
@@ -28,6 +28,7 @@ from spatialv2a_jax.io.video import Picture, rational, timed_frames
 
 SoundCodec = Literal["flac", "alac", "aac"]
 
+_AAC_RATES = (44_100, 48_000)  # Lower ones leave no room for 320 kb/s.
 _SAMPLE_FORMAT = {"flac": "s32", "alac": "s32p", "aac": "fltp"}
 _CONTAINER = {"movflags": "+faststart", "fflags": "+bitexact"}
 # Equal input must give equal bytes: one thread, and no macroblock tree, whose AVX-512 code in x264
@@ -49,9 +50,9 @@ class _Sound:
     audio_ep = np.atleast_2d(np.asarray(audio_ep, np.float32))
     if audio_ep.shape[0] not in (1, 2) or not np.isfinite(audio_ep).all():
       raise ValueError(f"{path}: sound must be finite and of one or two channels")
-    if codec == "aac" and sample_rate not in (rates := av.Codec("aac", "w").audio_rates or ()):
-      given, sample_rate = sample_rate, min([r for r in rates if r > sample_rate] or [max(rates)])
-      audio_ep = soxr.resample(audio_ep.T, given, sample_rate, quality="VHQ").T
+    if codec == "aac" and sample_rate not in _AAC_RATES:
+      audio_ep = soxr.resample(audio_ep.T, sample_rate, _AAC_RATES[-1], quality="VHQ").T
+      sample_rate = _AAC_RATES[-1]
     self.layout = "stereo" if audio_ep.shape[0] == 2 else "mono"
     self.rate, self.output, self.format = sample_rate, output, _SAMPLE_FORMAT[codec]
     stream = output.add_stream(codec, rate=sample_rate, layout=self.layout, format=self.format)
