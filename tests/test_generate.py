@@ -19,7 +19,6 @@ import spatialv2a_jax
 from spatialv2a_jax import checkpoint, generate, generator, io
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.generator import Settings
-from spatialv2a_jax.metrics import summary
 from tests import tiny
 
 BASE = Settings(steps=tiny.STEPS)
@@ -251,19 +250,6 @@ def test_a_video_that_does_not_say_its_length_is_counted(films, make, tmp_path, 
   mute = lambda path: dataclasses.replace(probe(path), duration_s=0.0)  # noqa: E731
   monkeypatch.setattr(generate.io, "probe", mute)
   assert about(make(films / "left.mp4"))["duration_s"] == 1.28
-
-
-def test_cues_of_long_sound_are_averaged_over_stretches(monkeypatch):
-  rng = np.random.default_rng(0)
-  noise = rng.standard_normal((1, 48_000)).astype(np.float32) * 0.1
-  ears = np.concatenate([noise, 0.5 * np.roll(noise, 4, axis=1)])
-  whole = summary.spatial_cues(ears, 16_000)
-  monkeypatch.setattr(summary, "STRETCH_SECONDS", 1.0)
-  parts = summary.spatial_cues(ears, 16_000)
-  assert parts == pytest.approx(whole, rel=0.01)
-  assert parts["itd_xc_clip_us"] == pytest.approx(250, abs=2)
-  assert parts["ild_clip_db"] == pytest.approx(6.02, abs=0.05)
-  assert summary.spatial_cues(np.zeros((2, 100), np.float32), 16_000)["iacc_clip"] is None
 
 
 def test_each_file_has_noise_of_its_own(films, make, monkeypatch):

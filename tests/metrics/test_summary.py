@@ -1,0 +1,19 @@
+"""Three numbers about a clip, of any length."""
+
+import numpy as np
+import pytest
+
+from spatialv2a_jax.metrics import summary
+
+
+def test_cues_of_long_sound_are_averaged_over_stretches(monkeypatch):
+  rng = np.random.default_rng(0)
+  noise = rng.standard_normal((1, 48_000)).astype(np.float32) * 0.1
+  ears = np.concatenate([noise, 0.5 * np.roll(noise, 4, axis=1)])
+  whole = summary.spatial_cues(ears, 16_000)
+  monkeypatch.setattr(summary, "STRETCH_SECONDS", 1.0)
+  parts = summary.spatial_cues(ears, 16_000)
+  assert parts == pytest.approx(whole, rel=0.01)
+  assert parts["itd_xc_clip_us"] == pytest.approx(250, abs=2)
+  assert parts["ild_clip_db"] == pytest.approx(6.02, abs=0.05)
+  assert summary.spatial_cues(np.zeros((2, 100), np.float32), 16_000)["iacc_clip"] is None
