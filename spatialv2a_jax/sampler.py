@@ -45,9 +45,9 @@ class Condition(NamedTuple):
     missing_text_b: which windows have no text.
   """
 
-  cond: Mapping[str, np.ndarray]
-  negative_bwf: np.ndarray | None
-  missing_text_b: np.ndarray
+  cond: Mapping[str, Any]
+  negative_bwf: Any
+  missing_text_b: Any
 
   def rows(self, index: Sequence[int]) -> "Condition":
     """Returns some of the windows, in any order."""
@@ -63,6 +63,7 @@ class Sampler:
 
   def _guided(self, params: Any, stats: Any, given: Condition, choice: Choice) -> flow.Velocity:
     none_b = jnp.zeros_like(given.missing_text_b)
+    missing = {"video": none_b, "text": given.missing_text_b, "spatial": none_b}
     return flow.guided(
       self.net,
       params,
@@ -72,7 +73,7 @@ class Sampler:
       guidance=choice.guidance,
       spatial_guidance=choice.spatial_guidance,
       negative_text_bwf=given.negative_bwf,
-      missing={"video": none_b, "text": given.missing_text_b, "spatial": none_b},
+      missing=missing,
     )
 
   @functools.cached_property
@@ -127,12 +128,12 @@ class Sampler:
     def velocity(x_betc: jax.Array, t_b: jax.Array) -> jax.Array:
       x_etc = np.asarray(x_betc)[0]
       v_etc = np.zeros_like(x_etc)
-      t_b = np.full(rows, t_b[0], np.float32)
+      times_b = np.full(rows, t_b[0], np.float32)
       for group, part in zip(groups, parts, strict=True):
         piece_betc = np.zeros((rows, len(x_etc), self.frames, x_etc.shape[2]), np.float32)
         for i, b in enumerate(group):
           piece_betc[i] = x_etc[:, firsts[b] : firsts[b] + self.frames]
-        found_betc = np.asarray(self._velocity(params, stats, part, piece_betc, t_b, fixed))
+        found_betc = np.asarray(self._velocity(params, stats, part, piece_betc, times_b, fixed))
         for i, b in enumerate(group):
           span = slice(firsts[b], firsts[b] + self.frames)
           v_etc[:, span] += share_bn[b][None, :, None] * found_betc[i]

@@ -97,11 +97,11 @@ def test_a_full_disk(monkeypatch, capsys):
 
 
 def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
-  before = jax.config.jax_compilation_cache_dir
+  before = jax.config.values["jax_compilation_cache_dir"]
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
   try:
     compile_cache.keep()
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path)
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")

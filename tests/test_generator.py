@@ -160,6 +160,7 @@ def test_azimuths_are_those_of_frames_in_which_something_is_seen():
   descriptors[2:6, 1] = 0.1
   descriptors[2:6, 0] = [-1, -0.5, 0.5, 1]
   azimuth_n = generator.azimuths(descriptors, time_v, 62, audio)
+  assert azimuth_n is not None
   assert azimuth_n[0] == 60 and azimuth_n[-1] == -60 and (np.diff(azimuth_n) <= 0).all()
   assert abs(azimuth_n[30]) < 8
 

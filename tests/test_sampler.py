@@ -15,6 +15,10 @@ SPREAD = 0.1
 CHOICE = Choice(1.0, None, 50, "euler")
 
 
+def never(*_):
+  raise AssertionError("not asked for")
+
+
 def coin_net():
   """The exact velocity of data near -1 or 1; a window has an opinion of its own of the odds."""
 
@@ -28,7 +32,7 @@ def coin_net():
     return side + (t * SPREAD**2 - (1 - t)) / variance * (x_betc - t * side)
 
   same = lambda params, x: x  # noqa: E731
-  return FlowNet(None, None, condition, velocity, None, same, same)
+  return FlowNet(never, never, condition, velocity, never, same, same)
 
 
 def given(odds_bvf):

@@ -1,6 +1,7 @@
 """Placing the sound of files: sides, lengths, own pictures, and faults."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,8 +110,8 @@ def test_loud_sound_is_turned_down_in_both_ears_alike(tmp_path, capsys, format):
   film = tiny.film(tmp_path / "x.mp4", 1.6, side=0.0)
   for name, gain in (("loud", 3.3), ("quiet", 0.33)):
     io.remux(film, gain * noise(1.6, 2), RATE, tmp_path / name / "x.mp4", codec="flac")
-    options = {"out": tmp_path / f"{name}_out", "format": format, "video_sound": "flac"}
-    assert run(tmp_path / name / "x.mp4", **options) == 0
+    film_there, out = tmp_path / name / "x.mp4", tmp_path / f"{name}_out"
+    assert run(film_there, out=out, format=format, video_sound="flac") == 0
   error = capsys.readouterr().err
   assert error.count("turned down by") == 1 and "clipped" not in error
   loud, quiet = (io.read_audio(tmp_path / f"{n}_out" / f"x.{format}") for n in ("loud", "quiet"))
@@ -199,7 +200,7 @@ def test_a_network_places_the_sound_of_a_video(tmp_path, rate, seconds):
   sound = noise(seconds, 1, rate)
   io.remux(film, np.repeat(sound, 2, 0), rate, tmp_path / "with" / "x.mp4")
   mono = io.read_audio(tmp_path / "with" / "x.mp4", mono=True)[0]
-  options = {"track": None, "hrtf": None, "format": "wav"}
+  options: dict[str, Any] = {"track": None, "hrtf": None, "format": "wav"}
   video = tmp_path / "with" / "x.mp4"
   assert spatialize.run([video], tmp_path / "out", **options, checkpoint=str(folder)) == 0
   ears = io.read_audio(tmp_path / "out" / "x.wav")
