@@ -170,7 +170,11 @@ class Encoders:
     kept = [None if sha256 is None else self._recall(stage, stretch) for stage in stages]
     todo = [stage for stage, found in zip(stages, kept, strict=True) if found is None]
     views = {name: view for stage in todo for name, view in stage.views.items()}
-    frames = io.read_views(source, views, start=start, duration=left) if views else {}
+    frames: dict[str, np.ndarray] = {}
+    if views and isinstance(source, io.Frames):
+      frames = source.views(views, start, left)
+    elif views:
+      frames = io.read_views(source, views, start=start, duration=left)
     for name, view in views.items():
       count = max(1, schema.whole_frames(seconds, int(view.fps)))
       held = frames[name][:count]

@@ -64,8 +64,8 @@ def test_frames_in_memory_are_seen_as_those_of_a_file(tmp_path, fps):
   views = {"a": io.View(8, (16, 16)), "b": io.View(25, short_side=16, crop=16)}
   assert held.seconds == pytest.approx(io.probe(tmp_path / "x.mp4").duration_s, abs=1e-3)
   for start, duration in ((0, None), (0.3, None), (0.5, 0.6), (0, 9)):
-    both = (tmp_path / "x.mp4", held)
-    seen, kept = (io.read_views(source, views, start, duration) for source in both)
+    seen = io.read_views(tmp_path / "x.mp4", views, start, duration)
+    kept = held.views(views, start, duration)
     for name in views:
       np.testing.assert_array_equal(kept[name], seen[name])
   assert held.sha256 != io.Frames(held.pixels, 30).sha256
@@ -73,7 +73,7 @@ def test_frames_in_memory_are_seen_as_those_of_a_file(tmp_path, fps):
     with pytest.raises(UserError, match="uint8 RGB"):
       io.Frames(bad, fps)
   with pytest.raises(UserError, match="nothing from 9.00 s on"):
-    io.read_views(held, views, start=9)
+    held.views(views, start=9)
 
 
 def join(path: pathlib.Path, *parts: bytes) -> pathlib.Path:

@@ -12,8 +12,9 @@ from spatialv2a_jax.io.files import (
   probe,
   remove_leftovers,
 )
+from spatialv2a_jax.io.frames import Frames
 from spatialv2a_jax.io.mux import SoundCodec, remux, write_video
-from spatialv2a_jax.io.video import Frames, View, Window, iter_views, read_video, read_views
+from spatialv2a_jax.io.video import View, Window, iter_views, read_video, read_views
 
 __all__ = [
   "AUDIO_EXTENSIONS",

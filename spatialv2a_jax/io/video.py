@@ -10,8 +10,6 @@ Axes: v frame, y row, x column; pixels are RGB uint8 [v, y, x, 3].
 """
 
 import dataclasses
-import functools
-import hashlib
 import heapq
 import math
 import os
@@ -59,52 +57,6 @@ class View:
       raise ValueError("a view has either size or short_side and crop")
     if self.crop and (not self.short_side or self.crop > self.short_side):
       raise ValueError("crop needs a short_side of at least its own size")
-
-
-@dataclasses.dataclass(frozen=True)
-class Frames:
-  """A video in memory, at a constant rate.
-
-  Attributes:
-    pixels: uint8 RGB [v, y, x, 3], upright.
-    fps: frames per second.
-  """
-
-  pixels: np.ndarray
-  fps: float | Fraction
-
-  def __post_init__(self):
-    shape, kind = np.shape(self.pixels), getattr(self.pixels, "dtype", None)
-    if len(shape) != 4 or shape[3] != 3 or not all(shape) or kind != np.uint8 or self.fps <= 0:
-      raise UserError(
-        f"frames must be uint8 RGB [frame, row, column, 3] at a rate above 0, not {kind} "
-        f"{list(shape)} at {self.fps}"
-      )
-
-  @property
-  def seconds(self) -> float:
-    """How long they are shown."""
-    return float(len(self.pixels) / rational(self.fps))
-
-  @functools.cached_property
-  def sha256(self) -> str:
-    """Digest of what they show, in hexadecimal."""
-    about = f"{self.pixels.shape} {rational(self.fps)} ".encode()
-    return hashlib.sha256(about + self.pixels.tobytes()).hexdigest()
-
-  def view(
-    self, view: View, start: float | Fraction = 0, duration: float | Fraction | None = None
-  ) -> np.ndarray:
-    """Returns the frames of a view by the rule of this module; UserError if there are none."""
-    fps, start = rational(self.fps), rational(start)
-    left = len(self.pixels) / fps - start
-    left = left if duration is None else min(left, rational(duration))
-    times = (start + k / rational(view.fps) for k in range(math.ceil(left * rational(view.fps))))
-    index = [min(math.ceil(time * fps), len(self.pixels) - 1) for time in times]
-    if not index:
-      raise UserError(f"frames of {self.seconds:.2f} s have nothing from {float(start):.2f} s on")
-    fitted = {i: _fit(self.pixels[i], view) for i in set(index)}
-    return np.stack([fitted[i] for i in index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +118,8 @@ def _turned(pixels: np.ndarray, turn: tuple[bool, bool, bool]) -> np.ndarray:
   return np.ascontiguousarray(pixels)
 
 
-def _fit(pixels: np.ndarray, view: View) -> np.ndarray:
+def fit(pixels: np.ndarray, view: View) -> np.ndarray:
+  """Resizes and crops one frame [y, x, 3] as a view has it."""
   height, width = pixels.shape[:2]
   if view.size:
     target = view.size
@@ -269,7 +222,7 @@ class _Sampler:
       elif fitted is None:
         if "rgb" not in pixels:
           pixels["rgb"] = self.whole(frame)
-        fitted = _fit(pixels["rgb"], self.view)
+        fitted = fit(pixels["rgb"], self.view)
       self.held.append(fitted)
 
   def index(self, seconds: Fraction) -> int:
@@ -372,22 +325,20 @@ def iter_views(
 
 
 def read_views(
-  source: "str | os.PathLike | Frames",
+  path: str | os.PathLike,
   views: Mapping[str, View],
   start: float | Fraction = 0,
   duration: float | Fraction | None = None,
   threads: int = 0,
 ) -> dict[str, np.ndarray]:
-  """Several views of one stretch of a video, of a file from a single decoding pass.
+  """Several views of one stretch of a video from a single decoding pass.
 
   Args and errors as in `iter_views`.
 
   Returns:
     View name -> uint8 [v, y, x, 3]; fewer frames than `duration` asks for if the video is shorter.
   """
-  if isinstance(source, Frames):
-    return {name: source.view(view, start, duration) for name, view in views.items()}
-  (window,) = iter_views(source, views, start=start, duration=duration, threads=threads)
+  (window,) = iter_views(path, views, start=start, duration=duration, threads=threads)
   return window.frames
 
 
