@@ -171,7 +171,7 @@ class Encoders:
     todo = [stage for stage, found in zip(stages, kept, strict=True) if found is None]
     views = {name: view for stage in todo for name, view in stage.views.items()}
     frames: dict[str, np.ndarray] = {}
-    if views and isinstance(source, io.Frames):
+    if isinstance(source, io.Frames):
       frames = source.views(views, start, left)
     elif views:
       frames = io.read_views(source, views, start=start, duration=left)

@@ -209,7 +209,7 @@ def test_a_network_places_the_sound_of_a_video(tmp_path, rate, seconds):
   assert np.abs(ears[0] - ears[1]).max() > 1e-3
   for name, value in (("track", str(track(tmp_path, 0))), ("hrtf", "sofa:x")):
     with pytest.raises(UserError, match=f"--{name} and --checkpoint exclude each other"):
-      both = options | {name: value}
+      both: dict[str, Any] = options | {name: value}
       spatialize.run([video], tmp_path / "both", **both, checkpoint=str(folder))
   io.write_audio(tmp_path / "blind.wav", sound, rate)
   with pytest.raises(UserError, match="no picture for the network"):
