@@ -105,7 +105,7 @@ class Build:
       raise UserError(f"{self.raw}: its records have no {sorted(missing)}; build with vggsound")
     self.manifest = json.loads((self.raw / "manifest.json").read_text())
     self.rate = schema.AUDIO[self.manifest["config"]["audio"]].sample_rate
-    self.funnel = _json(self.folder / "funnel.json")
+    self.funnel = layout.read_json(self.folder / "funnel.json")
 
   def __len__(self) -> int:
     return sum(len(source) for source in self._sources.values())
@@ -223,7 +223,7 @@ def _shift(build: Build, clips: Clips) -> Check:
   name = f"filtering raises the mean scores, by less than {MOST_SHIFT}"
   used = [axis for axis in filters.AXES if axis != "PC"]
   paths = sorted((build.folder / "slices").glob("*/summary.json"))
-  sums = [_json(path).get("scores", {}) for path in paths]
+  sums = [layout.read_json(path).get("scores", {}) for path in paths]
   shifts = {}
   for axis in used:
     total, count = (sum(one.get(axis, (0, 0))[i] for one in sums) for i in (0, 1))
@@ -355,10 +355,3 @@ def _kept_of_source(build: Build, record: Mapping[str, Any], videos: pathlib.Pat
 
 def _named(names: Sequence[str]) -> str:
   return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError):
-    return {}

@@ -3,7 +3,6 @@
 Axes: e ear, p audio sample, v frame at 8 fps, w window, n frame at 25 fps, y row, x column.
 """
 
-import base64
 import html
 import io as memory
 import math
@@ -16,7 +15,7 @@ import numpy as np
 import soundfile
 
 from data import audit, filters, funnel, stages, tfrecord
-from spatialv2a_jax import io, localizers, report, schema
+from spatialv2a_jax import io, localizers, report, schema, webpage
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, analysis
 
@@ -84,13 +83,8 @@ def write(
     ),
   }
   template = pathlib.Path(__file__).with_name("audit.html").read_text(encoding="utf-8")
-  before, *rest = template.split("{{")
-  pieces = [before]
-  for piece in rest:
-    name, after = piece.split("}}", 1)
-    pieces += [parts[name], after]
   with io.atomic_path(path) as temporary:
-    pathlib.Path(temporary).write_text("".join(pieces), encoding="utf-8")
+    pathlib.Path(temporary).write_text(webpage.fill(template, parts), encoding="utf-8")
 
 
 def _kept(
@@ -156,14 +150,13 @@ def _stage(video: pathlib.Path | None, audio_ep: np.ndarray | None, rate: int, s
       return ""
     sound = memory.BytesIO()
     soundfile.write(sound, np.clip(audio_ep, -1, 1).T, rate, format="FLAC", subtype="PCM_16")
-    return (
-      f'<audio controls preload="metadata" src="{_uri("audio/flac", sound.getvalue())}"></audio>'
-    )
+    source = webpage.data_uri("audio/flac", sound.getvalue())
+    return f'<audio controls preload="metadata" src="{source}"></audio>'
   seconds = None if audio_ep is None else audio_ep.shape[1] / rate
   with tempfile.TemporaryDirectory() as folder:
     small = pathlib.Path(folder) / "small.mp4"
     io.write_video(small, _frames(video, seconds), FPS, audio_ep, rate)
-    picture = _uri("video/mp4", small.read_bytes())
+    picture = webpage.data_uri("video/mp4", small.read_bytes())
   heat = _heat(video, seconds, seen)
   canvas = ""
   if heat is not None:
@@ -253,7 +246,3 @@ def _of(value: float | None) -> str:
 def _drawn(rng: np.random.Generator, names: Sequence[Any], count: int) -> list[Any]:
   places = rng.choice(len(names), min(count, len(names)), replace=False)
   return [names[place] for place in sorted(places.tolist())]
-
-
-def _uri(kind: str, data: bytes) -> str:
-  return f"data:{kind};base64,{base64.b64encode(data).decode()}"

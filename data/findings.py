@@ -143,8 +143,5 @@ def drop_of(error: Exception, job: Job) -> filters.DropError:
 
 
 def _known(path: pathlib.Path, key: str) -> dict[str, Any] | None:
-  try:
-    content = json.loads(path.read_text())
-    return content if content["key"] == key else None
-  except (OSError, ValueError, KeyError):
-    return None
+  content = layout.read_json(path)
+  return content if content.get("key") == key else None

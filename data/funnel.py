@@ -1,7 +1,6 @@
 """What became of every clip, and what each stage cost: the reports of a build."""
 
 import collections
-import json
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,10 +31,10 @@ def write(
   if whole:
     for name in _FILES:
       io.remove_leftovers(out / name)
-  infos = [_json(path) for path in _sidecars(out, names)]
+  infos = [layout.read_json(path) for path in _sidecars(out, names)]
   made = {name for info in infos for name in info.get("ids", ())}
   bad = {name: why for info in infos for name, why in info.get("bad", {}).items()}
-  summaries = [_json(out / "slices" / name / "summary.json") for name in sorted(names)]
+  summaries = [layout.read_json(out / "slices" / name / "summary.json") for name in sorted(names)]
   funnel = count(known, made, bad)
   for field in ("spatializer", "layout"):
     counts = sum((collections.Counter(one.get(field)) for one in summaries), collections.Counter())
@@ -126,7 +125,7 @@ def throughput(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def speed(out: pathlib.Path) -> str:
   """Returns one line on the speed of a build."""
-  found = _json(out / "throughput.json")
+  found = layout.read_json(out / "throughput.json")
   if not found.get("bottleneck"):
     return "no clip was processed"
   per_stage = ", ".join(
@@ -154,7 +153,8 @@ def tidy(out: pathlib.Path, work: Sequence[shards.Item]) -> None:
   for folder in (out / "slices").glob("*-of-*"):
     if folder.name not in names:
       shutil.rmtree(folder)
-  current = {shard["file"] for shard in _json(out / "raw" / "manifest.json").get("shards", ())}
+  manifest = layout.read_json(out / "raw" / "manifest.json")
+  current = {shard["file"] for shard in manifest.get("shards", ())}
   for path in (out / "raw").glob("*.tfrecord-*") if current else ():
     shard = path.name.removesuffix(".index").removesuffix(".json")
     if shard not in current:
@@ -171,10 +171,3 @@ def _sidecars(out: pathlib.Path, names: set[str]) -> list[pathlib.Path]:
   found = sorted((out / "raw").glob("*.tfrecord-*.json"))
   slices = [path.stem.partition("-")[2].replace(".tfrecord-", "-") for path in found]
   return [path for path, name in zip(found, slices, strict=True) if name in names]
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError):
-    return {}

@@ -104,3 +104,11 @@ def write_json(path: str | pathlib.Path, content: Any) -> None:
   """Writes JSON atomically, with sorted keys: equal contents are equal bytes."""
   with io.atomic_path(path) as temporary:
     pathlib.Path(temporary).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: str | pathlib.Path) -> dict[str, Any]:
+  """Reads JSON; {} if the file is not there or damaged."""
+  try:
+    return json.loads(pathlib.Path(path).read_text())
+  except (OSError, ValueError):
+    return {}

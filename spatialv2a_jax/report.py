@@ -25,7 +25,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from spatialv2a_jax import __version__, io, logbook, report_run
+from spatialv2a_jax import __version__, io, logbook, report_run, webpage
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, analysis, evaluate
 from spatialv2a_jax.metrics.summary import CUES
@@ -131,13 +131,7 @@ def _page(title: str, payload: Mapping[str, Any]) -> str:
     ),
     "data": json.dumps(payload, allow_nan=False).replace("<", "\\u003c"),
   }
-  page = files.joinpath("report_template.html").read_text(encoding="utf-8")
-  before, *rest = page.split("{{")
-  pieces = [before]
-  for piece in rest:
-    name, after = piece.split("}}", 1)
-    pieces += [parts[name], after]
-  return "".join(pieces)
+  return webpage.fill(files.joinpath("report_template.html").read_text(encoding="utf-8"), parts)
 
 
 def _json(path: pathlib.Path) -> Any:
@@ -173,7 +167,7 @@ def _clip(sidecar: pathlib.Path, folders: _Folders) -> dict[str, Any]:
   tracks, mono = [], ""
   for name, audio_ep in heard.items():
     rate = io.probe(sound if name == "generated" else ref or sound).audio_rate or analysis.RATE
-    image = _data_uri("image/png", _png(logbook.spectrogram_image(audio_ep, rate)))
+    image = webpage.data_uri("image/png", _png(logbook.spectrogram_image(audio_ep, rate)))
     embed = name != "generated" or not video  # The video carries the generated sound.
     tracks.append(
       {"name": name, "spectrogram": image, "audio": _flac(audio_ep, rate) if embed else None}
@@ -275,7 +269,7 @@ def _heat(info: Mapping[str, Any]) -> dict[str, Any] | None:
 def _video(path: pathlib.Path, page: pathlib.Path) -> str:
   """A data URI of the video, shrunk if it is large, or else a relative link."""
   if path.stat().st_size <= EMBED_BYTES:
-    return _data_uri("video/mp4", path.read_bytes())
+    return webpage.data_uri("video/mp4", path.read_bytes())
   info = io.probe(path)
   fps = min(info.fps or 15.0, 15.0)
   view = io.View(fps, short_side=min(240, info.height or 240, info.width or 240))
@@ -286,24 +280,20 @@ def _video(path: pathlib.Path, page: pathlib.Path) -> str:
     sound = io.read_audio(path) if info.has_audio else None
     io.write_video(small, frames, fps, sound, info.audio_rate)
     if small.stat().st_size <= EMBED_BYTES:
-      return _data_uri("video/mp4", small.read_bytes())
+      return webpage.data_uri("video/mp4", small.read_bytes())
   return urllib.parse.quote(os.path.relpath(path.resolve(), page.resolve().parent))
 
 
 def _flac(audio_ep: np.ndarray, rate: int) -> str:
   buffer = memory.BytesIO()
   soundfile.write(buffer, np.clip(audio_ep, -1, 1).T, rate, format="FLAC", subtype="PCM_16")
-  return _data_uri("audio/flac", buffer.getvalue())
+  return webpage.data_uri("audio/flac", buffer.getvalue())
 
 
 def _png(pixels: np.ndarray) -> bytes:
   buffer = memory.BytesIO()
   Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
   return buffer.getvalue()
-
-
-def _data_uri(kind: str, data: bytes) -> str:
-  return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _scores(path: pathlib.Path) -> dict[str, Any]:

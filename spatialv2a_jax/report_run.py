@@ -5,7 +5,6 @@ Everything is read from the working directory: `metrics.jsonl`, `config.json`, `
 has not (yet) left behind is left out.
 """
 
-import base64
 import json
 import math
 import pathlib
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from spatialv2a_jax import goodput, logbook
+from spatialv2a_jax import goodput, logbook, webpage
 from spatialv2a_jax.errors import UserError
 
 POINTS = 1500  # Per curve; more are averaged.
@@ -157,7 +156,7 @@ def _sounds(folder: pathlib.Path) -> list[dict[str, Any]]:
     for step, tag, kind, data in _events(path):
       tag = re.sub(r"[^-/\w.]", "_", tag)  # As tensorboardX does to those of pictures alone.
       if tag not in newest or newest[tag][0] <= step:
-        newest[tag] = step, f"data:{kind};base64,{base64.b64encode(data).decode()}"
+        newest[tag] = step, webpage.data_uri(kind, data)
   heard = {tag: value for tag, value in newest.items() if value[1].startswith("data:audio")}
   last = max((step for step, _ in heard.values()), default=0)
   # What is written once, such as the truth to compare with, stays beside what is new.
