@@ -14,6 +14,7 @@ Expected: the louder ear of held-out scenes is on the side of the source
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
@@ -60,19 +61,21 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
     clip=1.0,
     lr_scale=scale,
   )
-  c.ema = dict(decay=0.99)
+  c.ema = dict(decay=0.99, sigma_rel=config_dict.placeholder(float), beside=())
   c.accumulate = 1
 
   # `-1` takes what is left; `rules` are fields of `sharding.Rules` ("": not split).
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.rules = dict(width="fsdp", heads="tensor", ffn="tensor")
-  c.every = dict(log=25, eval=0, checkpoint=500, keep=0, profile=(0, 0))
+  c.every = dict(log=25, eval=0, checkpoint=500, keep=0, average=0, profile=(0, 0))
 
   # Updates that are not finite are left out; more than `cap` of them stop the run.
   c.guard = dict(sigma=0.0, window=128, warmup=64, cap=10)
   c.deterministic = False  # True: two runs on GPUs are equal bit for bit, at some cost in speed.
   # Seconds after which what does not move ends with exit code 43; 0: never.
-  c.limits = dict(data=1800.0, step=1800.0, compile=7200.0, eval=7200.0, save=3600.0)
+  c.limits = dict(
+    data=1800.0, step=1800.0, compile=7200.0, eval=7200.0, save=3600.0, restore=3600.0
+  )
 
   if variant == "smoke":
     c.steps = 6

@@ -51,7 +51,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     mirror_weight=0.0,
   )
 
-  # Global numbers; hosts and devices never appear in a config.
+  # Global numbers, whatever the number of hosts and devices.
   c.data = dict(
     path="",
     eval="",
@@ -80,7 +80,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     lr_scale=((".*", 1.0),),
     decay_scale=((".*", 1.0),),
   )
-  c.ema = dict(sigma_rel=0.05, beside=(0.1,))  # Any other width: `spatialv2a average`.
+  # Any other width than these two: `spatialv2a average`; `decay` counts without sigma_rel.
+  c.ema = dict(decay=0.9999, sigma_rel=0.05, beside=(0.1,))
   c.accumulate = 1
 
   # `-1` takes what is left; `rules` are fields of `sharding.Rules` ("": not split).
@@ -94,7 +95,9 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
   c.guard = dict(sigma=6.0, window=128, warmup=64, cap=10)
   c.deterministic = False  # True: two runs on GPUs are equal bit for bit, at some cost in speed.
   # Seconds after which what does not move ends with exit code 43; 0: never.
-  c.limits = dict(data=1800.0, step=1800.0, compile=7200.0, eval=7200.0, save=3600.0)
+  c.limits = dict(
+    data=1800.0, step=1800.0, compile=7200.0, eval=7200.0, save=3600.0, restore=3600.0
+  )
 
   if variant == "smoke":
     c.steps = 4

@@ -9,6 +9,7 @@ Expected: `ild_db`, the error of the level difference between the ears, at about
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
@@ -46,20 +47,22 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
     clip=1.0,
     freeze=(("frozen/.*", True), (".*", False)),
   )
-  c.ema = dict(decay=0.99)
+  c.ema = dict(decay=0.99, sigma_rel=config_dict.placeholder(float), beside=())
   c.accumulate = 1
 
   # `-1` takes what is left; `rules` are fields of `sharding.Rules` ("": not split).
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.rules = dict(width="fsdp", heads="tensor", ffn="tensor", zero="")
-  c.every = dict(log=100, eval=0, checkpoint=1_000, keep=0, profile=(0, 0))
+  c.every = dict(log=100, eval=0, checkpoint=1_000, keep=0, average=0, profile=(0, 0))
 
   # Updates that are not finite are left out; more than `cap` of them stop the run. Few clips a step
   # make noisy losses: `sigma` 0 lets spikes pass.
   c.guard = dict(sigma=0.0, window=128, warmup=64, cap=10)
   c.deterministic = False  # True: two runs on GPUs are equal bit for bit, at some cost in speed.
   # Seconds after which what does not move ends with exit code 43; 0: never.
-  c.limits = dict(data=1800.0, step=1800.0, compile=7200.0, eval=7200.0, save=3600.0)
+  c.limits = dict(
+    data=1800.0, step=1800.0, compile=7200.0, eval=7200.0, save=3600.0, restore=3600.0
+  )
 
   if variant == "smoke":
     c.steps = 4

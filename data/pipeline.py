@@ -50,10 +50,11 @@ class Rows:
   total: int | None
   mirror: bool
   max_bad: int
+  offset: int = 0
 
   def __call__(self, step: int, records_b: np.ndarray) -> dict[str, np.ndarray]:
     """Returns this host's rows of the batch of a step."""
-    start = step * len(records_b)
+    start = self.offset + step * len(records_b)
     examples, bad = [], []
     for row in range(self.first, self.last):
       position = start + row
@@ -171,6 +172,7 @@ def loader(
   kind: Literal["features", "audio", "pairs"] = "features",
   shapes: Mapping[str, tuple[int, ...]] | None = None,
   start_step: int = 0,
+  offset: int = 0,
   host: int = 0,
   hosts: int = 1,
   workers: int = 0,
@@ -193,6 +195,7 @@ def loader(
     shapes: what the run needs of each field, as from `schema.feature_shapes`; None: as stored.
       Fields of `schema.MIRROR_AXES` are read if they are among them.
     start_step: first step to deliver.
+    offset: clips of the order that come before step 0, such as those of smaller batches.
     host: which rows of each batch: [host, host + 1) * batch_size / hosts.
     hosts: number of hosts.
     workers: reading processes; 0 reads in threads of this one, which is faster unless parsing
@@ -242,21 +245,28 @@ def loader(
     total=total,
     mirror=mirror,
     max_bad=max_bad,
+    offset=offset,
   )
   order = grain.MapDataset.range(len(source))
   if seed is not None:
     order = order.seed(seed).shuffle()
-  steps = None if total is None else -(-total // batch_size)
+  steps = None if total is None else -(-(total - offset) // batch_size)
   # Batches are formed before `to_iter_dataset`: only then are they the same for any `workers`.
-  batches = (
-    order.repeat().batch(batch_size, drop_remainder=True).map_with_index(read)[start_step:steps]
-  )
+  batches = order.repeat()[offset:].batch(batch_size, drop_remainder=True)
+  batches = batches.map_with_index(read)[start_step:steps]
   stream = batches.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads))
   if workers:
     if not flags.FLAGS.is_parsed():  # Grain's worker options are absl flags.
       flags.FLAGS.mark_as_parsed()
-    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    options = grain.MultiprocessingOptions(num_workers=workers)
+    stream = stream.mp_prefetch(options, worker_init_fn=_start_worker)
   return Loader(iter(stream), source, start_step, max_bad)
+
+
+def _start_worker(index: int, count: int) -> None:
+  """Begins a reading process; it would outlive a trainer that is killed."""
+  del index, count
+  shards.end_with_parent()
 
 
 def _whose(path: str, place: int) -> str:

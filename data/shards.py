@@ -215,15 +215,19 @@ _make: Maker  # Of a worker process: sent once, not with every shard.
 def _start_worker(make: Maker) -> None:
   global _make
   _make = make
-  threading.Thread(target=_end_with_parent, daemon=True).start()
+  end_with_parent()
 
 
-def _end_with_parent() -> None:
-  """Ends this process if its parent is killed; it would wait for work forever."""
+def end_with_parent() -> None:
+  """Ends this process once its parent is killed; it would wait for work forever."""
   parent = multiprocessing.parent_process()
   if parent is not None:
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
+    threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+  multiprocessing.connection.wait([sentinel])
+  os._exit(1)
 
 
 def _work(job: Job) -> dict[str, Any]:

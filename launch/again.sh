@@ -1,9 +1,9 @@
 #!/bin/bash
 # Runs a command again for as long as it asks for it:  bash launch/again.sh COMMAND [ARGUMENT ...]
 #
-# 42 (interrupted and saved), 43 (hung) and death by a signal start it again, at most RESTARTS times
-# (default 100), PAUSE seconds later (default 5); any other code ends it with that code. SIGTERM and
-# SIGINT go on to the command, which is then not started again.
+# 42 (interrupted and saved), 43 (hung, or another process is gone) and death by a signal start it
+# again, at most RESTARTS times (default 100), PAUSE seconds later (default 5); any other code ends
+# it with that code. SIGTERM and SIGINT go on to the command, which is then not started again.
 
 set -u
 told=0

@@ -1,8 +1,9 @@
 """The command line of what takes a config: the file, and single values of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -20,6 +21,23 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> dict[str, Any] | Non
     UserError: one line for any mistake in it.
   """
   config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=list(argv))
+  return _read(argv, values)
+
+
+def replaced(config: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+  """Returns a config in which words as `--config.KEY=VALUE` have replaced values.
+
+  Raises:
+    UserError: one line for any mistake in them.
+  """
+  values = flags.FlagValues()
+  whole = ml_collections.ConfigDict(dict(config))
+  argv = ["config", *words]
+  config_flags.DEFINE_config_dict("config", whole.lock(), flag_values=values, sys_argv=argv)
+  return _read(argv, values) or {}
+
+
+def _read(argv: Sequence[str], values: flags.FlagValues) -> dict[str, Any] | None:
   try:
     rest = values(list(argv))[1:]
     config = values["config"].value

@@ -32,7 +32,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from launch import command, hlo, hlo_cost, targets, tasks
-from spatialv2a_jax import compile_cache, guard, optim, sharding, train_step
+from spatialv2a_jax import compile_cache, sharding, train_step
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.io import atomic_path
 
@@ -63,32 +63,13 @@ def program(config: Mapping[str, Any], devices: Sequence[Any]) -> Program:
   Raises:
     UserError: for a mistake in the config, or a mesh that it does not fit.
   """
-  mesh = sharding.make_mesh(**config["mesh"], devices=devices)
-  rules = sharding.Rules(**{name: axes or None for name, axes in config["rules"].items()})
-  rows = config["data"]["batch_size"]
-  sharding.local_rows(mesh, rules, rows)
-  if rows % config["accumulate"]:
-    raise UserError(f"batch_size {rows} does not divide by accumulate {config['accumulate']}")
-  task, key = tasks.build(config, mesh, rules), jax.random.key(config["seed"])
-  optimizer = optim.adamw(optim.from_mapping(config["optim"]), jax.eval_shape(task.init, key))
-  ema = optim.Ema(**config["ema"])
-  _, state, layout = train_step.init_state(task.init, task.stats, optimizer, key, mesh, rules, ema)
-  step = train_step.make_train_step(
-    task.loss,
-    optimizer,
-    key=key,
-    mesh=mesh,
-    rules=rules,
-    layout=layout,
-    ema=ema,
-    accumulate=config["accumulate"],
-    guard=guard.Config(**config.get("guard", {})),
-  )
+  task, recipe = tasks.recipe(config, tasks.mesh_of(config, devices))
+  _, state, layout = recipe.state()
   batch = {
-    name: jax.ShapeDtypeStruct((rows, *row.shape[1:]), row.dtype)
+    name: jax.ShapeDtypeStruct((recipe.batch_size, *row.shape[1:]), row.dtype)
     for name, row in task.row().items()
   }
-  return Program(step, state, batch, task.flops)
+  return Program(recipe.step(layout), state, batch, task.flops)
 
 
 def estimate(

@@ -9,8 +9,9 @@ python -m launch.local [--processes N] [--devices M] [--restarts R] -- --config 
 What follows `--` goes to `launch.train`. Lines of process I begin with [I]. SIGTERM and SIGINT go
 on to all processes, which save and leave.
 
-The first process that leaves for a reason says what happens: 42 (interrupted and saved), 43 (hung)
-and death by a signal (a lost machine) start all of them again, any other code ends the run with it.
+The first process that leaves for a reason says what happens: 42 (interrupted and saved), 43 (hung,
+or another one is gone) and death by a signal (a lost machine) start all of them again, any other
+code ends the run with it.
 A run that is out of restarts, or was told to stop here, leaves with the code it last had.
 """
 
@@ -26,6 +27,7 @@ from collections.abc import Callable, Sequence
 
 AGAIN = (42, 43)
 GRACE = 60.0  # Seconds that the others have to follow the first process that leaves.
+_DRAIN_SECONDS = 5.0  # For the last lines; a process left behind may hold the pipe open for ever.
 
 
 class Job:
@@ -41,7 +43,12 @@ class Job:
     self.told = False
     self.processes = [
       subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
       )
       for command in commands
     ]
@@ -78,7 +85,7 @@ class Job:
         self._send(signal.SIGKILL)
       time.sleep(0.05)
     for reader in self._readers:
-      reader.join()
+      reader.join(_DRAIN_SECONDS)
     return first or next(
       (process.returncode for process in self.processes if process.returncode), 0
     )

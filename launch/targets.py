@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from spatialv2a_jax import meter
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
 
@@ -44,10 +45,10 @@ GIB = 2.0**30
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip("v5e", "tpu", 197e12, 15.75 * GIB, 8.1e11, 1.8e11, 1.5e9),
-    Chip("v5p", "tpu", 459e12, 95.73 * GIB, 2.8e12, 5.4e11, 1.75e9),
-    Chip("v6e", "tpu", 918e12, 31.24 * GIB, 1.6e12, 3.6e11, 1.75e9),
-    Chip("h200", "cuda", 989e12, 0.95 * 150.7e9, 4.8e12, 4.5e11),
+    Chip("v5e", "tpu", meter.PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 1.8e11, 1.5e9),
+    Chip("v5p", "tpu", meter.PEAK_FLOPS["TPU v5p"], 95.73 * GIB, 2.8e12, 5.4e11, 1.75e9),
+    Chip("v6e", "tpu", meter.PEAK_FLOPS["TPU v6e"], 31.24 * GIB, 1.6e12, 3.6e11, 1.75e9),
+    Chip("h200", "cuda", meter.PEAK_FLOPS["H200"], 0.95 * 150.7e9, 4.8e12, 4.5e11),
     # One core of a common server, so that the columns can be read; not a promise.
     Chip("cpu", "cpu", 1e11, 4 * GIB, 1e10, 1e10),
   )

@@ -8,16 +8,17 @@ import functools
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from data import pipeline, shards
 from launch import flops
+from launch.evaluation import Evaluation as Evaluation
+from launch.evaluation import gather as gather
 from launch.listen import Listener
 from spatialv2a_jax import (
   checkpoint,
@@ -31,7 +32,6 @@ from spatialv2a_jax import (
   train_step,
 )
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.logbook import Logbook
 from spatialv2a_jax.models import flow_net
 from spatialv2a_jax.recipe import Recipe
 
@@ -81,13 +81,19 @@ def build(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   return kinds[config["kind"]](config, mesh, rules)
 
 
+def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+  """Returns the mesh of a config over all devices of the job, or over these."""
+  return checked(functools.partial(sharding.make_mesh, devices=devices), "mesh", config["mesh"])
+
+
 def recipe(config: Config, mesh: Mesh) -> tuple[Task, Recipe]:
   """Returns the task of a config, and what its steps are made of on a mesh.
 
   Raises:
-    UserError: as `build`, or if batch or parameters do not fit the mesh.
+    UserError: as `build`, or if a section is wrong, or batch or parameters do not fit the mesh.
   """
-  rules = sharding.Rules(**{name: axes or None for name, axes in config["rules"].items()})
+  axes = {name: axes or None for name, axes in config["rules"].items()}
+  rules = checked(sharding.Rules, "rules", axes)
   task = build(config, mesh, rules)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   return task, Recipe(
@@ -100,10 +106,10 @@ def recipe(config: Config, mesh: Mesh) -> tuple[Task, Recipe]:
     optimizer=optim.adamw(optim.from_mapping(config["optim"]), shapes),
     mesh=mesh,
     rules=rules,
-    ema=optim.Ema(**config["ema"]),
+    ema=checked(optim.Ema, "ema", config["ema"]),
     seed=config["seed"],
     accumulate=config["accumulate"],
-    guard=guard.Config(**config.get("guard", {})),
+    guard=checked(guard.Config, "guard", config.get("guard", {})),
   )
 
 
@@ -269,10 +275,10 @@ class Source:
   kind: Any
   shapes: Mapping[str, tuple[int, ...]]
 
-  def __call__(self, start: int) -> Iterator[dict[str, np.ndarray]]:
-    """Returns the rows of this process from a step on."""
+  def __call__(self, start: int, offset: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    """Returns the rows of this process from a batch on; `offset` clips stand before batch 0."""
     data = self.config["data"]
-    options = {"mirror": data["mirror"], "workers": data["workers"]}
+    options = {"mirror": data["mirror"], "workers": data["workers"], "offset": offset}
     return self.read(data["path"], start_step=start, seed=self.config["seed"], **options)
 
   def whole(self) -> Iterator[dict[str, np.ndarray]]:
@@ -310,70 +316,6 @@ class Source:
         noise = np.random.default_rng(seed).standard_normal((size, *self.shapes["audio"]))
         batch = {"audio_bep": 0.1 * noise.astype(np.float32), "weight_b": np.ones(size, np.float32)}
       yield {name: array[first:last] for name, array in batch.items()}
-
-
-@dataclasses.dataclass
-class Evaluation:
-  """Hook of the loop: the loss of the averaged weights on held-out clips, and some sound."""
-
-  loss: train_step.Loss
-  config: Config
-  mesh: Mesh
-  rules: sharding.Rules
-  source: Source
-  listener: Listener | None = None
-  step: Callable[..., Any] | None = None
-
-  def __call__(
-    self, state: train_step.State, step: int, book: Logbook, leave: Callable[[], bool]
-  ) -> Mapping[str, float] | None:
-    """Returns the means over the held-out clips; None if the run must stop meanwhile."""
-    data = self.config["data"]
-    evaluate = self._compile(state)
-    total: dict[str, float] = {}
-    weight, first = 0.0, None
-    options: dict[str, Any] = {} if data["eval"] == SYNTHETIC else {"epochs": 1}
-    batches = self.source.read(data["eval"], seed=None, **options)
-    for local in itertools.islice(batches, data["eval_batches"]):
-      first = local if first is None else first
-      batch = sharding.global_batch(local, self.mesh, self.rules, data["batch_size"])
-      values = jax.device_get(evaluate(state.ema, state.stats, batch))
-      clips = float(values.pop("clips"))
-      total = {name: total.get(name, 0.0) + clips * float(value) for name, value in values.items()}
-      weight += clips
-      if leave():
-        return None
-    if self.listener is not None and first is not None:
-      params, stats = state.ema, state.stats
-      if jax.process_count() > 1:  # All of them gather, one listens.
-        params, stats = gather(params), gather(stats)
-      if jax.process_index() == 0:
-        self.listener(params, stats, first, step, book)
-    return {f"eval/{name}": value / max(weight, 1.0) for name, value in total.items()}
-
-  def _compile(self, state):
-    """Builds the evaluation step once; the state's layout does not change in a run."""
-    if self.step is None:
-      self.step = train_step.make_eval_step(
-        self.loss,
-        key=jax.random.key(self.config["seed"]),
-        mesh=self.mesh,
-        rules=self.rules,
-        layout=_averages(jax.tree.map(lambda x: x.sharding, state)),
-      )
-    return self.step
-
-
-def _averages(layout: train_step.State) -> train_step.State:
-  """Returns a layout whose parameters lie where the averages do, which are what is evaluated."""
-  return layout.replace(params=layout.ema)  # pyright: ignore
-
-
-def gather(tree: Any) -> Any:
-  """Returns whole arrays on the host of every process."""
-  if jax.process_count() > 1:
-    return multihost_utils.process_allgather(tree, tiled=True)
-  return jax.device_get(tree)
 
 
 def write(path: pathlib.Path, *content: Any) -> None:

@@ -33,5 +33,5 @@ gcloud compute tpus tpu-vm ssh "$name" --worker=all "${where[@]}" --command="
   rm -rf spatialv2a && mkdir spatialv2a && tar -xzf spatialv2a.tar.gz -C spatialv2a && cd spatialv2a
   [ -d ../venv ] || python3 -m venv ../venv
   ../venv/bin/pip install -q '.[train]' '${EXTRA:-jax[tpu]}'
-  bash launch/again.sh ../venv/bin/python -u -m launch.train$arguments --distributed
+  bash launch/again.sh ../venv/bin/python -u -m launch.train$arguments --distributed --join_timeout=3600
 "

@@ -12,6 +12,8 @@ python -m launch.train --verify DIR [--start STEP] [--steps K]
   --verify DIR              replays steps of the run in DIR, with the config that its checkpoint
                             holds, and compares losses and arrays bit for bit (1e-5 on another
                             mesh or machine); writes nothing
+  --config.KEY=VALUE        may be added for KEY of another place: mesh.*, rules.*, data.path,
+                            data.workers, vae, init_from
   --start STEP              checkpoint to begin with; by default the last but one; 0: the beginning
   --steps K                 how many steps; by default up to the next checkpoint
 
@@ -27,9 +29,10 @@ JAX_ENABLE_COMPILATION_CACHE=false turns that off. On GPUs, --config.determinist
 runs equal bit for bit, at some cost in speed (XLA's --xla_gpu_deterministic_ops).
 
 Exit codes: 0 finished (or the replay agrees), 1 stopped by a fault (too many updates left out, a
-checkpoint that cannot be written, processes that are missing, a replay that differs), 2 bad input,
-3 missing data or weights, 42 interrupted and saved: run it again, 43 hung: stacks of all threads
-are on standard error and in DIR/stacks.
+checkpoint that cannot be written, a replay that differs), 2 bad input, 3 missing data or weights,
+42 interrupted and saved, 43 hung (stacks of all threads are on standard error and in DIR/stacks) or
+another process is gone or did not come. After 42, 43 and death by a signal, which is also how JAX
+ends processes that lost another one: run it again.
 """
 
 import errno
@@ -54,11 +57,16 @@ from spatialv2a_jax import (
   meter,
   preemption,
   replay,
-  sharding,
   train,
   waiting,
 )
 from spatialv2a_jax.errors import UserError
+
+# What a replay may have otherwise than the run: where it happens, not what is computed.
+PLACES = tuple(
+  f"config.{key}"
+  for key in ("mesh.", "rules.", "data.path=", "data.workers=", "vae=", "init_from=")
+)
 
 
 class Arguments(NamedTuple):
@@ -97,15 +105,21 @@ def parse(argv: Sequence[str]) -> Arguments:
     flags.DEFINE_integer(name, None, "see above", lower_bound=0, flag_values=values)
   flags.DEFINE_float("join_timeout", 300.0, "seconds", flag_values=values)
   flags.DEFINE_boolean("distributed", False, "several processes", flag_values=values)
-  resolved = command.parse(argv, values)
+  verifies = any(word.lstrip("-").split("=")[0] == "verify" for word in argv)
+  places = [word for word in argv if verifies and word.lstrip("-").startswith(PLACES)]
+  rest = [word for word in argv if word not in places]
+  if verifies and any(word.lstrip("-").startswith(("config", "workdir")) for word in rest):
+    raise UserError(
+      "--verify DIR takes the config of the run: leave out --config and --workdir; only values of "
+      f"another place may be given: {', '.join(PLACES)}"
+    )
+  resolved = command.parse(rest, values)
   given = {name: values[name].value for name in values}
   verify, workdir = given["verify"], given["workdir"]
-  if verify and (resolved is not None or workdir):
-    raise UserError("--verify DIR takes the config of the run: leave out --config and --workdir")
   if not verify and (given["start"] is not None or given["steps"] is not None):
     raise UserError("--start and --steps belong to --verify DIR")
   if verify:
-    resolved, workdir = replay.settings(verify), verify
+    resolved, workdir = command.replaced(replay.settings(verify, given["start"]), places), verify
   if resolved is None or not workdir:
     raise UserError("give --config configs/NAME.py[:VARIANT] and --workdir DIR")
   members = {
@@ -132,12 +146,12 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
     UserError: for a mistake in the config, data that does not fit it, a fault of the run.
   """
   config, workdir = arguments.config, pathlib.Path(arguments.workdir)
-  mesh = sharding.make_mesh(**config["mesh"])
-  task, recipe = tasks.recipe(config, mesh)
-  every = train.Every(**config["every"])
+  every = tasks.checked(train.Every, "every", config["every"])
+  task, recipe = tasks.recipe(config, tasks.mesh_of(config))
   if arguments.verify:
     span = {"start": arguments.start, "steps": arguments.steps}
-    return 0 if replay.verify(workdir, recipe, log=every.log, **span, say=_say) else 1
+    agreed = replay.verify(workdir, recipe, log=every.log, config=config, **span, say=_say)
+    return 0 if agreed else 1
   state = train.fit(
     workdir,
     recipe,
@@ -219,9 +233,12 @@ def run_process(work: Callable[[], int]) -> None:
     code = work()
   except preemption.Interrupted as stop:
     code = int(stop.code or 0)
-  except Exception:  # Raised on, threads and other processes would keep the interpreter alive.
+  except Exception as error:  # Raised on, threads and others would keep the interpreter alive.
     traceback.print_exc()
     code = 1
+    if cluster.lost(error):
+      code = cluster.EXIT_CODE
+      print("launch.train: another process of the job is gone; start all again", file=sys.stderr)
   leave(code)
 
 

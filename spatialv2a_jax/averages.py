@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from spatialv2a_jax import checkpoint, optim
+from spatialv2a_jax import checkpoint, cluster, optim
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
 FOLDER = "averages"  # Inside a working directory.
@@ -44,18 +44,24 @@ class Snapshots:
     """
     self.folder = pathlib.Path(workdir).absolute() / FOLDER
     self.names = [f"{width:g}" for width in widths]
-    self._manager = None
+    self._manager, self._saving = None, False
     if not widths:
       return
     self._manager = ocp.CheckpointManager(
       self.folder,
-      options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
+      options=ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=True, single_host_load_and_broadcast=True
+      ),
       item_handlers=ocp.StandardCheckpointHandler(),
     )
     for step in self._manager.all_steps():
       if step > start:
         self._manager.delete(step)
     self._half = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(STORED), tree))
+
+  def __contains__(self, step: int) -> bool:
+    """Returns whether there is a snapshot of a step."""
+    return self._manager is not None and step in self._manager.all_steps()
 
   def save(self, step: int, averages: Sequence[Any]) -> None:
     """Starts to save; the arrays may be donated as soon as this returns.
@@ -67,6 +73,12 @@ class Snapshots:
     tree = dict(zip(self.names, self._half(tuple(averages)), strict=True))
     with self._loud():
       self._manager.save(step, args=ocp.args.StandardSave(tree))  # pyright: ignore[reportCallIssue]
+    self._saving = True
+
+  def check(self) -> None:
+    """Raises the error of a save that failed in the background (exit code 1)."""
+    if self._manager is not None and self._saving and not self._manager.is_saving_in_progress():
+      self.wait()
 
   def wait(self) -> None:
     """Blocks until all is on disk.
@@ -77,6 +89,7 @@ class Snapshots:
     if self._manager is not None:
       with self._loud():
         self._manager.wait_until_finished()
+      self._saving = False
 
   @contextlib.contextmanager
   def _loud(self) -> Iterator[None]:
@@ -86,14 +99,18 @@ class Snapshots:
       reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
       raise UserError(
         f"cannot write to {self.folder} ({reason}); mend it and run the same command",
-        exit_code=1,
+        exit_code=cluster.EXIT_CODE if cluster.lost(error) else 1,
       ) from error
 
   def __enter__(self) -> "Snapshots":
     return self
 
-  def __exit__(self, *_: object) -> None:
-    if self._manager is not None:
+  def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
+    if self._manager is None or cluster.lost(error):  # A save would wait for who is gone.
+      return
+    if error is None:
+      self.wait()
+    with contextlib.suppress(Exception):  # The first error is the one to tell.
       self._manager.close()
 
 
@@ -211,7 +228,7 @@ def write_model(
       )
     trees = (_read(manager, at, width) for width, at in snapshots)
     flat = _sum(_flat(model.params[name]), zip(mixture.share_i, trees, strict=True), folder)
-  frozen = optim.lookup(run["optim"]["freeze"], list(flat), "freeze")
+  frozen = optim.lookup(optim.from_mapping(run["optim"]).freeze, list(flat), "freeze")
   for key, constant in _flat(model.params[name]).items():
     flat[key] = constant if frozen[key] else flat[key]
   about = {"sigma_rel": sigma_rel, "step": step, "snapshots": len(steps), "error": mixture.error}

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from spatialv2a_jax import cluster
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.model_folder import CHECKPOINTS as FOLDER
 from spatialv2a_jax.model_folder import Model as Model
@@ -46,12 +47,11 @@ class Checkpoints:
     self.folder = pathlib.Path(workdir).absolute() / FOLDER
     self._saving: tuple[int, float] | None = None  # Step and time of the newest save.
     self._good: tuple[int, float] | None = None  # Of the newest save that is complete.
-    if read_only:
-      options = ocp.CheckpointManagerOptions(read_only=True)
-    else:
-      options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True
-      )
+    more: dict[str, Any] = {"read_only": True}
+    if not read_only:
+      more = {"max_to_keep": keep, "keep_period": keep_every, "cleanup_tmp_directories": True}
+    # Process 0 says which checkpoints there are: others may see an old state of a shared disk.
+    options = ocp.CheckpointManagerOptions(single_host_load_and_broadcast=True, **more)
     handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
     self._manager = ocp.CheckpointManager(
       self.folder, options=options, item_names=tuple(handlers), item_handlers=handlers
@@ -78,6 +78,10 @@ class Checkpoints:
         self._manager.wait_until_finished()  # Raises what its thread met with.
       self._good, self._saving = self._saving, None
 
+  def good(self) -> int | None:
+    """Returns the newest step that is known to be on disk; `latest` may still be on its way."""
+    return None if self._good is None else self._good[0]
+
   def age(self) -> float | None:
     """Returns the seconds since the newest complete checkpoint was saved; None: there is none."""
     self.check()
@@ -96,11 +100,11 @@ class Checkpoints:
       raise UserError(
         f"{'the disk is full: ' if full else ''}the checkpoint{step} in {self.folder} cannot be "
         f"written ({_reason(error)}); the last good one: {last}; mend it and run the same command",
-        exit_code=1,
+        exit_code=cluster.EXIT_CODE if cluster.lost(error) else 1,
       ) from error
 
   def latest(self) -> int | None:
-    """Returns the step of the newest complete checkpoint, or None."""
+    """Returns the step of the newest checkpoint, which may be on its way; None: there is none."""
     return self._manager.latest_step()
 
   def steps(self) -> list[int]:
@@ -113,7 +117,7 @@ class Checkpoints:
     return dict(self._manager.restore(step, args=args)["run"])
 
   def restore(
-    self, abstract: Any, warn: Callable[[str], None] = print
+    self, abstract: Any, kind: str | None = None, warn: Callable[[str], None] = print
   ) -> tuple[Any, dict[str, Any]] | None:
     """Returns (state, run) of the newest readable checkpoint, or None if there is none.
 
@@ -122,6 +126,7 @@ class Checkpoints:
 
     Args:
       abstract: shapes with shardings, of this run's mesh and not of the one that saved.
+      kind: of the run; None: any.
       warn: called with one line per checkpoint set aside.
 
     Raises:
@@ -132,6 +137,9 @@ class Checkpoints:
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         run = self.run(step)
+        if kind is not None and run.get("kind") != kind:
+          there = run.get("kind")
+          raise UserError(f"{self.folder} holds a run of kind {there!r}, not {kind!r}")
         self._check_shapes(step, abstract)
         state = self._manager.restore(step, args=args)["state"]
       except UserError:
@@ -151,7 +159,9 @@ class Checkpoints:
       return state, run
     if damaged:
       step, reason = next(iter(damaged.items()))
-      raise UserError(f"cannot read checkpoint {self.folder}/{step}: {reason}")
+      before = max((other for other in self.steps() if other not in damaged), default=None)
+      then = "" if before is None else f"; move it away, and the run goes on from step {before}"
+      raise UserError(f"cannot read checkpoint {self.folder}/{step}: {reason}{then}")
     return None
 
   def read(self, step: int, abstract: Any) -> Any:
@@ -208,9 +218,20 @@ class Checkpoints:
   def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
     if error is None:
       self.close()
-      return
-    with contextlib.suppress(Exception):  # The first error is the one to tell.
-      self.close()
+    elif not cluster.lost(error):  # A save would wait for the process that is gone.
+      with contextlib.suppress(Exception):  # The first error is the one to tell.
+        self.close()
+
+
+def saved_runs(workdir: Path) -> dict[int, pathlib.Path]:
+  """Returns the file of the `run` item of each complete checkpoint, by step, in order.
+
+  Without Orbax, which would start JAX's devices: before flags for them are set, before processes
+  have met.
+  """
+  paths = (pathlib.Path(workdir) / FOLDER).glob("*/run/metadata")
+  steps = {path.parts[-3]: path for path in paths}
+  return dict(sorted((int(step), path) for step, path in steps.items() if step.isdigit()))
 
 
 def load_params(

@@ -5,8 +5,11 @@ works while a collective hangs, and it times out.
 """
 
 import contextlib
+import itertools
 import json
 import os
+import pathlib
+import secrets
 import socket
 import threading
 import time
@@ -20,7 +23,11 @@ from jax._src.clusters import ClusterEnv
 import spatialv2a_jax
 from spatialv2a_jax.errors import UserError
 
+EXIT_CODE = 43  # A process hangs, is gone, or did not come: start all of them again.
+_numbers = itertools.count()  # Processes ask in the same order.
 _END = ""  # Value that ends a `Watch` without a message.
+# Of JAX: what a process alone meets with as well, and would meet with again.
+_OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 
 def client() -> Any:
@@ -52,8 +59,8 @@ def start(
     say: prints a line.
 
   Raises:
-    UserError: naming the processes that are missing after `timeout`, or the one that runs
-      something else (exit code 1); or if the environment does not say what was left out.
+    UserError: naming the processes that are missing after `timeout` (exit code 43), or the one
+      that runs something else (1); or if the environment does not say what was left out.
   """
   coordinator, count, index = _detect(coordinator, count, index, timeout)
   if not 0 <= index < count:
@@ -69,6 +76,8 @@ def start(
     _receive(int(port), hello, deadline, timeout)
   else:
     _report((host, int(port)), hello, deadline, timeout)
+  # Else a signal before `preemption.StopSignal` is set up would be taken, and nobody told.
+  jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
     coordinator, count, index, initialization_timeout=max(10, round(timeout))
   )
@@ -76,7 +85,9 @@ def start(
     devices = jax.devices()
   except RuntimeError as error:  # A process that joined but has no devices, or a broken driver.
     lines = [line for line in str(error).splitlines() if line.strip()]
-    raise UserError(f"the devices cannot be joined: {lines[0]}", exit_code=1) from error
+    gone = any(sign in str(error) for sign in ("DEADLINE_EXCEEDED", "UNAVAILABLE"))
+    code = EXIT_CODE if gone else 1
+    raise UserError(f"the devices cannot be joined: {lines[0]}", exit_code=code) from error
   if index == 0:
     say(f"{count} processes, {len(devices)} x {devices[0].device_kind}")
 
@@ -105,7 +116,7 @@ def _detect(
 def _receive(port: int, mine: Mapping[str, Any], deadline: float, timeout: float) -> None:
   """Process 0 waits for all others and tells them how it went."""
   lines: dict[int, Any] = {}
-  fault = ""
+  fault, code = "", 1
   try:
     server = socket.create_server(("", port), family=socket.AF_INET, backlog=1024)
   except OSError as error:
@@ -122,6 +133,7 @@ def _receive(port: int, mine: Mapping[str, Any], deadline: float, timeout: float
           f"{len(absent)} of {mine['count']} processes did not come within {timeout:g} s: {some}; "
           "look at their hosts and logs, then start all of them again"
         )
+        code = EXIT_CODE
         break
       try:
         connection.settimeout(10)
@@ -133,10 +145,10 @@ def _receive(port: int, mine: Mapping[str, Any], deadline: float, timeout: float
         connection.close()  # Nobody of ours.
     for line in lines.values():
       with contextlib.suppress(OSError):
-        line.write(json.dumps({"fault": fault}) + "\n")
+        line.write(json.dumps({"fault": fault, "code": code}) + "\n")
         line.flush()
   if fault:
-    raise UserError(fault, exit_code=1)
+    raise UserError(fault, exit_code=code)
 
 
 def _compare(mine: Mapping[str, Any], other: Mapping[str, Any], known: set[int]) -> str:
@@ -169,9 +181,10 @@ def _report(
         line.write(json.dumps(mine) + "\n")
         line.flush()
         answer = line.readline()
-        if answer and (fault := json.loads(answer)["fault"]):
-          raise UserError(fault, exit_code=1)
         if answer:
+          told = json.loads(answer)
+          if told["fault"]:
+            raise UserError(told["fault"], exit_code=told["code"])
           return
     except (OSError, ValueError) as error:
       problem = error
@@ -182,14 +195,65 @@ def _report(
         raise UserError(
           f"process 0 at {where} is there, but did not find all processes within {timeout:g} s; "
           "its log says which are missing",
-          exit_code=1,
+          exit_code=EXIT_CODE,
         )
       raise UserError(
         f"process 0 was not found at {where} within {timeout:g} s ({problem}): is it running, and "
         "may this host reach that port?",
-        exit_code=1,
+        exit_code=EXIT_CODE,
       )
     time.sleep(0.2)
+
+
+def see_same(folder: str | os.PathLike, seconds: float = 20.0) -> None:
+  """Makes a folder, and sure that all processes see what process 0 writes there.
+
+  Raises:
+    UserError: naming those that do not after `seconds`.
+  """
+  store, rank = client(), jax.process_index()
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  if store is None or jax.process_count() == 1:
+    return
+  prefix, wait = f"same/{next(_numbers)}", round(1000 * (seconds + 60))
+  if rank == 0:
+    path = folder / f".seen-{secrets.token_hex(8)}"
+    path.touch()
+    store.key_value_set(f"{prefix}/name", path.name)
+  path = folder / store.blocking_key_value_get(f"{prefix}/name", wait)
+  deadline = time.monotonic() + seconds
+  while path.name not in os.listdir(folder) and time.monotonic() < deadline:
+    time.sleep(0.2)
+  seen = path.name in os.listdir(folder)
+  store.key_value_set(f"{prefix}/{rank}", "yes" if seen else socket.gethostname())
+  if rank == 0:
+    said = {
+      i: store.blocking_key_value_get(f"{prefix}/{i}", wait) for i in range(1, jax.process_count())
+    }
+    path.unlink()
+    blind = [f"{i} on {host}" for i, host in said.items() if host != "yes"]
+    some = ", ".join(blind[:20]) + (", ..." if len(blind) > 20 else "")
+    store.key_value_set(f"{prefix}/blind", some)
+  if some := store.blocking_key_value_get(f"{prefix}/blind", wait):
+    raise UserError(
+      f"{folder} must lie on a disk that all processes share; these do not see what process 0 "
+      f"writes there: {some}"
+    )
+
+
+def total(name: str, count: int) -> int:
+  """Returns, in process 0, the sum of what each process has told last; elsewhere `count`.
+
+  Nobody waits: what another process tells at the same time may come a call later.
+  """
+  store = client()
+  if store is None:
+    return count
+  store.key_value_set(f"total/{name}/{jax.process_index()}", str(count), allow_overwrite=True)
+  if jax.process_index():
+    return count
+  return sum(int(value) for _, value in store.key_value_dir_get(f"total/{name}/"))
 
 
 class Watch:
@@ -220,17 +284,26 @@ class Watch:
     if self.store is not None:
       self.store.key_value_set(self.key, value, allow_overwrite=True)
 
-  def close(self) -> None:
-    """Ends the wait, in all processes: the job is over."""
+  def close(self, value: str = _END) -> None:
+    """Ends the wait, in all processes: the job is over; the others may be told why."""
     if self.store is None or self._closed.is_set():
       return
     self._closed.set()
     try:
       if self._thread.is_alive():
-        self.tell(_END)
+        self.tell(value)
         self._thread.join(timeout=5)
     except RuntimeError:
       pass  # The service is gone already.
+
+
+def lost(error: BaseException | None) -> bool:
+  """Returns whether an error tells that another process of the job is gone."""
+  while error is not None:
+    if isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(_OWN):
+      return client() is not None and distributed.global_state.num_processes > 1
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def part(seconds: float = 3.0) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,9 +24,11 @@ class Faults:
   Attributes:
     workdir: gets `faults/step-NNNNNNNN.json` for each update that was left out.
     cap: as in `guard.Config`.
-    newest: returns the step of the newest checkpoint.
+    newest: returns the step of the newest complete checkpoint, if there is one.
     say: prints a line.
     skipped: updates left out so far.
+    first: step at which the process begins; it takes back what was written of later ones, which
+      it does again, by adding ".old" to the names.
   """
 
   workdir: pathlib.Path
@@ -33,6 +36,13 @@ class Faults:
   newest: Callable[[], int | None]
   say: Callable[[str], None]
   skipped: int = 0
+  first: int = 0
+
+  def __post_init__(self):
+    if jax.process_index() == 0:
+      for step, path in _paths(self.workdir).items():
+        if step > self.first:
+          path.replace(path.with_name(path.name + ".old"))
 
   def check(
     self,
@@ -82,21 +92,34 @@ class Faults:
     folder = self.workdir / FOLDER
     path = folder / f"step-{step:08d}.json"
     newest = self.newest()
+    begin = newest or 0
     about = {
       "step": step,
       "reason": reason,
       "clips": clips,
       "metrics": {name: str(value) for name, value in values.items()},
       "newest_checkpoint": newest,
+      "replay": f"python -m launch.train --verify {shlex.quote(str(self.workdir))} "
+      f"--start {begin} --steps {step - begin}",
     }
-    if newest is not None:
-      command = f"python -m launch.train --verify {self.workdir}"
-      about["replay"] = f"{command} --start {newest} --steps {step - newest}"
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
       with atomic_path(path) as temporary:
         pathlib.Path(temporary).write_text(json.dumps(about, indent=2) + "\n")
     return path
+
+
+def reports(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
+  """Returns the metrics of the updates that a run has left out, by step."""
+  return {
+    step: {name: float(x) for name, x in json.loads(path.read_text())["metrics"].items()}
+    for step, path in _paths(workdir).items()
+  }
+
+
+def _paths(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
+  paths = sorted((workdir / FOLDER).glob("step-*.json"))
+  return {int(path.stem.removeprefix("step-")): path for path in paths}
 
 
 def _on_host(x: Any) -> np.ndarray:

@@ -143,6 +143,11 @@ class Logbook:
     if self.events is not None:
       self.events.add_image(name, pixels, int(step), dataformats="HWC")
 
+  def sync(self) -> None:
+    """Waits until `metrics.jsonl` is on disk: a checkpoint must not outlive what led to it."""
+    if self.file is not None:
+      os.fsync(self.file.fileno())
+
   def close(self) -> None:
     """Flushes and closes both records."""
     if self.file is not None:

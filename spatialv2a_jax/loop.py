@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from spatialv2a_jax import cluster, waiting
 from spatialv2a_jax import meter as meters
-from spatialv2a_jax import waiting
 from spatialv2a_jax.averages import Snapshots
 from spatialv2a_jax.checkpoint import Checkpoints
 from spatialv2a_jax.errors import UserError
@@ -30,13 +30,14 @@ from spatialv2a_jax.watchdog import Watchdog
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-  """How often things happen, in steps; 0 turns `eval` off and keeps no old checkpoints.
+  """How often things happen, in steps.
 
   Attributes:
     log: between lines of the log; their values are means since the line before.
-    eval: between calls of the evaluation hook.
+    eval: between calls of the evaluation hook, which always follows the last step; 0: only that.
     checkpoint: between checkpoints.
-    keep: checkpoints whose step is a multiple of it stay for ever; of the others, the newest 3.
+    keep: checkpoints whose step is a multiple of it stay for ever; of the others, the newest 3. 0:
+      none stays for ever.
     average: between snapshots of the power-function averages (`averages`); 0 keeps none.
     profile: first and last step of a profiler trace, written to WORKDIR/profile; (0, 0): none.
   """
@@ -47,6 +48,13 @@ class Every:
   keep: int = 0
   average: int = 0
   profile: tuple[int, int] = (0, 0)
+
+  def __post_init__(self):
+    for name, least in {"log": 1, "eval": 0, "checkpoint": 1, "keep": 0, "average": 0}.items():
+      if getattr(self, name) < least:
+        raise UserError(f"every.{name}={getattr(self, name)} is less than {least}")
+    if len(self.profile) != 2:
+      raise UserError(f"every.profile={self.profile} is not (first step, last step)")
 
   def evaluates(self, step: int, steps: int) -> bool:
     """Returns whether the evaluation hook is called after `step`."""
@@ -87,6 +95,7 @@ class Loop:
     workdir: of the run.
     first: step at which this process begins.
     examples: clips the run had seen before that step.
+    bad: damaged records it had passed over before that step.
     steps: of the whole run.
     batch_size: clips per step over all processes.
     every: how often things happen.
@@ -99,7 +108,7 @@ class Loop:
     book: the record.
     stop: requests to stop.
     watchdog: ends a run that hangs.
-    evaluate: hook (state, step, book, leave) -> scalars, or None if `leave()` said to leave.
+    evaluate: hook (state, step, book, stop) -> scalars, or None if `stop` said to leave.
     flops_per_clip: for the utilisation.
     tokens_per_clip: for the rate of tokens.
     say: prints a line.
@@ -108,6 +117,7 @@ class Loop:
   workdir: pathlib.Path
   first: int
   examples: int
+  bad: int
   steps: int
   batch_size: int
   every: Every
@@ -127,6 +137,7 @@ class Loop:
 
   def __post_init__(self):
     self._mark = (self.first, self.ledger.seconds())
+    self._bad = 0  # Of this process, since it began.
 
   def __call__(self, state: State, step: Any, source: Iterator[Batch], evaluated: bool) -> State:
     """Trains to the last step.
@@ -170,6 +181,7 @@ class Loop:
         self._settle(pending)
         pending = current
         self.checkpoints.check()
+        self.snapshots.check()
 
         stopping = self.stop.poll()
         evaluates = self.every.evaluates(done, self.steps)
@@ -179,7 +191,7 @@ class Loop:
           self._settle(pending)  # A state is never saved before its metrics were seen.
           pending = None
         if logs:
-          self._log(done, batch.bad)
+          self._log(done)
         if saves or stopping:
           self._save(done, state)
         if self.every.averages(done, self.steps):
@@ -214,13 +226,16 @@ class Loop:
     with self.ledger.during("data"):
       self.watchdog.step = step
       try:
-        return feed.next(self.stop.due)
+        batch = feed.next(self.stop.due)
       except StopIteration:
         raise UserError(f"the data ended before step {step} of {self.steps}") from None
+      self._bad = batch.bad
+      return batch
 
   def _save(self, step: int, state: State) -> None:
     examples = self.examples + (step - self.first) * self.batch_size
     with self.ledger.during("save"):
+      self.book.sync()
       self.checkpoints.save(
         step,
         state,
@@ -228,6 +243,7 @@ class Loop:
           **self.run,
           "step": step,
           "examples": examples,
+          "bad_records": self._bad_records(),
           "meter": self.meter.state(),
           "ledger": self.ledger.state(),
         },
@@ -239,7 +255,7 @@ class Loop:
       return
     with self.ledger.during("eval"):
       self.watchdog.step = step
-      scalars = self.evaluate(state, step, self.book, self.stop.poll)
+      scalars = self.evaluate(state, step, self.book, self.stop)
     if scalars is not None:
       self.book.scalars(step, scalars)
     if self.stop.poll() and (scalars is None or step < self.steps):
@@ -274,7 +290,11 @@ class Loop:
     if counted is not None:
       self.meter.add(counted)
 
-  def _log(self, step: int, bad: int) -> None:
+  def _bad_records(self) -> int:
+    """Returns those of all processes since the run began."""
+    return self.bad + cluster.total("bad", self._bad)
+
+  def _log(self, step: int) -> None:
     before, seconds = self._mark[1], self.ledger.seconds()
     self._mark, steps = (step, seconds), step - self._mark[0]
     waited = seconds["data"] - before["data"]
@@ -283,7 +303,7 @@ class Loop:
     age = self.checkpoints.age()
     values = self.meter.means() | {
       "skipped": self.faults.skipped,
-      "bad_records": bad,
+      "bad_records": self._bad_records(),
       "clips_per_s": clips,
       "tokens_per_s": clips * (self.tokens_per_clip or np.nan),
       "data_wait": waited / spent,

@@ -9,12 +9,16 @@ from typing import Any
 
 import jax
 
-# Dense bfloat16 FLOP/s of one device, as the vendors publish them.
+# Dense bfloat16 FLOP/s of one device, as the vendors publish them, by JAX's name of its kind; that
+# of an NVIDIA GPU says more, such as "NVIDIA H100 80GB HBM3".
 PEAK_FLOPS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
   "TPU v5": 459e12,
+  "TPU v5p": 459e12,
   "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
   "A100": 312e12,
   "H100": 989e12,
   "H200": 989e12,
@@ -47,10 +51,15 @@ class Meter:
     return {"sums": dict(self.sums), "steps": self.steps}
 
 
-def peak_flops() -> float | None:
-  """Returns the bfloat16 FLOP/s of one device of this machine; None if it is not in the table."""
-  kind = jax.devices()[0].device_kind
-  return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+def peak_flops(kind: str | None = None) -> float | None:
+  """Returns the bfloat16 FLOP/s of one device of a kind; None if it is not in the tables.
+
+  Args:
+    kind: as JAX calls it; that of this machine by default.
+  """
+  kind = jax.devices()[0].device_kind if kind is None else kind
+  words = [kind, *(word.partition("-")[0] for word in kind.split() if kind.startswith("NVIDIA"))]
+  return next((PEAK_FLOPS[word] for word in words if word in PEAK_FLOPS), None)
 
 
 def mfu(flops_per_clip: float | None, clips_per_s: float) -> float:

@@ -42,7 +42,6 @@ class StopSignal:
     self._watch: cluster.Watch | None = None
 
   def __enter__(self) -> "StopSignal":
-    # After `jax.distributed.initialize`: its own handler would take the signal and tell nobody.
     if threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
         # None: a handler from outside Python, such as that of `jax.distributed`.

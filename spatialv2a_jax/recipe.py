@@ -15,7 +15,7 @@ from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.loop import Batch
 from spatialv2a_jax.train_step import Loss, State, init_state, make_train_step, overwrite
 
-Batches = Callable[[int], Iterator[Mapping[str, np.ndarray]]]
+Batches = Callable[..., Iterator[Mapping[str, np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Recipe:
   Attributes:
     batches: from the index of a batch to the iterator that begins there. A batch is a dict of
       arrays with the rows that `sharding.local_rows` gives this process; `id_b` names its clips.
-      The size of the iterator's attribute `bad`, if it has one, is logged as `bad_records`.
+      The size of the iterator's attribute `bad`, if it has one, is logged as `bad_records`. A run
+      whose batches were of another size before also gives `offset`, the clips before batch 0.
     batch_size: clips per step over all processes.
     loss: (params, stats, batch, key) -> (value, (metrics, new stats)).
     init: from a key to parameters, boxed with their axis names.
@@ -59,7 +60,7 @@ class Recipe:
 
   def __post_init__(self):
     sharding.local_rows(self.mesh, self.rules, self.batch_size)
-    if self.batch_size % self.accumulate:
+    if self.accumulate < 1 or self.batch_size % self.accumulate:
       raise UserError(
         f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}"
       )
@@ -91,7 +92,8 @@ class Recipe:
 
     The copy to the devices runs while they compute.
     """
-    source = self.batches(examples // self.batch_size)
+    index, offset = divmod(examples, self.batch_size)
+    source = self.batches(index, offset=offset) if offset else self.batches(index)
 
     def on_devices() -> Iterator[Batch]:
       for batch in source:

@@ -4,9 +4,10 @@ On the same mesh, devices and versions every logged number and every saved array
 the same bits; elsewhere losses agree to 1e-5 and the arrays are only reported.
 """
 
+import json
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from spatialv2a_jax import optim, train
+from spatialv2a_jax import checkpoint, faults, optim, train
 from spatialv2a_jax.checkpoint import Checkpoints
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.logbook import read_metrics
@@ -26,14 +27,26 @@ TOLERANCE = 1e-5  # Of the loss, relative, on another mesh.
 JUDGED = ("good", "skipped", "burst", "sigmas")  # Metrics of the guard, not means of a log line.
 
 
-def settings(run: str | pathlib.Path) -> dict[str, Any]:
-  """Returns the configuration of a run, as its newest checkpoint has it.
+def settings(run: str | pathlib.Path, start: int | None = None) -> dict[str, Any]:
+  """Returns the configuration of the steps after `start` (as `verify` takes it); starts no device.
 
   Raises:
-    MissingAssetError: if there is no complete checkpoint.
+    MissingAssetError: if there is no such run, or nothing was saved of it.
+    UserError: if it cannot be read.
   """
-  with _open(run) as checkpoints:
-    return dict(checkpoints.run(_newest(checkpoints))["config"])
+  if not pathlib.Path(run).is_dir():
+    raise MissingAssetError(f"no such run: {run}")
+  files = checkpoint.saved_runs(run)
+  begin = _begin([0, *files]) if start is None else start
+  path = files.get(next((step for step in files if step > begin), max(files, default=0)))
+  path = path or pathlib.Path(run) / "config.json"
+  if not path.is_file():
+    raise MissingAssetError(f"no complete checkpoint in {run}")
+  try:
+    content = json.loads(path.read_text())
+    return dict(content["config"] if files else content)
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def verify(
@@ -41,6 +54,7 @@ def verify(
   recipe: Recipe,
   *,
   log: int,
+  config: Mapping[str, Any] | None = None,
   start: int | None = None,
   steps: int | None = None,
   say: Callable[[str], None] = print,
@@ -51,6 +65,7 @@ def verify(
     run: working directory of the run.
     recipe: that of the run; its mesh need not be.
     log: steps between lines of the log.
+    config: from which the recipe was made; where the run's was another one, that is told.
     start: step of the checkpoint to begin with; 0: the beginning of the run; None: the last but
       one, or the beginning if there is only one.
     steps: how many to replay; None: up to the next checkpoint.
@@ -61,31 +76,36 @@ def verify(
   """
   create, abstract, layout = recipe.state()
   with _open(run) as checkpoints:
-    newest, saved = _newest(checkpoints), [0, *checkpoints.steps()]
-    start = saved[-2] if start is None else start
+    saved = [0, *checkpoints.steps()]
+    start = _begin(saved) if start is None else start
     if start not in saved:
       raise UserError(f"{run} has no checkpoint of step {start}, only {saved[1:]} and 0")
     rows = {row["step"]: row for row in read_metrics(run) if "loss" in row}
+    reports = faults.reports(pathlib.Path(run))
     ends = [step for step in [*saved, max(rows, default=0)] if step > start]
-    if not ends:
+    if not ends and steps is None:
       raise UserError(f"nothing was logged or saved after step {start} of {run}")
-    end = min(ends) if steps is None else min(start + steps, max(ends))
-    about = checkpoints.run(start or newest)
-    same = _same(about, recipe.mesh, say)
-    if start:
-      state = checkpoints.read(start, abstract)
-    else:
-      state, about = create(), {}
+    end = min(ends) if steps is None else start + steps
+    about = checkpoints.run(start) if start else {}
+    state = checkpoints.read(start, abstract) if start else create()
     step, feed = recipe.step(layout), recipe.feed(int(about.get("examples", 0)))
     say(f"replaying steps {start + 1} to {end} of {run}")
     meter, agreed, compared = Meter(**about.get("meter", {})), True, 0
+    same = everywhere = True
     for done in range(start + 1, end + 1):
+      if done == start + 1 or done - 1 in saved:  # What follows may be another process's work.
+        by = next((step for step in saved if step >= done), saved[-1])
+        same = _same(checkpoints.run(by) if by else {}, recipe.mesh, config, say)
+        everywhere &= same
       state, metrics = step(state, next(feed).whole)
       got = {name: float(value) for name, value in jax.device_get(metrics).items()}
       if got["good"]:
         meter.add({name: value for name, value in got.items() if name not in JUDGED})
       else:
         say(f"step {done}: left out, loss {got['loss']:.6g}, norm {got['grad_norm']:.6g}")
+      if done in reports:
+        agreed &= _compare_report(done, got, reports[done], same, say)
+        compared += 1
       if done in rows and (done % log == 0 or done == max(rows)):
         agreed &= _compare_row(done, meter.means(), rows[done], same, say)
         meter, compared = Meter(), compared + 1
@@ -94,7 +114,7 @@ def verify(
         compared += 1
   if not compared:
     raise UserError(f"no line of the log and no checkpoint between steps {start} and {end}")
-  how = "bit for bit" if same else f"to {TOLERANCE:g} (another machine or mesh)"
+  how = "bit for bit" if everywhere else f"to {TOLERANCE:g} (another machine or mesh)"
   say(f"the run {'repeats' if agreed else 'does NOT repeat'} {how}")
   return agreed
 
@@ -105,26 +125,41 @@ def _open(run: str | pathlib.Path) -> Checkpoints:
   return Checkpoints(run, read_only=True)
 
 
-def _newest(checkpoints: Checkpoints) -> int:
-  newest = checkpoints.latest()
-  if newest is None:
-    raise MissingAssetError(f"no complete checkpoint in {checkpoints.folder}")
-  return newest
+def _begin(saved: Sequence[int]) -> int:
+  """Returns where a replay begins by default."""
+  return saved[max(len(saved) - 2, 0)]
 
 
-def _same(about: Mapping[str, Any], mesh: Mesh, say: Callable[[str], None]) -> bool:
-  """Returns whether the bits must be those of the run."""
+def _same(
+  about: Mapping[str, Any],
+  mesh: Mesh,
+  config: Mapping[str, Any] | None,
+  say: Callable[[str], None],
+) -> bool:
+  """Returns whether the bits must be those of the run; tells what is different."""
   then = {"machine": about.get("machine"), "versions": about.get("versions")}
   now = {"machine": train.machine(mesh), "versions": train.versions()}
   changes = list(train.changes(then, now, "run"))
-  for line in changes:
+  told = list(changes)
+  if config is not None and "config" in about:
+    plain = json.loads(json.dumps(config))
+    told += train.changes(about["config"], plain, "config")
+  for line in told:
     say(f"differs from the run: {line}")
   return not changes
 
 
+def _compare_report(step, got, report, same, say) -> bool:
+  """Compares an update that the run left out."""
+  off = [name for name, value in report.items() if _distance(got.get(name), value)]
+  say(f"step {step}: left out by the run; {'other: ' + ', '.join(off) if off else 'equal'}")
+  close = not off if same else _distance(got["loss"], report["loss"]) <= TOLERANCE
+  return close and not got["good"]
+
+
 def _compare_row(step, got, row, same, say) -> bool:
   names = sorted(name for name in got if name in row)
-  worst = max(_distance(got[name], row[name]) for name in names)
+  worst = max((_distance(got[name], row[name]) for name in names), default=math.inf)
   loss = _distance(got.get("loss"), row["loss"])
   good = worst == 0 if same else loss <= TOLERANCE
   off = [name for name in names if _distance(got[name], row[name])]

@@ -4,18 +4,22 @@ A run is a function of its seed, its configuration and the step: killed at any m
 again on the same machine, it ends with the same bits as one that was never killed.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import spatialv2a_jax
-from spatialv2a_jax import averages, sharding
+from spatialv2a_jax import averages, cluster, sharding
 from spatialv2a_jax.checkpoint import Checkpoints
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.faults import Faults
@@ -29,7 +33,7 @@ from spatialv2a_jax.recipe import Recipe
 from spatialv2a_jax.train_step import State
 from spatialv2a_jax.watchdog import Watchdog
 
-Hook = Callable[[State, int, Logbook, Callable[[], bool]], Mapping[str, float] | None]
+Hook = Callable[[State, int, Logbook, StopSignal], Mapping[str, float] | None]
 
 
 def fit(
@@ -58,7 +62,7 @@ def fit(
     steps: updates of the whole run.
     every: how often to log, evaluate and save.
     limits: seconds after which a phase counts as hung, as `watchdog.LIMITS`.
-    evaluate: hook (state, step, logbook, leave) -> scalars to log. It may ask `leave()` at the
+    evaluate: hook (state, step, logbook, stop) -> scalars to log. It may ask `stop.poll()` at the
       same places in every process, and returns None if the answer is yes; it is then called
       again when the run goes on. The names of the scalars begin with "eval/".
     flops_per_clip: of forward and backward pass, for the model FLOP utilisation.
@@ -81,6 +85,7 @@ def fit(
   widths = recipe.ema.widths if recipe.ema else ()
   if every.average and not widths:
     raise UserError("every.average keeps snapshots of power-function averages: set ema.sigma_rel")
+  cluster.see_same(workdir)
   config = json.loads(json.dumps(config))
   create, abstract, layout = recipe.state()
   about = {"kind": kind, "config": config, "versions": versions(), "machine": machine(recipe.mesh)}
@@ -89,51 +94,55 @@ def fit(
     Watchdog(ledger, workdir, limits) as watchdog,
     Checkpoints(workdir, keep_every=every.keep or None) as checkpoints,
     StopSignal() as stop,
+    contextlib.ExitStack() as stack,
   ):
     with ledger.during("restore"):
       state, run = _begin(checkpoints, create, abstract, about, say)
-    start, rows = int(state.step), read_metrics(workdir)
+      start, rows = int(state.step), read_metrics(workdir)
+      evaluated = _agreed(start, _evaluated(rows, start), workdir)
     ledger.resume(run.get("ledger"), rows)
-    evaluated = evaluate is None or not every.evaluates(start, steps) or _evaluated(rows, start)
+    evaluated = evaluated or evaluate is None or not every.evaluates(start, steps)
+    snapshots = stack.enter_context(
+      averages.Snapshots(workdir, widths if every.average else (), start)
+    )
+    if start and every.averages(start, steps) and start not in snapshots:
+      snapshots.save(start, (state.ema, *state.beside))  # Killed before it was on disk.
     if start > steps or (start == steps and evaluated):
       say(f"this run is finished: {workdir} holds step {start} of {steps}; nothing to do")
       return state
     _describe(state, recipe, workdir, config, say)
-    with (
-      Logbook(workdir, start + 1, writer=jax.process_index() == 0) as book,
-      averages.Snapshots(workdir, widths if every.average else (), start) as snapshots,
-    ):
-      loop = Loop(
-        workdir=workdir,
-        first=start,
-        examples=int(run.get("examples", 0)),
-        steps=steps,
-        batch_size=recipe.batch_size,
-        every=every,
-        checkpoints=checkpoints,
-        snapshots=snapshots,
-        run=about,
-        meter=Meter(**run.get("meter", {})),
-        faults=Faults(workdir, recipe.guard.cap, checkpoints.latest, say, int(state.guard.skipped)),
-        ledger=ledger,
-        book=book,
-        stop=stop,
-        watchdog=watchdog,
-        evaluate=evaluate,
-        flops_per_clip=flops_per_clip,
-        tokens_per_clip=tokens_per_clip,
-        say=say,
-      )
-      feed = iter(()) if start == steps else recipe.feed(loop.examples)
-      return loop(state, recipe.step(layout), feed, evaluated)
+    book = stack.enter_context(Logbook(workdir, start + 1, writer=jax.process_index() == 0))
+    loop = Loop(
+      workdir=workdir,
+      first=start,
+      examples=int(run.get("examples", 0)),
+      bad=int(run.get("bad_records", 0)),
+      steps=steps,
+      batch_size=recipe.batch_size,
+      every=every,
+      checkpoints=checkpoints,
+      snapshots=snapshots,
+      run=about,
+      meter=Meter(**run.get("meter", {})),
+      faults=Faults(
+        workdir, recipe.guard.cap, checkpoints.good, say, int(state.guard.skipped), start
+      ),
+      ledger=ledger,
+      book=book,
+      stop=stop,
+      watchdog=watchdog,
+      evaluate=evaluate,
+      flops_per_clip=flops_per_clip,
+      tokens_per_clip=tokens_per_clip,
+      say=say,
+    )
+    feed = iter(()) if start == steps else recipe.feed(loop.examples)
+    return loop(state, recipe.step(layout), feed, evaluated)
 
 
 def _begin(checkpoints, create, abstract, about, say) -> tuple[State, dict[str, Any]]:
   """Returns the newest state and its `run` item, or a new state and an empty one."""
-  latest, kind = checkpoints.latest(), about["kind"]
-  if latest is not None and (there := checkpoints.run(latest).get("kind")) != kind:
-    raise UserError(f"{checkpoints.folder} holds a run of kind {there!r}, not {kind!r}")
-  found = checkpoints.restore(abstract, warn=say)
+  found = checkpoints.restore(abstract, about["kind"], warn=say)
   if found is None:
     return create(), {}
   state, run = found
@@ -145,6 +154,18 @@ def _begin(checkpoints, create, abstract, about, say) -> tuple[State, dict[str, 
   return state, run
 
 
+def _agreed(start: int, evaluated: bool, workdir: pathlib.Path) -> bool:
+  """Returns what process 0 has of `evaluated`; UserError if it begins at another step."""
+  first, there = multihost_utils.broadcast_one_to_all(np.array([start, evaluated]))
+  if first != start:
+    raise UserError(
+      f"process {jax.process_index()} has restored step {start}, process 0 step {first}: do all "
+      f"processes see the same {workdir}?",
+      exit_code=1,
+    )
+  return bool(there)
+
+
 def _evaluated(rows: list[dict[str, Any]], step: int) -> bool:
   """Returns whether the evaluation of a step is in the record, of which `rows` are all."""
   return any(row["step"] == step and any(k.startswith("eval/") for k in row) for row in rows)
@@ -152,11 +173,13 @@ def _evaluated(rows: list[dict[str, Any]], step: int) -> bool:
 
 def machine(mesh: Mesh) -> dict[str, Any]:
   """Returns what the bits of a run depend on besides configuration and versions, JSON-able."""
-  kind = mesh.devices.flat[0].device_kind
+  kind, flags = mesh.devices.flat[0].device_kind, os.environ.get("XLA_FLAGS", "")
   about = {
     "axes": {name: int(size) for name, size in mesh.shape.items()},
     "device": kind,
     "processes": jax.process_count(),
+    "runtime": mesh.devices.flat[0].client.platform_version,
+    "xla_flags": sorted(x for x in flags.split() if not x.startswith("--xla_dump")),
   }
   if kind == "cpu":  # Sums are split over the threads of the pool.
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]
@@ -191,4 +214,5 @@ def changes(old: Any, new: Any, name: str) -> Iterator[str]:
 
 def versions() -> dict[str, str]:
   """Returns the versions that a checkpoint names."""
-  return {"spatialv2a_jax": spatialv2a_jax.__version__, "jax": jax.__version__}
+  libraries = {name: metadata.version(name) for name in ("jax", "jaxlib")}
+  return {"spatialv2a_jax": spatialv2a_jax.__version__, **libraries}

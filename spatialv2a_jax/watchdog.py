@@ -1,7 +1,8 @@
 """Ends a run that no longer moves: names what it waits for and shows where every thread stands.
 
 Each process watches itself. The first that runs out of time tells the others, which write the
-stacks of their threads as well before all of them leave.
+stacks of their threads as well before all of them leave. One that stops for a fault of its own
+tells them too: they would wait for it in a collective, and then start again for nothing.
 """
 
 import faulthandler
@@ -21,7 +22,6 @@ from spatialv2a_jax import cluster, meter
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.goodput import Ledger
 
-EXIT_CODE = 43
 FOLDER = "stacks"  # Inside a working directory.
 # What does not move, by the phase of the ledger; the limits are in seconds, 0 is none.
 NAMES = {
@@ -41,6 +41,8 @@ LIMITS = {
   "restore": 3600.0,
 }
 _GRACE_SECONDS = 10.0  # For the other processes to write their stacks.
+_FAULT_SECONDS = 2.0  # For them to stop by themselves, most often for the same reason.
+_FAULT = "stopped "  # Begins the message of a process that stops for a fault of its own.
 
 
 class Watchdog:
@@ -74,7 +76,7 @@ class Watchdog:
 
   def __enter__(self) -> "Watchdog":
     self._rank = jax.process_index()
-    self._watch = cluster.Watch(f"{self._prefix}/text", lambda text: self._end(text, first=False))
+    self._watch = cluster.Watch(f"{self._prefix}/text", self._hear)
     self._thread.start()
     return self
 
@@ -85,8 +87,23 @@ class Watchdog:
     trace: TracebackType | None,
   ) -> None:
     self._closed.set()
-    if self._watch is not None:
+    if self._watch is None:
+      return
+    if isinstance(error, Exception) and not cluster.lost(error):
+      code = error.exit_code if isinstance(error, UserError) else 1
+      self._watch.close(f"{_FAULT}{code} process {self._rank} on {socket.gethostname()}")
+    else:
       self._watch.close()
+
+  def _hear(self, text: str) -> None:
+    """Leaves because another process does."""
+    if not text.startswith(_FAULT):
+      self._end(text, first=False)
+    elif not self._closed.wait(_FAULT_SECONDS):
+      _, code, who = text.split(" ", 2)
+      print(f"\n{who} stopped with code {code}, and so does this one", file=sys.stderr, flush=True)
+      cluster.part()
+      cluster.leave(int(code))
 
   def _run(self):
     shortest = min((limit for limit in self._limits.values() if limit), default=60.0)
@@ -115,7 +132,7 @@ class Watchdog:
       faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
       sys.stderr.flush()
       self._wait_for_the_others(text, first)
-      cluster.leave(EXIT_CODE)
+      cluster.leave(cluster.EXIT_CODE)
 
   def _wait_for_the_others(self, text: str, first: bool) -> None:
     store = cluster.client()

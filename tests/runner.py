@@ -126,6 +126,8 @@ def batches(options: Options, mesh):
           batch["x_bw"] = batch["x_bw"] * (np.nan if options.fault == "nan" else 1e3)
       elif self.index > options.at:
         return
+      elif options.fault == "mistake":
+        raise UserError("a mistake")
       elif options.fault == "data":
         time.sleep(1000)
       elif options.fault == "disk":
@@ -144,7 +146,7 @@ def evaluate(options: Options):
       print("evaluating", flush=True)
       for _ in range(10_000):
         time.sleep(0.1)
-        if leave():
+        if leave.poll():
           return None
     return {"eval/norm": float(jnp.square(state.params["up"]["kernel"]).sum())}
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -76,7 +77,7 @@ def run(tmp_path_factory):
   state = fit(
     workdir,
     steps=12,
-    config={"kind": "toy", "optim": {"freeze": table}},
+    config={"kind": "toy", "optim": {"lr": 0.01, "freeze": table}},
     optimizer=optim.adamw(optim.from_mapping({"lr": 0.01, "freeze": table, "warmup": 2}), shapes),
     every=train.Every(log=12, eval=1, checkpoint=6, average=4),
     evaluate=record,
@@ -127,6 +128,35 @@ def test_a_run_resumed_from_an_older_state_forgets_later_snapshots(run, tmp_path
   with averages.Snapshots(tmp_path, (0.1, 0.2), start=5):
     pass
   assert sorted(path.name for path in (tmp_path / averages.FOLDER).iterdir()) == ["2", "4"]
+
+
+def test_a_snapshot_that_a_kill_has_cost_is_taken_again(tmp_path):
+  """The checkpoint of the same step was on disk before it."""
+  ema, every = optim.Ema(sigma_rel=0.1), train.Every(log=1, checkpoint=2, average=2)
+
+  def steps():
+    return sorted(int(path.name) for path in (tmp_path / averages.FOLDER).iterdir())
+
+  for end, after in ((4, [2, 4]), (4, [2, 4]), (6, [2, 4, 6])):
+    shutil.rmtree(tmp_path / averages.FOLDER / "4", ignore_errors=True)
+    fit(tmp_path, steps=end, ema=ema, every=every)
+    assert steps() == after
+
+
+def test_a_snapshot_that_cannot_be_written_is_noticed_at_the_next_step(tmp_path, monkeypatch):
+  seen = []
+  monkeypatch.setattr(averages.Snapshots, "check", lambda self: seen.append(1))
+  fit(tmp_path / "run", steps=4)
+  assert len(seen) == 4
+
+  monkeypatch.undo()
+  with pytest.raises(UserError, match="the first"), averages.Snapshots(tmp_path, (0.1,)) as book:
+
+    def fail():
+      raise OSError("cannot close")
+
+    monkeypatch.setattr(book._manager, "close", fail)
+    raise UserError("the first")
 
 
 def test_mistakes_are_one_line(run, tmp_path, capsys):

@@ -30,7 +30,7 @@ def saved(folder, steps=(1,)):
   state = create()
   manager = checkpoint.Checkpoints(folder)
   for step in steps:
-    manager.save(step, state.replace(step=state.step + step), RUN)
+    manager.save(step, state.replace(step=state.step + step), RUN)  # pyright: ignore
   manager.close()
   return state, abstract
 
@@ -39,9 +39,11 @@ def saved(folder, steps=(1,)):
 def test_a_checkpoint_restores_on_any_mesh_with_the_same_bits(tmp_path, shape):
   state, _ = saved(tmp_path)
   _, abstract = state_on(*shape, devices=jax.devices()[: int(np.prod(shape))])
-  restored, run = checkpoint.Checkpoints(tmp_path).restore(abstract)
+  found = checkpoint.Checkpoints(tmp_path).restore(abstract)
+  assert found
+  restored, run = found
   assert run["examples"] == 8 and run["config"] == RUN["config"] and run["time"] > 0
-  expected = state.replace(step=state.step + 1)
+  expected = state.replace(step=state.step + 1)  # pyright: ignore
   assert jax.tree.structure(restored) == jax.tree.structure(expected)
   jax.tree.map(np.testing.assert_array_equal, restored, expected)
   same = jax.tree.map(lambda x, a: x.sharding == a.sharding, restored, abstract)
@@ -72,8 +74,8 @@ def test_a_save_cut_short_is_invisible(tmp_path):
   _, abstract = saved(tmp_path, steps=(1,))
   torn = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
   (torn / "state").mkdir(parents=True)
-  state, _ = checkpoint.Checkpoints(tmp_path).restore(abstract)
-  assert int(state.step) == 1
+  found = checkpoint.Checkpoints(tmp_path).restore(abstract)
+  assert found and int(found[0].step) == 1
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path):
@@ -85,10 +87,37 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path):
     checkpoint.load_params(tmp_path)
   told = []
   manager = checkpoint.Checkpoints(tmp_path)
-  state, _ = manager.restore(abstract, warn=told.append)
-  assert int(state.step) == 1 and manager.latest() == 1
+  found = manager.restore(abstract, warn=told.append)
+  assert found and int(found[0].step) == 1 and manager.latest() == 1
   assert len(told) == 1 and "checkpoint 2 is damaged" in told[0] and "\n" not in told[0]
   assert len(list(tmp_path.glob("damaged-2-*"))) == 1
+
+
+def test_a_checkpoint_whose_settings_are_torn_is_set_aside_too(tmp_path):
+  _, abstract = saved(tmp_path, steps=(1, 2))
+  (tmp_path / "checkpoints" / "2" / "run" / "metadata").write_text('{"kind": "to')
+  told = []
+  found = checkpoint.Checkpoints(tmp_path).restore(abstract, "toy", warn=told.append)
+  assert found and int(found[0].step) == 1 and "checkpoint 2 is damaged" in told[0]
+
+
+def test_several_processes_are_told_which_checkpoint_to_move_away(tmp_path, monkeypatch):
+  _, abstract = saved(tmp_path, steps=(1, 2))
+  (tmp_path / "checkpoints" / "2" / "run" / "metadata").write_text("{")
+  manager = checkpoint.Checkpoints(tmp_path)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)  # They could disagree on what is readable.
+  with pytest.raises(UserError, match="/2: .*; move it away, and the run goes on from step 1"):
+    manager.restore(abstract, "toy")
+
+
+def test_a_save_under_way_is_not_yet_good(tmp_path):
+  create, _ = state_on(8, 1, 1)
+  with checkpoint.Checkpoints(tmp_path) as manager:
+    assert manager.good() is None
+    manager.save(1, create(), RUN)
+    assert manager.latest() == 1 and manager.good() is None
+    manager.wait()
+    assert manager.good() == 1
 
 
 def test_another_model_is_refused_by_name(tmp_path):

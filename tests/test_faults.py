@@ -1,12 +1,14 @@
 """Faults of a run, each struck in a process of its own, and the promise seen to hold."""
 
 import json
+import shlex
 import signal
 import time
 
 import numpy as np
 import pytest
 
+from launch import local, train
 from spatialv2a_jax import checkpoint, logbook
 from spatialv2a_jax.errors import UserError
 from tests import loader_shards, processes, runner
@@ -46,6 +48,20 @@ def test_too_many_bad_updates_stop_the_run_with_all_it_takes_to_replay_them(tmp_
   assert np.isnan(rows["x_bw"]).all() and rows["id_b"].tolist() == reports[2]["clips"]
   params, _, _ = checkpoint.load_params(tmp_path, "params")
   assert all(np.isfinite(x).all() for x in [params["up"]["kernel"], params["down"]["kernel"]])
+  # The command that it prints replays the step, although nothing was logged or saved after it.
+  arguments = train.parse(shlex.split(reports[2]["replay"])[2:])
+  span: dict = {"start": arguments.start, "steps": arguments.steps}
+  assert arguments.verify and sum(span.values()) == 8
+  assert runner.verify(options, **span)
+  told = capsys.readouterr().out
+  assert "step 8: left out by the run; equal" in told and "repeats bit for bit" in told
+  path = tmp_path / "faults" / "step-00000008.json"
+  path.write_text(path.read_text().replace('"loss": "nan"', '"loss": "3.0"'))
+  assert not runner.verify(options, **span)
+  assert "step 8: left out by the run; other: loss" in capsys.readouterr().out
+  # A run that goes on does these steps again.
+  runner.main(runner.Options(str(tmp_path), steps=9, guard=rules))
+  assert sorted(p.name for p in path.parent.glob("*8.json*")) == ["step-00000008.json.old"]
 
 
 def test_a_spike_is_left_out_told_and_counted_and_the_run_goes_on(tmp_path, capsys):
@@ -66,6 +82,10 @@ def test_a_damaged_record_is_named_passed_over_and_counted(tmp_path, caplog):
   assert f"skipped a damaged record, 1 so far: {path}: record 2" in caplog.text
   rows = {x["step"]: x for x in logbook.read_metrics(tmp_path / "run") if "bad_records" in x}
   assert rows.keys() == set(range(1, 9)) and rows[8]["bad_records"] == 1
+  # Counted on by the next process, which may meet it again.
+  runner.main(runner.Options(str(tmp_path / "run"), steps=12, shards=str(tmp_path / "shards")))
+  rows = {x["step"]: x for x in logbook.read_metrics(tmp_path / "run") if "bad_records" in x}
+  assert rows[9]["bad_records"] >= 1 and rows[12]["bad_records"] == 2
 
 
 @pytest.mark.slow
@@ -120,6 +140,30 @@ def test_a_signal_is_heeded_while_evaluating_which_is_done_again(tmp_path):
   run(tmp_path, eval=2)
   rows = logbook.read_metrics(tmp_path)
   assert [x["step"] for x in rows if "eval/norm" in x] == [2, 4, 6, 8]
+
+
+@pytest.mark.slow
+def test_a_killed_process_lets_the_job_begin_again_and_a_mistake_ends_all_of_it(tmp_path):
+  """The other process must not call the loss a fault of its own, nor wait for who will not come."""
+  options = {"rank": 1, "shape": (2, 1, 1), "steps": 12, "pause": 0.1}
+  attempts = iter([{"fault": "SIGKILL", "at": 5}, {}])
+
+  def commands():
+    join = {"coordinator": f"localhost:{processes.free_port()}", "count": 2, "timeout": 60}
+    more = {**options, **next(attempts), "workdir": str(tmp_path / "run")}
+    return [runner.command(**more, join={**join, "index": i}) for i in range(2)]
+
+  job = local.Job(commands(), runner.environment())
+  first = job.wait(grace=60)
+  codes = [process.returncode for process in job.processes]
+  assert first == codes[1] == -signal.SIGKILL
+  assert codes[0] in (43, -signal.SIGABRT)  # By its own hand, or by JAX's.
+  assert local.run(commands, runner.environment(), restarts=0) == 0
+  assert sorted(losses(tmp_path / "run")) == list(range(1, 13))
+
+  other = processes.together(tmp_path / "other", 2, fault="mistake", **options)
+  told = [processes.finish(process, code=2)[1] for process in other]
+  assert "a mistake" in told[1] and "process 1 on " in told[0] and "with code 2" in told[0]
 
 
 @pytest.mark.slow

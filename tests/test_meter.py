@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from launch import targets
 from spatialv2a_jax import meter
 
 
@@ -14,6 +15,27 @@ def test_utilisation_is_unknown_where_the_peak_is():
 def test_utilisation_is_a_share_of_the_published_peak(monkeypatch):
   monkeypatch.setitem(meter.PEAK_FLOPS, jax.devices()[0].device_kind, 1e10)
   assert meter.mfu(2e9, 10.0) == pytest.approx(2e10 / (1e10 * jax.device_count()))
+
+
+@pytest.mark.parametrize(
+  "kind, chip",
+  [
+    ("TPU v5e", "v5e"),
+    ("TPU v5 lite", "v5e"),
+    ("TPU v5", "v5p"),
+    ("TPU v5p", "v5p"),
+    ("TPU v6 lite", "v6e"),
+    ("NVIDIA H200", "h200"),
+  ],
+)
+def test_a_run_and_its_estimate_know_the_same_peak(kind, chip):
+  assert meter.peak_flops(kind) == targets.CHIPS[chip].peak_flops
+
+
+def test_peaks_of_other_names():
+  assert meter.peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
+  assert meter.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+  assert meter.peak_flops("TPU v9") is None and meter.peak_flops("cpu") is None
 
 
 def test_means_go_on_from_a_checkpoint_as_if_nothing_had_happened():

@@ -1,15 +1,18 @@
 """Replaying a run: agreement is bit for bit, and a change of one bit is found."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import checkpoint, optim, replay, sharding, train_step
+from spatialv2a_jax import checkpoint, optim, replay, sharding, train, train_step
 from spatialv2a_jax.errors import MissingAssetError, UserError
-from tests import runner
+from tests import processes, runner
 from tests import test_train_step as toy
 
 OPTIONS: dict = {"steps": 11, "log": 2, "checkpoint": 3, "keep": 3}
@@ -93,10 +96,84 @@ def test_on_another_mesh_losses_agree_closely(finished, monkeypatch):
   assert "the run repeats to 1e-05 (another machine or mesh)" in told
 
 
+def test_the_machine_of_the_steps_counts_and_not_that_of_the_checkpoint_before(
+  finished, monkeypatch, tmp_path
+):
+  """It may have been saved by a process on another machine, with another configuration."""
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  for step, threads, rate in ((3, 7, 1), (6, None, 2), (9, 5, 3)):
+    path = folder / "checkpoints" / str(step) / "run" / "metadata"
+    about = json.loads(path.read_text())
+    about["config"] = {"rate": rate}
+    about["machine"]["threads"] = threads or about["machine"]["threads"]
+    path.write_text(json.dumps(about))
+  assert replay.settings(folder, 3) == replay.settings(folder, 4) == {"rate": 2}
+  agreed, told = verify(folder, monkeypatch, start=3, config={"rate": 2.5})
+  assert agreed and "the run repeats bit for bit" in told
+  assert "differs from the run: config.rate 2 -> 2.5" in told
+  agreed, told = verify(folder, monkeypatch, start=6, steps=3)
+  assert agreed and "machine.threads 5 -> " in told and "another machine or mesh" in told
+
+
+def test_flags_of_the_compiler_are_part_of_the_machine(monkeypatch):
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  before = train.machine(mesh)
+  monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x " + os.environ.get("XLA_FLAGS", ""))
+  assert train.machine(mesh) == before
+  monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+  assert train.machine(mesh) != before
+  assert {"jax", "jaxlib"} < train.versions().keys()
+
+
+def test_a_row_without_a_number_of_the_replay_is_no_agreement(finished, monkeypatch, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  (folder / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5}\n')
+  once(monkeypatch)
+  monkeypatch.setattr(replay.Meter, "means", lambda self: {})
+  assert not verify(folder, monkeypatch)[0]
+
+
+DETERMINISTIC = """
+import sys
+from launch import train
+print(train.main(["launch.train", "--verify", sys.argv[1], *sys.argv[2:]]))
+"""
+
+
+def test_the_config_of_a_run_is_read_before_devices_start(finished, tmp_path):
+  """Flags for them are still to be set, and processes to meet."""
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  for path in folder.glob("checkpoints/*/run/metadata"):
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about | {"config": {"deterministic": True, "every": {"lag": 1}}}))
+  join = [f"--coordinator=localhost:{processes.free_port()}", "--num_processes=1", "--process_id=0"]
+  done = subprocess.run(
+    [sys.executable, "-c", DETERMINISTIC, folder, *join],
+    env=runner.environment(),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.stdout.endswith("\n2\n") and "1 processes, 1 x cpu" in done.stdout
+  assert "config.every: " in done.stderr and "Traceback" not in done.stderr
+
+
 def test_what_cannot_be_replayed_is_one_line(finished, monkeypatch, tmp_path):
   with pytest.raises(UserError, match="has no checkpoint of step 4, only"):
     verify(finished, monkeypatch, start=4)
   with pytest.raises(UserError, match="nothing was logged or saved after step 11"):
     verify(finished, monkeypatch, start=11)
+  with pytest.raises(UserError, match="no line of the log and no checkpoint between steps 11 and"):
+    verify(finished, monkeypatch, start=11, steps=1)
   with pytest.raises(MissingAssetError, match="no complete checkpoint"):
+    replay.settings(tmp_path)
+  with pytest.raises(MissingAssetError, match="no such run"):
+    replay.settings(tmp_path / "none")
+  torn = tmp_path / "checkpoints" / "3" / "run" / "metadata"
+  torn.parent.mkdir(parents=True)
+  torn.write_text("{")
+  with pytest.raises(UserError, match="3/run/metadata cannot be read"):
     replay.settings(tmp_path)

@@ -225,9 +225,57 @@ def test_the_data_position_follows_the_examples_when_the_batch_grows(tmp_path):
   assert asked == [0, 2, (4 * 8 + 2 * 16) // 8]
 
 
+def test_a_batch_that_does_not_divide_what_was_seen_begins_between_two(tmp_path):
+  asked = []
+
+  def batches(start, offset=0):
+    asked.append((start, offset))
+    while True:
+      yield toy.toy_batch(0, 24)
+
+  fit(tmp_path, steps=4)
+  fit(tmp_path, steps=5, batches=batches, batch_size=24)
+  assert asked == [(1, 8)]  # 32 clips.
+
+
 def test_data_that_ends_early_is_one_line(tmp_path):
   with pytest.raises(UserError, match="the data ended before step 3 of 6"):
     fit(tmp_path, batches=lambda start: iter([toy.toy_batch(i) for i in range(start, 2)]))
+
+
+def test_processes_begin_at_the_step_of_process_0_or_not_at_all(tmp_path, monkeypatch):
+  """A shared disk may show some of them an old state."""
+  evaluated = []
+  more: dict = {"evaluate": lambda *_: evaluated.append(1) or {"eval/answer": 1.0}}
+  every = train.Every(log=1, eval=2, checkpoint=2)
+  fit(tmp_path, steps=2, every=every, **more)
+  (tmp_path / "metrics.jsonl").write_text("")  # Not there yet.
+  broadcast = train.multihost_utils.broadcast_one_to_all
+  monkeypatch.setattr(train.multihost_utils, "broadcast_one_to_all", lambda x: (2, True))
+  fit(tmp_path, steps=4, every=every, **more)
+  assert len(evaluated) == 2  # After steps 2 and 4.
+  monkeypatch.setattr(train.multihost_utils, "broadcast_one_to_all", lambda x: (6, True))
+  with pytest.raises(UserError, match="process 0 has restored step 4, process 0 step 6: do all"):
+    fit(tmp_path, steps=8, every=every, **more)
+  assert broadcast(np.array([3, 1])).tolist() == [3, 1]
+
+
+def test_the_record_is_on_disk_before_a_checkpoint_is(tmp_path, monkeypatch):
+  done, save = [], checkpoint.Checkpoints.save
+  monkeypatch.setattr(
+    os,
+    "fsync",
+    lambda number: done.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}"))),
+  )
+
+  def noted(self, step, *arguments):
+    done.append(step)
+    save(self, step, *arguments)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", noted)
+  fit(tmp_path, steps=4)
+  done = [x for x in done if x in ("metrics.jsonl", 2, 4)]
+  assert done == ["metrics.jsonl", 2, "metrics.jsonl", 4]
 
 
 def test_another_kind_of_run_is_refused_and_changes_are_told(tmp_path):

@@ -5,8 +5,10 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -312,6 +314,53 @@ def test_worker_processes_change_no_batch(paths, tmp_path, workers):
   expected.append(json.dumps([batches.state(), sorted(batches.bad.values())]))
   assert batches.bad
   assert run_script(tmp_path / "script.py", WORKERS, workers, 3, *paths) == expected
+
+
+def test_a_batch_of_another_size_goes_on_where_the_last_one_ended(paths):
+  """No clip comes twice or is left out, and epochs are those of the clips that were passed."""
+  options = {"seed": 7, "mirror": True}
+  whole = pipeline.loader(paths, batch_size=1, **options)
+  expected = list(itertools.islice(whole, 3 * CLIPS))
+  first = pipeline.loader(paths, batch_size=5, **options)
+  got = list(itertools.islice(first, 3))
+  index, offset = divmod(15, 4)
+  second = pipeline.loader(paths, batch_size=4, start_step=index, offset=offset, **options)
+  got += itertools.islice(second, 12)
+  rows = [{name: array[i] for name, array in b.items()} for b in got for i in range(len(b["id_b"]))]
+  assert_equal(rows, [{name: array[0] for name, array in b.items()} for b in expected[: len(rows)]])
+  last = pipeline.loader(paths, batch_size=4, seed=7, epochs=1, start_step=index, offset=offset)
+  assert sum(int(batch["weight_b"].sum()) for batch in last) == CLIPS - 15
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from data import pipeline
+
+if __name__ == "__main__":
+  batches = pipeline.loader(sys.argv[1:], batch_size=4, seed=7, workers=2)
+  next(batches)
+  print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+  os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_trainer_that_is_killed(paths, tmp_path):
+  """They hold what it holds open, such as the pipe that a launcher reads to its end."""
+  script = tmp_path / "script.py"
+  script.write_text(KILLED)
+  with subprocess.Popen(
+    [sys.executable, script, *paths],
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert process.stdout is not None
+    workers = process.stdout.readline().split()
+    timer = threading.Timer(20, lambda: [os.kill(int(pid), signal.SIGKILL) for pid in workers])
+    timer.start()
+    rest = process.stdout.read()  # Until nobody holds it open.
+    assert len(workers) == 2 and not rest and timer.is_alive()
+    timer.cancel()
 
 
 IMPORTS = """

@@ -81,6 +81,27 @@ def test_the_first_to_leave_says_why(tmp_path):
   assert local.run(script(code, tmp_path / "none"), dict(os.environ)) == 43
 
 
+def test_a_process_left_behind_does_not_keep_the_run(tmp_path, monkeypatch, capfd):
+  """It holds the pipe open. Neither do bytes that are no text, such as those of a crash."""
+  monkeypatch.setattr(local, "_DRAIN_SECONDS", 0.5)
+  code = """
+import subprocess
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+file.write_text(str(child.pid))
+sys.stdout.buffer.write(bytes([255]) + b" last words\\n")
+sys.stdout.flush()
+sys.exit(3)
+"""
+  file = tmp_path / "child"
+  began = time.monotonic()
+  try:
+    assert local.run(script(code, file, 1), dict(os.environ)) == 3
+    assert time.monotonic() - began < 20
+    assert "last words" in capfd.readouterr().out
+  finally:
+    os.kill(int(file.read_text()), signal.SIGKILL)
+
+
 def test_told_to_stop_it_tells_every_process_and_does_not_start_again(tmp_path):
   code = """
 import signal

@@ -1,13 +1,14 @@
 import json
 import pathlib
 import re
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from launch import tasks, train
-from spatialv2a_jax import checkpoint, cli, guard, optim, schema, sharding
+from launch import export, tasks, train
+from spatialv2a_jax import checkpoint, cli, guard, optim, schema, sharding, train_step, watchdog
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import flow_net
 
@@ -131,6 +132,8 @@ def test_the_paper_config_has_its_numbers():
     (["--confi={0}/configs/tiny.py"], "Did you mean: config"),
     (["--config={0}/configs/tiny.py", "twice"], "unexpected argument 'twice'"),
     ([], "give --config"),
+    (["--verify=d", "--config.optim.lr=1"], "only values of another place may be given: config.m"),
+    (["--verify=d", "--config.data.path=p"], "and --workdir; only values of another place"),
   ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(capsys, tmp_path, arguments, message):
@@ -148,10 +151,17 @@ def test_values_of_the_command_line_replace_those_of_the_file():
   assert config["optim"]["steps"] == 7  # The schedule ends with the run.
 
 
-@pytest.mark.parametrize("name, variant", VARIANTS)
+@pytest.mark.parametrize(
+  "name, variant", [*VARIANTS, *(("mono2binaural", x) for x in ("tiny", "smoke", "paper"))]
+)
 def test_every_config_has_the_switches_of_a_run(name, variant):
   switches = {"deterministic": "true", "guard.cap": 2, "limits.data": 5, "every.profile": "(3, 4)"}
-  config = config_of(name, variant, **switches)
+  switches |= {"ema.sigma_rel": 0.07, "ema.beside": "(0.2,)", "every.average": 3, "ema.decay": 0.9}
+  config = config_of(name, variant, **switches, **{"limits.restore": 6})
+  assert optim.Ema(**config["ema"]).widths == (0.07, 0.2)
+  assert train.train.Every(**config["every"]).average == 3
+  assert config["limits"].keys() == watchdog.LIMITS.keys()
+  assert len(optim.from_mapping(config["optim"]).freeze)
   assert config["deterministic"] is True and config["guard"]["cap"] == 2
   assert config["limits"]["data"] == 5 and config["every"]["profile"] == (3, 4)
   guard.Config(**config["guard"])
@@ -172,6 +182,63 @@ def test_a_mistake_in_a_config_is_one_line(options, message):
   config = config_of("tiny", "smoke", **options)
   with pytest.raises(UserError, match=message):
     tasks.build(config, one_device(), sharding.Rules()).batches(0)
+
+
+@pytest.mark.parametrize(
+  "section, key, value, message",
+  [
+    ("every", "log", 0, "every.log=0 is less than 1"),
+    ("every", "checkpoint", 0, "every.checkpoint=0 is less than 1"),
+    ("every", "profile", (3,), "every.profile=(3,) is not (first step, last step)"),
+    ("every", "lag", 1, "config.every: "),
+    ("mesh", "dta", 1, "config.mesh: "),
+    ("rules", "widht", "fsdp", "config.rules: "),
+    ("ema", "decai", 0.9, "config.ema: "),
+    ("guard", "kap", 3, "config.guard: "),
+    (None, "accumulate", 0, "does not divide by accumulate 0"),
+  ],
+)
+def test_a_mistake_in_a_config_is_told_before_anything_runs(tmp_path, section, key, value, message):
+  config = config_of("tiny", "smoke")
+  config["mesh"] = {"data": -1}
+  (config if section is None else config[section])[key] = value
+  with pytest.raises(UserError) as stop:
+    train.run(train.Arguments(config, str(tmp_path / "run")))
+  assert message in str(stop.value) and not (tmp_path / "run").exists()
+
+
+def test_a_run_is_replayed_in_another_place(tmp_path):
+  config = config_of("tiny", "smoke")
+  about = tmp_path / "checkpoints" / "3" / "run" / "metadata"
+  about.parent.mkdir(parents=True)
+  about.write_text(json.dumps({"config": config}))
+  more = ["--config.mesh.data=1", "--config.data.path=/there"]
+  (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp" / "run").mkdir(parents=True)
+  got = train.parse(["launch.train", f"--verify={tmp_path}", *more, "--steps=2"])
+  assert got.config["mesh"]["data"] == 1 and got.config["data"]["path"] == "/there"
+  assert got.config["optim"] == json.loads(json.dumps(config["optim"])) and got.steps == 2
+  with pytest.raises(UserError, match="config.mesh.data=many"):
+    train.parse(["launch.train", f"--verify={tmp_path}", "--config.mesh.data=many"])
+
+
+def test_a_stop_is_heeded_while_the_evaluation_is_compiled(monkeypatch):
+  class Stop:
+    due = staticmethod(lambda: True)
+
+    def poll(self):
+      raise AssertionError("a point was passed twice")
+
+  class Step:
+    def lower(self, *_):
+      time.sleep(5)
+
+  config = config_of("tiny", "smoke", **{"data.batch_size": 2})
+  task = tasks.build(config, one_device(), sharding.Rules())
+  monkeypatch.setattr(train_step, "make_eval_step", lambda *_, **__: Step())
+  state = train_step.State({}, {}, {}, {}, {}, {})
+  began = time.monotonic()
+  assert task.evaluate is not None and task.evaluate(state, 1, None, Stop()) is None
+  assert time.monotonic() - began < 3
 
 
 def test_latent_statistics_are_those_of_samples_of_the_posterior():
@@ -213,6 +280,13 @@ def test_the_smoke_variant_trains_and_leaves_a_model_folder(tmp_path, capsys, na
   capsys.readouterr()
   assert train.main(argv) == 0
   assert "this run is finished" in capsys.readouterr().out
+  out = tmp_path / "early"
+  assert export.main([f"--run={tmp_path}", f"--out={out}", "--step=2"]) == 0
+  early = checkpoint.load_model(out)
+  assert early.config == model.config and set(early.stats) == set(model.stats)
+  kernels = [folder.params[kind]["ears"]["attn"]["qkv"]["kernel"] for folder in (early, model)]
+  assert kernels[0].shape == kernels[1].shape and (kernels[0] != kernels[1]).any()
+  assert export.main([f"--run={tmp_path}", f"--out={out}", "--step=1"]) == 3
   if name == "small_16k":  # It keeps snapshots of its averages.
     assert cli.main(["average", str(tmp_path), "--width=0.07", f"--out={tmp_path / 'wide'}"]) == 0
     wide = checkpoint.load_model(tmp_path / "wide")

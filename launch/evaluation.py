@@ -1,0 +1,84 @@
+"""What a run is judged by while it trains: held-out clips, and some sound.
+
+Axes: as in `launch.tasks`.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from launch.listen import Listener
+from spatialv2a_jax import preemption, sharding, train_step, waiting
+from spatialv2a_jax.logbook import Logbook
+
+
+@dataclasses.dataclass
+class Evaluation:
+  """Hook of the loop: the loss of the averaged weights on held-out clips, and some sound."""
+
+  loss: train_step.Loss
+  config: Mapping[str, Any]
+  mesh: Mesh
+  rules: sharding.Rules
+  source: Any  # `tasks.Source`.
+  listener: Listener | None = None
+  step: Callable[..., Any] | None = None
+
+  def __call__(
+    self, state: train_step.State, step: int, book: Logbook, leave: preemption.StopSignal
+  ) -> Mapping[str, float] | None:
+    """Returns the means over the held-out clips; None if the run must stop meanwhile."""
+    data = self.config["data"]
+    total: dict[str, float] = {}
+    weight, first = 0.0, None
+    batches = self.source.read(data["eval"], seed=None, epochs=1)
+    for local in itertools.islice(batches, data["eval_batches"]):
+      first = local if first is None else first
+      batch = sharding.global_batch(local, self.mesh, self.rules, data["batch_size"])
+      try:
+        evaluate = self._compile(state, batch, leave.due)
+      except waiting.GivenUpError:
+        return None
+      values = jax.device_get(evaluate(state.ema, state.stats, batch))
+      clips = float(values.pop("clips"))
+      total = {name: total.get(name, 0.0) + clips * float(value) for name, value in values.items()}
+      weight += clips
+      if leave.poll():
+        return None
+    if self.listener is not None and first is not None:
+      params, stats = state.ema, state.stats
+      if jax.process_count() > 1:  # All of them gather, one listens.
+        params, stats = gather(params), gather(stats)
+      if jax.process_index() == 0:
+        self.listener(params, stats, first, step, book)
+    return {f"eval/{name}": value / max(weight, 1.0) for name, value in total.items()}
+
+  def _compile(self, state, batch, leave) -> Callable[..., Any]:
+    """Compiles the evaluation step once; no layout or shape changes in a run."""
+    if self.step is None:
+      step: Any = train_step.make_eval_step(
+        self.loss,
+        key=jax.random.key(self.config["seed"]),
+        mesh=self.mesh,
+        rules=self.rules,
+        layout=_averages(jax.tree.map(lambda x: x.sharding, state)),
+      )
+      self.step = waiting.run(lambda: step.lower(state.ema, state.stats, batch).compile(), leave)
+    return self.step  # pyright: ignore[reportReturnType]
+
+
+def _averages(layout: train_step.State) -> train_step.State:
+  """Returns a layout whose parameters lie where the averages do, which are what is evaluated."""
+  return layout.replace(params=layout.ema)  # pyright: ignore
+
+
+def gather(tree: Any) -> Any:
+  """Returns whole arrays on the host of every process."""
+  if jax.process_count() > 1:
+    return multihost_utils.process_allgather(tree, tiled=True)
+  return jax.device_get(tree)

@@ -1,0 +1,67 @@
+"""Writes the model folder of a run from one of its checkpoints, such as while it still trains.
+
+python -m launch.export --run DIR --out FOLDER [--step N]
+
+  --run DIR     working directory of `launch.train`
+  --out FOLDER  gets the averaged weights, as DIR/model does when the run is finished
+  --step N      checkpoint to take; by default the newest
+
+Exit codes: 0 written, 2 bad input, 3 no such checkpoint.
+"""
+
+import argparse
+import pathlib
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from launch import tasks
+from spatialv2a_jax import checkpoint, sharding
+from spatialv2a_jax.errors import UserError
+
+
+def export(run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = None) -> None:
+  """Writes a model folder; touches nothing of the run.
+
+  Args:
+    run: working directory.
+    out: model folder to write.
+    step: of the checkpoint; the newest by default.
+
+  Raises:
+    MissingAssetError: if there is no such checkpoint.
+    UserError: if it cannot be read.
+  """
+  params, stats, config = checkpoint.load_params(run, "ema", step)
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  task = tasks.build(config, mesh, sharding.Rules())
+  state: Any = types.SimpleNamespace(ema=params, stats=stats)
+  task.export(pathlib.Path(out), state)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line and returns its exit code."""
+  parser = argparse.ArgumentParser(
+    prog="launch.export",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument("--run", required=True, metavar="DIR")
+  parser.add_argument("--out", required=True, metavar="FOLDER")
+  parser.add_argument("--step", type=int, metavar="N")
+  args = parser.parse_args(argv)
+  try:
+    export(args.run, args.out, args.step)
+  except UserError as error:
+    print(f"launch.export: {error}", file=sys.stderr)
+    return error.exit_code
+  print(f"model folder: {args.out}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
