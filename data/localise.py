@@ -12,7 +12,6 @@ import numpy as np
 from spatialv2a_jax import io, localizers, schema
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
-SEEN = 0.5  # Heat from which on a pixel belongs to the source, as in the descriptors.
 NETWORKS = ("clipseg", "acl")  # The second holds the shift that ACL has learned, and may be absent.
 
 Seen = dict[str, list[float]]
@@ -87,11 +86,8 @@ class Plain:
     else:
       motion_nyx = localizers.residual_motion(frames.astype(np.float32) / 255)
       heat_vyx = localizers.motion_heat(motion_nyx, count)
-    seen_vx = np.any(heat_vyx >= SEEN, axis=1)
-    first_v = np.argmax(seen_vx, axis=1)
-    end_v = seen_vx.shape[1] - np.argmax(seen_vx[:, ::-1], axis=1)
-    centre_v = (first_v + end_v) / seen_vx.shape[1] - 1  # The descriptor S_h.
-    return _seen(centre_v, seen_vx.any(axis=1))
+    first_v, end_v, seen_v = localizers.box(heat_vyx)
+    return _seen((first_v + end_v) / heat_vyx.shape[2] - 1, seen_v)
 
 
 class Acl:

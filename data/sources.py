@@ -21,7 +21,6 @@ from spatialv2a_jax import io, localizers, schema
 
 RATE = schema.PAIR_RATE
 FPS = schema.CLIP_FPS
-SEEN = 0.5  # Heat from which on a pixel belongs to the source, as in the descriptors.
 WIDEST = 0.4  # Share of the picture: what moves at two places farther apart is not one thing.
 SILENT = 10 ** (-50 / 20)  # RMS of the half second around a picture.
 QUALITIES = (90, 75, 60, 45, 30, 15)
@@ -89,10 +88,9 @@ class Record:
 
 def places(heat_nyx: np.ndarray) -> np.ndarray:
   """Returns the column of the middle of what is hot, -1 where nothing or too much is."""
-  seen_nx = np.any(heat_nyx >= SEEN, axis=1)
-  width = seen_nx.shape[1]
-  first_n, end_n = seen_nx.argmax(1), width - seen_nx[:, ::-1].argmax(1)
-  good_n = seen_nx.any(1) & (end_n - first_n <= WIDEST * width)
+  first_n, end_n, seen_n = localizers.box(heat_nyx)
+  width = heat_nyx.shape[2]
+  good_n = seen_n & (end_n - first_n <= WIDEST * width)
   return np.where(good_n, (first_n + end_n) / (2 * width), -1.0)
 
 

@@ -8,7 +8,6 @@ import math
 import pathlib
 
 import numpy as np
-import soxr
 
 from data import filters
 from spatialv2a_jax import io, schema
@@ -78,8 +77,8 @@ class Network:
     """
     from spatialv2a_jax import binauralizer  # Imports JAX, which other ways do without.
 
-    self._of, self.sample_rate = binauralizer.Difference, sample_rate
-    self._net, self._rate = binauralizer.Binauralizer(folder), binauralizer.RATE
+    self.sample_rate, self._place = sample_rate, binauralizer.binauralize
+    self._net = binauralizer.Binauralizer(folder)
     # It names the digests of the weights.
     self.hash = io.file_hash(pathlib.Path(folder) / "config.json")[:16]
 
@@ -88,11 +87,7 @@ class Network:
     size = (self._net.config.rows, self._net.config.columns)
     seconds = len(mono_p) / self.sample_rate
     frames = io.read_video(video, schema.CLIP_FPS, size, duration=seconds, threads=1)
-    difference = self._of(self._net, soxr.resample(mono_p, self.sample_rate, self._rate))
-    difference.see(frames, 0, True)
-    side_p = soxr.resample(difference.result(), self._rate, self.sample_rate) / 2
-    side_p = np.pad(side_p, (0, max(0, len(mono_p) - len(side_p))))[: len(mono_p)]
-    return np.stack([mono_p + side_p, mono_p - side_p])
+    return self._place(self._net, mono_p, self.sample_rate, [(frames, 0, True)])
 
 
 class Placer:

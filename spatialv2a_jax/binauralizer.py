@@ -13,12 +13,13 @@ z real and imaginary part, v video frame at 8 fps, y row, x column, c colour.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import soxr
 from jax import Array
 
 from spatialv2a_jax import model_folder, schema
@@ -238,3 +239,28 @@ class Difference:
     """Returns left - right, float32 [p]."""
     inner = slice(WINDOW // 2, WINDOW // 2 + self._samples)
     return self._sum_p[inner] / np.maximum(self._weight_p[inner], 1e-6)
+
+
+def binauralize(
+  net: Binauralizer,
+  mono_p: np.ndarray,
+  rate: int,
+  pieces: Iterable[tuple[np.ndarray, int, bool]],
+) -> np.ndarray:
+  """Returns both ears of a video, float32 [2, p].
+
+  What the network adds to one ear it takes from the other, below 8 kHz; the mean of both ears is
+  the mono sound, with all its frequencies.
+
+  Args:
+    net: the network.
+    mono_p: [p] the sound.
+    rate: of the sound, Hz.
+    pieces: of the video, the arguments of `Difference.see`.
+  """
+  difference = Difference(net, soxr.resample(mono_p, rate, RATE))
+  for frames_vyxc, start, last in pieces:
+    difference.see(frames_vyxc, start, last)
+  side_p = soxr.resample(difference.result(), RATE, rate) / 2
+  side_p = np.pad(side_p, (0, max(0, len(mono_p) - len(side_p))))[: len(mono_p)]
+  return np.stack([mono_p + side_p, mono_p - side_p]).astype(np.float32)

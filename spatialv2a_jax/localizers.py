@@ -23,6 +23,7 @@ from spatialv2a_jax.errors import UserError
 
 FRAME_SIZE = (48, 80)  # Rows, columns of the pictures and of the heat maps.
 THUMBNAIL = (12, 20)  # Of the heat maps that are kept to be shown.
+SEEN = 0.5  # Heat from which on a pixel belongs to the source.
 MOTION_FLOOR = 0.02  # Grey levels (0..1) of residual motion below which nothing moves.
 HISTORY = 0.75  # What is left of a motion after 1/8 s: a struck object rings while it rests.
 SMOOTH_S = 0.375  # Standard deviation: a source does not jump, a localizer does.
@@ -44,6 +45,16 @@ def track_of(localizer: str) -> "Track | None":
   if localizer != "motion":
     raise UserError(f"unknown localizer {localizer!r}, have: acl, acl:FILE, motion, track:FILE")
   return None
+
+
+def box(heat_vyx: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the first column and the end of what is hot in each frame, and whether anything is.
+
+  As the descriptors' box (`models.spatial`); S_h is (first + end) / columns - 1.
+  """
+  seen_vx = np.any(heat_vyx >= SEEN, axis=1)
+  end_v = seen_vx.shape[1] - np.argmax(seen_vx[:, ::-1], axis=1)
+  return np.argmax(seen_vx, axis=1), end_v, seen_vx.any(axis=1)
 
 
 def heat(localizer: str, motion_nyx: np.ndarray, count: int, start: float = 0.0) -> np.ndarray:

@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-import soxr
 
 from spatialv2a_jax import binauralizer, features, io, localizers, logbook, schema, worklist
 from spatialv2a_jax.errors import UserError
@@ -99,23 +98,18 @@ def spatialize(
 def binauralize(path: pathlib.Path, net: binauralizer.Binauralizer) -> tuple[np.ndarray, int]:
   """Returns the binaural sound [2, p] of a video by a network at its own rate, and the rate.
 
-  What the network adds to one ear it takes from the other, below 8 kHz; the mean of both ears is
-  the mono sound, with all its frequencies.
-
   Raises:
     UserError: no sound or a broken one, or no picture.
   """
   info, mono_p, rate = _sound(path)
   if not info.has_video:
     raise UserError(f"{path} has no picture for the network to see; give --track FILE instead")
-  difference = binauralizer.Difference(net, soxr.resample(mono_p, rate, binauralizer.RATE))
   view = {"frames": io.View(schema.CLIP_FPS, size=(net.config.rows, net.config.columns))}
-  for window in io.iter_views(path, view, WINDOW_SECONDS):
-    start = round(window.start_s * schema.CLIP_FPS)
-    difference.see(window.frames["frames"], start, window.last)
-  side_p = soxr.resample(difference.result(), binauralizer.RATE, rate) / 2
-  side_p = np.pad(side_p, (0, max(0, len(mono_p) - len(side_p))))[: len(mono_p)]
-  return np.stack([mono_p + side_p, mono_p - side_p]).astype(np.float32), rate
+  pieces = (
+    (window.frames["frames"], round(window.start_s * schema.CLIP_FPS), window.last)
+    for window in io.iter_views(path, view, WINDOW_SECONDS)
+  )
+  return binauralizer.binauralize(net, mono_p, rate, pieces), rate
 
 
 def _sound(path: pathlib.Path) -> tuple[io.MediaInfo, np.ndarray, int]:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spatialv2a_jax import localizers
 from spatialv2a_jax.models import layers, spatial
 
 S_H, S_AREA, S_VAR, S_LR, S_SHAPE = range(5)
@@ -30,6 +31,16 @@ def zoo(rows, columns):
   yield from rng.random((4, rows, columns))
   for x in (-0.6, 0.0, 0.9):
     yield blob(max(rows, columns), x, 0.2, 0.1, 0.3)[:rows, :columns]
+
+
+def test_the_box_without_jax_is_that_of_the_descriptors():
+  """At the threshold, too."""
+  heat_vyx = np.round(np.random.default_rng(0).random((400, 2, 9)) ** 12, 1).astype(np.float32)
+  d_vk, valid_v = describe(*heat_vyx)
+  first_v, end_v, seen_v = localizers.box(heat_vyx)
+  np.testing.assert_array_equal(seen_v, valid_v)
+  assert 0 < (first_v > 0).sum() and seen_v.sum() < 400 and (heat_vyx.max((1, 2)) == 0.5).any()
+  np.testing.assert_allclose(((first_v + end_v) / 9 - 1)[seen_v], d_vk[seen_v, S_H], atol=1e-6)
 
 
 def test_closed_forms():
