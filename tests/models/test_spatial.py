@@ -118,17 +118,19 @@ def test_batch_norm_uses_the_clips_that_count():
   keep = np.array([1, 1, 0, 1, 0], bool)
   scale, bias = rng.random((2, 4)).astype(np.float32)
   stats = {"mean": jnp.full(4, 0.5), "var": jnp.full(4, 2.0)}
-  y, new = spatial.batch_norm(jnp.asarray(x), scale, bias, stats, keep, train=True)
+  y, new = spatial.batch_norm(jnp.asarray(x), scale, bias, stats, jnp.asarray(keep), train=True)
   mean, var = x[keep].mean((0, 1)), x[keep].var((0, 1))
   np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5) * scale + bias, atol=1e-5)
   np.testing.assert_allclose(new["mean"], 0.9 * 0.5 + 0.1 * mean, rtol=1e-5)
   np.testing.assert_allclose(new["var"], 0.9 * 2 + 0.1 * var, rtol=1e-5)
 
-  still, same = spatial.batch_norm(jnp.asarray(x), scale, bias, stats, keep, train=False)
+  still, same = spatial.batch_norm(
+    jnp.asarray(x), scale, bias, stats, jnp.asarray(keep), train=False
+  )
   np.testing.assert_allclose(still, (x - 0.5) / np.sqrt(2 + 1e-5) * scale + bias, atol=1e-5)
   assert same is stats
   nobody = np.zeros(5, bool)
-  y, same = spatial.batch_norm(jnp.asarray(x), scale, bias, stats, nobody, train=True)
+  y, same = spatial.batch_norm(jnp.asarray(x), scale, bias, stats, jnp.asarray(nobody), train=True)
   assert np.isfinite(y).all()
   jax.tree.map(np.testing.assert_array_equal, same, stats)
 
