@@ -1,7 +1,8 @@
 """One HTML page of generated clips, their scores and the training run; needs no network to read.
 
 The page holds everything it shows: players, spectrograms, and curves of direction over time against
-the truth where it is known. Only videos too large to embed are linked by relative path.
+the truth where it is known. Only videos too large and sound too long to embed are linked by
+relative path.
 Conventions: left is up in every plot, ear 0 is left, azimuth, ILD and ITD are positive on the left.
 
 Axes: e ear, p sample, v 8 fps video frame, y heat-map row, x heat-map column, w analysis window.
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
+import soxr
 from PIL import Image
 
 from spatialv2a_jax import __version__, io, logbook, report_run, webpage
@@ -31,6 +33,7 @@ from spatialv2a_jax.metrics import alignment, analysis, evaluate
 from spatialv2a_jax.metrics.summary import CUES
 
 EMBED_BYTES = 3_000_000  # A larger video is shrunk, or linked if that is not enough.
+EMBED_SECONDS = 60.0  # Longer sound is linked.
 HALF_VIEW_DEG = 60.0  # Azimuth at the edges of the picture: linear law, 120 degrees wide.
 _HEAT_SIDE = 24
 _SOUNDS = (".wav", ".flac")
@@ -160,21 +163,22 @@ def _clip(sidecar: pathlib.Path, folders: _Folders) -> dict[str, Any]:
   sound = _find(sidecar.parent, stem, _SOUNDS)
   assert sound is not None  # `_sidecars` has seen it.
   video = _find(sidecar.parent, stem, (".mp4",))
-  heard = {"generated": _stereo(sound)}
-  ref = _find(folders.ref, stem, (*_SOUNDS, ".mp4"))
-  if ref:
-    heard["reference"] = _stereo(ref)
-  tracks, mono = [], ""
-  for name, audio_ep in heard.items():
-    rate = io.probe(sound if name == "generated" else ref or sound).audio_rate or analysis.RATE
+  heard = {"generated": sound}
+  if ref := _find(folders.ref, stem, (*_SOUNDS, ".mp4")):
+    heard["reference"] = ref
+  tracks, curves, mono = [], {}, []
+  for name, path in heard.items():
+    audio_ep, rate = _stereo(path), io.probe(path).audio_rate or analysis.RATE
+    short = audio_ep.shape[1] <= EMBED_SECONDS * rate
     image = webpage.data_uri("image/png", _png(logbook.spectrogram_image(audio_ep, rate)))
-    embed = name != "generated" or not video  # The video carries the generated sound.
-    tracks.append(
-      {"name": name, "spectrogram": image, "audio": _flac(audio_ep, rate) if embed else None}
-    )
-    if name == "generated":  # What is left without ears: the plainest baseline to listen to.
-      mono = _flac(audio_ep.mean(0, keepdims=True), rate)
-  curves = {name: _curves(io.read_audio(path, analysis.RATE)) for name, path in _paths(sound, ref)}
+    audio = _flac(audio_ep, rate) if short else _link(path, folders.page)
+    if name == "generated":
+      if short:  # What is left without ears: the plainest baseline to listen to.
+        mono = [{"name": "mono", "audio": _flac(audio_ep.mean(0, keepdims=True), rate)}]
+      if video:
+        audio = None  # The video carries the generated sound.
+    tracks.append({"name": name, "spectrogram": image, "audio": audio})
+    curves[name] = _curves(soxr.resample(audio_ep.T, rate, analysis.RATE, quality="VHQ").T)
   known = _truth(info, stem, sidecar, folders)
   spatial = info.get("spatial") or {}
   return {
@@ -182,7 +186,7 @@ def _clip(sidecar: pathlib.Path, folders: _Folders) -> dict[str, Any]:
     "caption": info.get("prompt") or info.get("caption") or "",
     "seconds": io.probe(sound).duration_s,
     "video": _video(video, folders.page) if video else None,
-    "tracks": [*tracks, {"name": "mono", "audio": mono}],
+    "tracks": [*tracks, *mono],
     "curves": curves,
     "truth": known,
     "seen": _seen(info.get("descriptors") or []),
@@ -197,10 +201,6 @@ def _clip(sidecar: pathlib.Path, folders: _Folders) -> dict[str, Any]:
   }
 
 
-def _paths(sound: pathlib.Path, ref: pathlib.Path | None) -> list[tuple[str, pathlib.Path]]:
-  return [("generated", sound), *([("reference", ref)] if ref else [])]
-
-
 def _stereo(path: pathlib.Path) -> np.ndarray:
   audio_ep = io.read_audio(path)
   if audio_ep.shape[0] > 2:
@@ -213,7 +213,7 @@ def _curves(audio_ep: np.ndarray) -> dict[str, Any] | None:
   audio_ep = np.broadcast_to(audio_ep[:2], (2, audio_ep.shape[1]))
   if audio_ep.shape[1] < alignment.WINDOW:
     return None
-  heard = alignment.listen(analysis.analyse(audio_ep))
+  heard = alignment.listen_along(audio_ep)
   tracks = {
     "ild": (heard.ild_db_w, 2),
     "itd": (heard.itd_us_w, 0),
@@ -271,6 +271,8 @@ def _video(path: pathlib.Path, page: pathlib.Path) -> str:
   if path.stat().st_size <= EMBED_BYTES:
     return webpage.data_uri("video/mp4", path.read_bytes())
   info = io.probe(path)
+  if info.duration_s > EMBED_SECONDS:
+    return _link(path, page)
   fps = min(info.fps or 15.0, 15.0)
   view = io.View(fps, short_side=min(240, info.height or 240, info.width or 240))
   with tempfile.TemporaryDirectory() as folder:
@@ -281,6 +283,10 @@ def _video(path: pathlib.Path, page: pathlib.Path) -> str:
     io.write_video(small, frames, fps, sound, info.audio_rate)
     if small.stat().st_size <= EMBED_BYTES:
       return webpage.data_uri("video/mp4", small.read_bytes())
+  return _link(path, page)
+
+
+def _link(path: pathlib.Path, page: pathlib.Path) -> str:
   return urllib.parse.quote(os.path.relpath(path.resolve(), page.resolve().parent))
 
 

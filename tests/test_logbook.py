@@ -2,6 +2,7 @@
 
 import io as text
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -99,6 +100,23 @@ def test_spectrogram_shows_pitch_height_and_the_louder_ear(louder):
   assert panels[louder][row[0]].sum() > panels[1 - louder][row[0]].sum()
   red, _, blue = picture[168 + row[louder], 50]
   assert (blue > red) == (louder == 0)  # Blue is left.
+
+
+def test_the_spectrogram_of_long_sound_takes_no_more_than_its_columns():
+  rate, seconds = 16_000, 120
+  time = np.arange(rate * seconds) / rate
+  tone = (0.3 * np.sin(2 * np.pi * 2_000 * time)).astype(np.float32)
+  long_ep = np.stack([tone, np.where(time < 60, tone, 0)]).astype(np.float32)
+  tracemalloc.start()
+  image = logbook.spectrogram_image(long_ep, rate)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 60e6  # All spectra would be 250 MB.
+  short = logbook.spectrogram_image(long_ep[:, : 2 * rate], rate)
+  rows = [int(picture[:96].sum(axis=(1, 2)).argmax()) for picture in (image, short)]
+  assert rows[0] == rows[1] and abs(rows[0] - 96 * 3 // 4) <= 1  # A quarter up.
+  side = image[-96:][rows[0]].astype(int)  # White while both ears sound, then blue: left alone.
+  assert side[100].min() > 230 and side[400][0] < 100 < side[400][2]
 
 
 def test_spectrogram_of_silence_is_calm():

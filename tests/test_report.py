@@ -140,6 +140,22 @@ def test_large_videos_are_shrunk_or_linked(clips, tmp_path, monkeypatch):
   assert clip["video"] == "../generated/clip.mp4"
 
 
+def test_long_sound_is_linked_and_long_video_not_shrunk(clips, tmp_path, monkeypatch):
+  monkeypatch.setattr(report, "EMBED_SECONDS", 1.0)
+  monkeypatch.setattr(report, "EMBED_BYTES", 10)
+  monkeypatch.setattr(report.io, "write_video", None)
+  io.write_audio(tmp_path / "ref" / "clip.flac", leftward(), RATE)
+  page = tmp_path / "pages" / "report.html"
+  report.write_report(clips, page, ref=tmp_path / "ref")
+  (clip,) = payload(page)["clips"]
+  assert clip["video"] == "../generated/clip.mp4"
+  assert [track["audio"] for track in clip["tracks"]] == [None, "../ref/clip.flac"]
+  (clips / "clip.mp4").unlink()
+  report.write_report(clips, page)
+  (clip,) = payload(page)["clips"]
+  assert [track["audio"] for track in clip["tracks"]] == ["../generated/clip.wav"]
+
+
 def test_heat_strip_keeps_place_and_time():
   heat = np.zeros((3, 48, 96), np.float32)
   heat[1, :, 48:] = 1  # Right half of the second frame.

@@ -23,6 +23,8 @@ import functools
 import json
 import math
 import os
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +35,7 @@ from spatialv2a_jax.metrics.stats import Metric
 from spatialv2a_jax.spatial import hrtf
 
 WINDOW, WINDOW_HOP = 4096, 2048
+STRETCH = 480  # Windows that are transformed at once, a minute.
 SHADOW_HZ = 1500.0  # Above it the head casts a shadow.
 SIDE_DEG = 10.0  # Nearer to the middle, left and right are not asked for.
 BAND_EDGES_HZ = np.geomspace(250, 7500, 11)
@@ -119,26 +122,73 @@ def listen(clip: an.Analysis) -> Heard:
 
   A clip shorter than one window (256 ms) has no windows.
   """
+  return _heard([_sums_of(clip)], onsets.detect(clip.audio_ep.mean(0)))
+
+
+def listen_along(audio_ep: np.ndarray) -> Heard:
+  """Reads direction per window from sound [2, p] at 16 kHz of any length, but no onsets.
+
+  Its stretches are transformed one after the other: memory grows by some kilobytes a second.
+  """
+  audio_ep = audio_ep - audio_ep.mean(-1, keepdims=True)
+  count = max(1, (audio_ep.shape[1] - WINDOW) // WINDOW_HOP + 1)
+  parts = []
+  for first in range(0, count, STRETCH):
+    last = min(first + STRETCH, count) - 1
+    part_ep = audio_ep[:, first * WINDOW_HOP : last * WINDOW_HOP + WINDOW]
+    parts.append(_sums_of(an.analyse(part_ep)))
+  return _heard(parts, np.zeros(0))
+
+
+class _Sums(NamedTuple):
+  """Of each window of a stretch: energies of the ears, in all, in bands and in the head's shadow.
+
+  `phat_lw` is GCC-PHAT weighted by energy; `total` and `shadow` are energies of the stretch.
+  """
+
+  energy_ew: np.ndarray
+  bands_erw: np.ndarray
+  shadow_ew: np.ndarray
+  phat_lw: np.ndarray
+  total: np.ndarray
+  shadow: np.ndarray
+
+
+_FRAMES = WINDOW_HOP // an.FRAME_HOP, (WINDOW - an.FRAME) // an.FRAME_HOP + 1
+_SPECTRA = WINDOW_HOP // an.HOP, (WINDOW - an.N_FFT) // an.HOP + 1
+
+
+def _sums_of(clip: an.Analysis) -> _Sums:
   count = max(0, (clip.audio_ep.shape[1] - WINDOW) // WINDOW_HOP + 1)
-  frames = WINDOW_HOP // an.FRAME_HOP, (WINDOW - an.FRAME) // an.FRAME_HOP + 1
-  spectra = WINDOW_HOP // an.HOP, (WINDOW - an.N_FFT) // an.HOP + 1
-  energy_ew = _sums(clip.energy_ei, count, *frames)
-  power_w = energy_ew.sum(0) / (2 * an.FRAME * frames[1])
-  active_w = power_w > max(an.FLOOR, an.RANGE * power_w.max(initial=0.0))
   weighted_il = clip.phat_il * clip.energy_ei.sum(0)[:, None]
-  found = an.peaks(_sums(weighted_il.T, count, *frames).T)
-  itd_us_w = np.where(an.one_silent(energy_ew), np.nan, found.lag_us)
   power_ejf = np.square(np.abs(clip.stft_ejf))
-  bands_erw = _sums(np.moveaxis(_bands(power_ejf), 2, 1), count, *spectra)
   shadow_ej = power_ejf[..., math.ceil(SHADOW_HZ * an.N_FFT / an.RATE) :].sum(-1)
+  return _Sums(
+    energy_ew=_sums(clip.energy_ei, count, *_FRAMES),
+    bands_erw=_sums(np.moveaxis(_bands(power_ejf), 2, 1), count, *_SPECTRA),
+    shadow_ew=_sums(shadow_ej, count, *_SPECTRA),
+    phat_lw=_sums(weighted_il.T, count, *_FRAMES),
+    total=clip.energy_ei.sum(),
+    shadow=shadow_ej.sum(),
+  )
+
+
+def _heard(parts: Sequence[_Sums], onsets_s: np.ndarray) -> Heard:
+  energy_ew, bands_erw, shadow_ew, phat_lw = (
+    np.concatenate([part[i] for part in parts], axis=-1) for i in range(4)
+  )
+  total, shadow = sum(part.total for part in parts), sum(part.shadow for part in parts)
+  power_w = energy_ew.sum(0) / (2 * an.FRAME * _FRAMES[1])
+  found = an.peaks(phat_lw.T)
+  itd_us_w = np.where(an.one_silent(energy_ew), np.nan, found.lag_us)
   return Heard(
-    active_w=active_w,
-    ild_db_w=spatial.level_difference(_sums(shadow_ej, count, *spectra), shadow_ej.sum()),
-    ild_broadband_db_w=spatial.level_difference(energy_ew, clip.energy_ei.sum()),
+    active_w=power_w > max(an.FLOOR, an.RANGE * power_w.max(initial=0.0)),
+    ild_db_w=spatial.level_difference(shadow_ew, float(shadow)),
+    ild_broadband_db_w=spatial.level_difference(energy_ew, float(total)),
     itd_us_w=itd_us_w,
     azimuth_ild_w=_azimuth_from_bands(bands_erw),
     azimuth_itd_w=hrtf.woodworth_azimuth_deg(itd_us_w),
-    onsets_s=onsets.detect(clip.audio_ep.mean(0)),
+    onsets_s=onsets_s,
   )
 
 

@@ -43,6 +43,20 @@ def test_faithful_sound_scores_high():
   assert got["window_coverage"] == 1
 
 
+def test_sound_of_any_length_is_heard_in_stretches(monkeypatch):
+  audio_ep, _ = stepping([-60, None, 40, 10, 0, -20])
+  audio_ep[:, : RATE // 2] *= 1e-3  # What is loud enough is decided over all of it.
+  whole = alignment.listen(analysis.analyse(audio_ep))
+  monkeypatch.setattr(alignment, "STRETCH", 5)
+  parts = alignment.listen_along(audio_ep)
+  assert len(parts.active_w) == len(whole.active_w) == 22 and not whole.active_w.all()
+  np.testing.assert_array_equal(parts.active_w, whole.active_w)
+  loud_w = whole.active_w
+  for name in ("ild_db_w", "ild_broadband_db_w", "itd_us_w", "azimuth_ild_w", "azimuth_itd_w"):
+    one, other = getattr(parts, name)[loud_w], getattr(whole, name)[loud_w]
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-2)
+
+
 @pytest.mark.parametrize("angle", [-80, -45, -10, 0, 30, 60, 90, 150])
 def test_still_source_is_located(angle):
   got = values(*stepping([angle] * 4))
