@@ -4,7 +4,7 @@ Everything is a pure function of parameters and arrays. `build` ties the functio
 together; `loss` has the signature (params, batch, key) -> (value, metrics) of a generic trainer.
 
 Axes: b clip, e ear (0 left, 1 right), p audio sample, m mel bin, n mel frame, t latent frame,
-c latent channel, v frame of an azimuth track.
+c latent channel.
 """
 
 import dataclasses
@@ -22,7 +22,6 @@ from spatialv2a_jax.models import vae
 from spatialv2a_jax.schema import AudioSpec
 
 Params = Any
-Track = tuple[np.ndarray, np.ndarray]  # Times in seconds and azimuths in degrees, + left.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Codec(NamedTuple):
     encode: (params, audio_bep) -> mean_betc, std_betc of the posterior.
     decode: (params, z_betc) -> log_mel_bemn with n = 2 t.
     loss: (params, {"audio_bep"}, key) -> (value, metrics); see `vae_loss`.
-    waveform: (params, z_etc, track=None, *, phase, synthesize) of one clip -> audio_ep (NumPy).
+    waveform: (params, z_etc) of one clip -> audio_ep (NumPy), with shared phase.
   """
 
   init: Callable[[Array], Params]
@@ -95,35 +94,6 @@ def decode(net: vae.Vae, params: Params, z_betc: Array) -> Array:
   """Returns log-mels [b, e, m, 2 t] of latents [b, e, t, c], of one ear or two."""
   mels = net.decode(params, _merge(z_betc))
   return mels.reshape(*z_betc.shape[:2], *mels.shape[1:])
-
-
-def binaural_waveform(
-  mel_bemn: np.ndarray,
-  spec: AudioSpec,
-  azimuth_bv: np.ndarray | None = None,
-  phase: phases.Phase = "shared",
-  synthesize: phases.Synthesizer | None = None,
-) -> np.ndarray:
-  """Returns float32 [b, 2, p] of log-mels, clip by clip (see `phase.binaural`).
-
-  Args:
-    mel_bemn: [b, 2, m, n].
-    spec: front end.
-    azimuth_bv: [b, v] degrees, + left, at v instants spread evenly over the clip; None derives it
-      from the levels.
-    phase: "shared" or "independent".
-    synthesize: vocoder of one channel; None is Griffin-Lim.
-  """
-  frames = np.shape(mel_bemn)[-1]
-  clips = []
-  for i, mel_emn in enumerate(np.asarray(mel_bemn)):
-    azimuth_n = None
-    if azimuth_bv is not None:
-      count = np.shape(azimuth_bv)[1]
-      track = (np.arange(count) + 0.5) / count, np.asarray(azimuth_bv[i])
-      azimuth_n = np.interp((np.arange(frames) + 0.5) / frames, *track)
-    clips.append(phases.binaural(mel_emn, spec, azimuth_n, phase, synthesize))
-  return np.stack(clips)
 
 
 def vae_loss(
@@ -226,20 +196,9 @@ def build(
   weights = loss_config or LossConfig()
   decode_clip = jax.jit(lambda params, z_betc: decode(net, params, z_betc))
 
-  def waveform(
-    params: Params,
-    z_etc: np.ndarray,
-    track: Track | None = None,
-    *,
-    phase: phases.Phase = "shared",
-    synthesize: phases.Synthesizer | None = None,
-  ) -> np.ndarray:
+  def waveform(params: Params, z_etc: np.ndarray) -> np.ndarray:
     mel_emn = np.asarray(decode_clip(params, jnp.asarray(z_etc)[None])[0])
-    azimuth_n = None
-    if track is not None:
-      time_n = (np.arange(mel_emn.shape[-1]) + 0.5) * (spec.hop / spec.sample_rate)
-      azimuth_n = np.interp(time_n, np.asarray(track[0]), np.asarray(track[1]))
-    return phases.binaural(mel_emn, spec, azimuth_n, phase, synthesize)
+    return phases.binaural(mel_emn, spec)
 
   return Codec(
     init=net.init,

@@ -216,7 +216,7 @@ def spectrogram_image(
   if samples > width * window // 2:  # Only the columns that are shown: sound may last an hour.
     start_x = np.linspace(0, samples - window, width).astype(int)
     frame_exp = audio_ep[:, start_x[:, None] + np.arange(window)[None]]
-    hann_p = scipy.signal.get_window("hann", window).astype(np.float32)
+    hann_p = np.asarray(scipy.signal.get_window("hann", window), np.float32)
     spectrum = np.fft.rfft(frame_exp * (hann_p / hann_p.sum())).swapaxes(1, 2)
   else:
     hop = max(1, samples // width)

@@ -161,14 +161,6 @@ def within_full_scale(audio_ep: np.ndarray) -> tuple[np.ndarray, float]:
   return (audio_ep * np.float32(gain)).astype(np.float32), 20 * math.log10(gain) + 0.0
 
 
-def mix(sources: Sequence[np.ndarray]) -> np.ndarray:
-  """Sum of rendered sources, float32 [2, p], as long as the longest."""
-  total_ep = np.zeros((2, max(source_ep.shape[1] for source_ep in sources)), np.float32)
-  for source_ep in sources:
-    total_ep[:, : source_ep.shape[1]] += source_ep
-  return total_ep
-
-
 def _checked(mono_p: np.ndarray, sample_rate: int, hrtf: Hrtf) -> np.ndarray:
   mono_p = np.asarray(mono_p, np.float32)
   if sample_rate != hrtf.sample_rate:

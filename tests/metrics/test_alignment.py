@@ -19,8 +19,8 @@ def stepping(angles):
   """Half a second of noise from each angle, with its truth; None is silence."""
   parts, head = [], hrtf.sphere(RATE)
   for angle in angles:
-    ears = np.zeros((2, len(NOISE))) if angle is None else None
-    if ears is None:
+    ears = np.zeros((2, len(NOISE)))
+    if angle is not None:
       ears = np.stack([np.convolve(NOISE, taps)[: len(NOISE)] for taps in head.ir(angle)])
     parts.append(ears)
   azimuth_v = np.repeat([np.nan if a is None else a for a in angles], FPS // 2)

@@ -178,12 +178,6 @@ def test_room_ratio_falls_with_distance_and_tail_is_diffuse():
   assert np.any(room.tail(RATE) != render.Room(rt60_s=0.3, drr_db=6.0, seed=5).tail(RATE))
 
 
-def test_mix_adds_and_pads():
-  one, two = np.ones((2, 5), np.float32), np.full((2, 3), 2, np.float32)
-  np.testing.assert_array_equal(render.mix([one, two]), [[3, 3, 3, 1, 1]] * 2)
-  assert render.mix([one]).dtype == np.float32
-
-
 def test_long_sources_do_not_depend_on_the_chunk(monkeypatch):
   arguments = noise(1.5), RATE, ([0.0, 1.5], [-80.0, 80.0]), HEAD
   whole = render.binaural(*arguments)
