@@ -1,6 +1,7 @@
 """Text features, stored once per distinct caption: a data set `text/` beside the shards of clips.
 
-A record's `id` is the caption. Readers join it to the `caption` of a clip.
+A record's `id` is the caption. Readers join it to the `caption` of a clip. What `data.encode` makes
+holds no text at all as well, as the caption NONE: training puts its features where it drops a text.
 
 Axes: w text token, f feature.
 """
@@ -19,6 +20,7 @@ from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
 
 FOLDER, FIELD = "text", "text"
+NONE = ""
 PER_SHARD = 4096  # Captions; about 650 MB in 16 bits, with the text encoder of CLIP ViT-H.
 
 

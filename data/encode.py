@@ -92,7 +92,7 @@ def encode_features(
     UserError: as `shards.build`.
   """
   least = samples if least_samples is None else least_samples
-  texts = media.captions(items)
+  texts = [captions.NONE, *media.captions(items)]
   captions.build(texts, encoder.text, out, config=config, storage=storage, part=part)
   return shards.build(
     items,

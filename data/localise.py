@@ -132,15 +132,14 @@ class Acl:
     from spatialv2a_jax import encoders, features, weights
 
     try:
-      accelerated = jax.default_backend() != "cpu"
+      devices = jax.local_devices()
     except RuntimeError as error:
       text = " ".join(str(error).split())[:200]
       raise UserError(f"--localizer acl: JAX finds no device ({text}); try --jobs 1") from None
     self._encoders = encoders.Encoders(
       features.Config(encoder="random", localizer="acl"),
       weights.Weights([self._model]),
-      devices=jax.local_devices(),
-      group=80 if accelerated else encoders.GROUP,  # Frames of a clip of 10 s.
+      devices=devices,
     )
 
   def read(self, path: str, seconds: float) -> np.ndarray:

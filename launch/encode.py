@@ -19,11 +19,10 @@ import numpy as np
 from data import encode as stage
 from data import media, shards
 from spatialv2a_jax import checkpoint, codec, features, io, schema
-from spatialv2a_jax.encoders import GROUP, Encoders, Stage
+from spatialv2a_jax.encoders import Encoders, Stage
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.weights import Weights
 
-ACCELERATED_GROUP = 64  # Frames at once: those of a clip of 8 s.
 Looked = tuple[Sequence[Stage], Mapping[str, np.ndarray]]
 
 
@@ -127,8 +126,7 @@ def open_encoders(config: features.Config, parts: pathlib.Path | None) -> Encode
       "`spatialv2a convert clip` and its like have filled"
     )
   models = [] if parts is None else [checkpoint.open_model(parts)]
-  group = GROUP if jax.default_backend() == "cpu" else ACCELERATED_GROUP
-  return Encoders(config, Weights(models), devices=jax.local_devices(), group=group)
+  return Encoders(config, Weights(models), devices=jax.local_devices())
 
 
 @dataclasses.dataclass(frozen=True)

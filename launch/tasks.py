@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from data import pipeline, shards
+from data import captions, pipeline, shards, tfrecord
 from launch import flops
 from launch.evaluation import Evaluation as Evaluation
 from launch.evaluation import gather as gather
@@ -154,8 +154,8 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
       return start.params["flow"]
     batches = itertools.islice(source.whole(), config["data"]["statistics"])
     mean_c, std_c = latent_statistics(batches)
-    null = features.encode_text("", encoders)
-    return {"frozen": {"latent_mean": mean_c, "latent_std": std_c, "null_text": null}}
+    null_wf = null_text(config["data"]["path"], encoders)
+    return {"frozen": {"latent_mean": mean_c, "latent_std": std_c, "null_text": null_wf}}
 
   def export(path, state):
     about = {
@@ -187,6 +187,22 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   tokens = sizes.ears * shapes["mean"][1] + shapes["clip"][0] + shapes["text"][0]
   stats, row = net.init_stats(), source.row
   return Task(net.init, stats, loss, values, source, evaluate, export, row, work, tokens)
+
+
+def null_text(path: str, encoders: features.Config) -> np.ndarray:
+  """Returns the features of no text, [w, f], by the encoder that made those of the captions.
+
+  Args:
+    path: of the shards, or SYNTHETIC.
+    encoders: which encoder.
+
+  Raises:
+    UserError: the shards do not have them.
+  """
+  if path == SYNTHETIC or encoders.encoder == "random":
+    return features.encode_text(captions.NONE, encoders)
+  table = captions.Table(shards.paths(path)[0].parent)
+  return tfrecord.as_float32(table[captions.NONE])
 
 
 def flow_flops(

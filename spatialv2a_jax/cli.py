@@ -161,7 +161,8 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument(
     "--feature-cache",
     metavar="DIR",
-    help="where features of trained encoders are kept, about 1 MB for 8 s; none: nowhere; unset: "
+    help="where features of trained encoders are kept, about 1 MB for 8 s and up to 20 GB, "
+    "the oldest making room; none: nowhere; unset: "
     "SPATIALV2A_FEATURE_CACHE or ~/.cache/spatialv2a_jax/features",
   )
   p.set_defaults(run=run_generate)

@@ -5,9 +5,8 @@ encoder without weights (`features`). Where something sounds is told by the pict
 the user's track, or by `acl`: CLIPSeg under ACL's calibration, prompted with the text, with the
 picture as a whole where there is no text, or with a sound (`acl:FILE`), which BEATs hears.
 
-Each stage needs one network, so that no other one need be in memory. Frames go through it in
-groups of one size, spread over the devices: what a frame gives depends on no other frame, clip or
-batch.
+Each stage needs one network, so that no other one need be in memory. A clip's features are the
+same to the bit, alone or among others, on one device or on several (`groups`).
 
 Axes: v frame at 8 fps, n frame at 25 fps, g segment, z frame of a segment, y row, x column,
 c colour, s synchronisation token, w text token, o sound, k descriptor, f feature.
@@ -15,25 +14,20 @@ c colour, s synchronisation token, w text token, o sound, k descriptor, f featur
 
 import dataclasses
 import functools
-import math
 import pathlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from spatialv2a_jax import features, io, localizers, schema, sound_prompt, tokenizer
+from spatialv2a_jax import features, groups, io, localizers, schema, sound_prompt, tokenizer
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.feature_cache import Cache
 from spatialv2a_jax.models import clip, localizer, spatial, synchformer
 from spatialv2a_jax.sound_prompt import SoundPrompt
 from spatialv2a_jax.weights import Weights
 
-GROUP = 8  # Frames, or segments of 16 frames, that are encoded at once.
-REPORT_SECONDS = 10.0
 Frames = Mapping[str, np.ndarray]
 Encoded = dict[str, np.ndarray]
 
@@ -66,7 +60,6 @@ class Encoders:
     *,
     cache: Cache | None = None,
     devices: Sequence[Any] | None = None,
-    group: int = GROUP,
     report: Callable[[str], None] = lambda line: None,
   ):
     """Builds the networks; their weights stay where they are until a stage runs.
@@ -76,7 +69,6 @@ class Encoders:
       weights: where their networks are.
       cache: where features are kept; None keeps none.
       devices: that share the work; by default all accelerators of this process, or one CPU.
-      group: frames, or segments of 16 frames, that are encoded at once.
       report: takes lines about long work.
 
     Raises:
@@ -111,7 +103,8 @@ class Encoders:
         self.networks += [name for name in sound_prompt.NETWORKS if name not in self.networks]
     else:
       localizers.track_of(config.localizer)
-    self._devices, self._group = devices, group
+    self._mesh = groups.mesh_of(devices)
+    self._whole = groups.whole(self._mesh)
     self._texts: dict[str, np.ndarray] = {}
     self._compiled: set[str] = set()
 
@@ -191,7 +184,7 @@ class Encoders:
   def encode(
     self, clips: Sequence[tuple[Sequence[Stage], Frames]], seconds: float
   ) -> list[Encoded]:
-    """Runs stages on clips whose frames are there, the frames of all clips in full groups.
+    """Runs stages on clips whose frames are there; devices work on several clips at once.
 
     Args:
       clips: of each the stages, in the same order, and the frames that they need.
@@ -223,7 +216,7 @@ class Encoders:
       stage = Stage("clip", {}, {"ids": ids_bw.tolist(), **dataclasses.asdict(self._clip)}, _none)
       found = self._recall(stage, {})
       if found is None:
-        params = self.weights.take("clip", "text", self._placement[0])
+        params = self.weights.take("clip", "text", self._whole)
         self._announce("CLIP's text tower")
         found = {"text_wf": np.asarray(read_text(self._clip)(params, ids_bw)[0])}
         if self.cache is not None:
@@ -248,31 +241,13 @@ class Encoders:
       self._compiled.add(what)
       self.report(f"compiling {what}")
 
-  def _run(self, what: str, function: Callable[..., Any], params: Any, x: np.ndarray, *rest) -> Any:
-    """Applies function(params, rows of x, *rest) to groups of rows."""
+  def _run(
+    self, what: str, read: Callable[..., Any], params: Any, x_b: Sequence[np.ndarray], *rest: Any
+  ) -> list[Any]:
+    """Returns read(params, rows, *rest) for the rows of each clip."""
     self._announce(what)
-    parts, told = [], time.monotonic()
-    for at in range(0, len(x), self._group):
-      group = x[at : at + self._group]
-      group = np.concatenate([group, np.repeat(group[-1:], self._group - len(group), axis=0)])
-      result = function(params, jax.device_put(group, self._placement[1]), *rest)
-      parts.append(jax.tree.map(np.asarray, result))
-      if time.monotonic() - told > REPORT_SECONDS:
-        told = time.monotonic()
-        self.report(f"{what}: {min(at + self._group, len(x))}/{len(x)}")
-    return jax.tree.map(lambda *ys: np.concatenate(ys)[: len(x)], *parts)
-
-  @functools.cached_property
-  def _placement(self) -> tuple[Any, Any]:
-    """Where parameters go, whole, and where groups go, split."""
-    devices = self._devices
-    if devices is None:
-      devices = jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
-    devices = devices[: math.gcd(self._group, len(devices))]
-    if len(devices) == 1:
-      return devices[0], devices[0]
-    mesh = Mesh(np.asarray(devices), ("group",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("group"))
+    tell = lambda line: self.report(f"{what}: {line}")  # noqa: E731
+    return groups.run(read, params, x_b, rest, mesh=self._mesh, report=tell)
 
   # --- stages -----------------------------------------------------------------------------------
 
@@ -290,39 +265,32 @@ class Encoders:
     return encoded
 
   def _look(self, frames_b: Sequence[Frames]) -> list[Encoded]:
-    params = self.weights.take("clip", "image", self._placement[0])
+    params = self.weights.take("clip", "image", self._whole)
     x_bvyxc = [frames["clip"] for frames in frames_b]
-    y_bvf = self._run_all("CLIP's image tower", read_image(self._clip), params, x_bvyxc)
+    y_bvf = self._run("CLIP's image tower", read_image(self._clip), params, x_bvyxc)
     return [{"clip_vf": y_vf} for y_vf in y_bvf]
 
   def _follow(self, frames_b: Sequence[Frames]) -> list[Encoded]:
-    params = self.weights.take("synchformer", placement=self._placement[0])
+    params = self.weights.take("synchformer", placement=self._whole)
     x_bgzyxc = [frames["sync"][synchformer.segments(len(frames["sync"]))] for frames in frames_b]
-    y_bgsf = self._run_all("Synchformer", read_motion(self._sync), params, x_bgzyxc)
+    y_bgsf = self._run("Synchformer", read_motion(self._sync), params, x_bgzyxc)
     return [{"sync_sf": y_gsf.reshape(-1, y_gsf.shape[-1])} for y_gsf in y_bgsf]
-
-  def _run_all(
-    self, what: str, function: Callable[..., Any], params: Any, x_b: Sequence[np.ndarray]
-  ) -> list[np.ndarray]:
-    """Does the same as `_run` for the rows of several clips."""
-    ends = np.cumsum([len(x) for x in x_b])[:-1]
-    return np.split(self._run(what, function, params, np.concatenate(x_b)), ends)
 
   def _place(self, ids_bw: np.ndarray, frames: Frames, seconds: float, start: float) -> Encoded:
     del seconds, start
     what, x_vyxc = "CLIPSeg", frames["place"]
     # Before CLIPSeg is there, for there may be room for one network alone.
-    word_bd = self._sound.word(self._placement[0]) if self._sound else None
-    params = self.weights.take("clipseg", placement=self._placement[0])
+    word_bd = self._sound.word(self._whole) if self._sound else None
+    params = self.weights.take("clipseg", placement=self._whole)
     image, text, sound, place = read_place(self._acl, self.config.mirror_tta)
     if word_bd is not None:
       e_bf = np.asarray(sound(params, word_bd, ids_bw[0, : ids_bw[0].argmax() + 1]))
     elif len(ids_bw):
       e_bf = np.asarray(text(params, ids_bw))
     else:
-      e_bf = self._run(f"{what}'s picture embedding", image, params, x_vyxc)
+      (e_bf,) = self._run(f"{what}'s picture embedding", image, params, [x_vyxc])
     e_of = e_bf.mean(axis=0, keepdims=True)
-    d_vk, heat_vyx = self._run(what, place, params, x_vyxc, e_of, self._shift)
+    ((d_vk, heat_vyx),) = self._run(what, place, params, [x_vyxc], e_of, self._shift)
     return {"spatial_vk": d_vk, "heat_vyx": heat_vyx}
 
   @functools.cached_property

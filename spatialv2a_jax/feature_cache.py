@@ -4,6 +4,7 @@ An entry is found by a hash of all that determines it: the content of the video,
 its sampling, the weights, their sizes and precision, the words of a prompt, and the program
 itself (the sources of the modules that compute it and the versions of what they stand on). So an
 entry cannot be out of date: whatever changes, its name does too. A damaged entry counts as none.
+Past a size, the entries that were not used for longest are deleted.
 """
 
 import functools
@@ -24,8 +25,11 @@ from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.io import atomic_path
 
 VARIABLE = "SPATIALV2A_FEATURE_CACHE"
+LIMIT = 20 * 10**9  # Bytes; 8 s of video take about 0.9 MB.
+_SHARE = 16  # A folder is looked through whenever this part of the limit was written.
 _SOURCES = (
-  "encoders.py", "features.py", "localizers.py", "sound_prompt.py", "tokenizer.py", "schema.py",
+  "encoders.py", "features.py", "groups.py", "localizers.py", "sound_prompt.py", "tokenizer.py",
+  "schema.py",
 )  # fmt: skip
 _FOLDERS = ("models", "io")
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "pillow", "av")
@@ -35,9 +39,10 @@ _DIGEST = 32  # Bytes of the checksum at the beginning of an entry.
 class Cache:
   """A folder of entries; several processes may use it at once."""
 
-  def __init__(self, folder: str | os.PathLike):
-    """Entries go to `folder`, which is made when the first one is written."""
-    self.folder = pathlib.Path(folder)
+  def __init__(self, folder: str | os.PathLike, limit: int = LIMIT):
+    """Entries go to `folder`, made when the first one is written, up to about `limit` bytes."""
+    self.folder, self.limit = pathlib.Path(folder), limit
+    self._unseen = limit  # Bytes written since the folder was last looked through.
 
   def path(self, key: Mapping[str, Any]) -> pathlib.Path:
     """Returns the file of an entry; `key` holds JSON values that determine it."""
@@ -47,8 +52,10 @@ class Cache:
 
   def get(self, key: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
     """Returns the arrays of an entry, None if there is none that is whole."""
+    path = self.path(key)
     try:
-      raw = self.path(key).read_bytes()
+      raw = path.read_bytes()
+      os.utime(path)  # Used now.
       if hashlib.sha256(raw[_DIGEST:]).digest() != raw[:_DIGEST]:
         return None
       return safetensors.numpy.load(raw[_DIGEST:])
@@ -61,8 +68,22 @@ class Cache:
     try:
       with atomic_path(self.path(key)) as temporary:
         temporary.write_bytes(hashlib.sha256(raw).digest() + raw)
+      self._unseen += len(raw)
+      if self._unseen * _SHARE > self.limit:
+        self._prune()
     except (OSError, UserError):
       return
+
+  def _prune(self) -> None:
+    """Deletes the entries that were not used for longest, until the rest is within the limit."""
+    entries = [(path, path.stat()) for path in self.folder.rglob("*.features")]
+    size = sum(stat.st_size for _, stat in entries)
+    for path, stat in sorted(entries, key=lambda entry: entry[1].st_mtime_ns):
+      if size <= self.limit:
+        break
+      path.unlink(missing_ok=True)
+      size -= stat.st_size
+    self._unseen = 0
 
 
 def open_cache(folder: str | None = None) -> Cache | None:

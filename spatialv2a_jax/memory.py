@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from spatialv2a_jax import codec, flow, phase, schema, sharding, weights
-from spatialv2a_jax.encoders import GROUP
+from spatialv2a_jax import codec, flow, groups, phase, schema, sharding, weights
 from spatialv2a_jax.models import clip, flow_net, localizer, synchformer, vocoder
 
 SECONDS = 8.0
@@ -73,9 +72,9 @@ def works(dtype: str) -> dict[str, Work]:
   place = localizer.Config(dtype=dtype)
   eye, sync, where = clip.build(look), synchformer.build(follow), localizer.build(place)
   ids_bw = shape(1, look.text_len, dtype=np.int32)
-  frames_byxc = shape(GROUP, *clip.frame_size(look), 3, dtype=np.uint8)
-  segments = shape(GROUP, synchformer.FRAMES, follow.size, follow.size, 3, dtype=np.uint8)
-  places = shape(GROUP, *localizer.FRAME_SIZE, 3, dtype=np.uint8)
+  frames_byxc = shape(groups.SIZE, *clip.frame_size(look), 3, dtype=np.uint8)
+  segments = shape(groups.SIZE, synchformer.FRAMES, follow.size, follow.size, 3, dtype=np.uint8)
+  places = shape(groups.SIZE, *localizer.FRAME_SIZE, 3, dtype=np.uint8)
   rows = {
     "CLIP ViT-H/14, image tower": Work(
       "clip", eye.init, lambda p, x: eye.image({"image": p}, x), (frames_byxc,), "image"

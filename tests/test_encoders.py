@@ -103,29 +103,21 @@ def test_the_order_of_clips_does_not_matter(plain, films, alone):
       np.testing.assert_array_equal(one[name], again[name])
 
 
-@pytest.mark.slow
-def test_eight_devices_give_what_one_gives(folder, films, alone):
-  spread = open_encoders(folder, devices=jax.devices())
-  params = spread.weights.take("clip", "image", spread._placement[0])
-  assert all(len(leaf.devices()) == 8 for leaf in jax.tree.leaves(params))
-  close(read(spread, films[1]), alone[1])
-
-
-@pytest.mark.slow
-def test_clips_share_groups_and_devices(folder, films, alone, monkeypatch):
-  groups, image = [], encoders.read_image(tiny_mmaudio.CLIP)
-  counted = lambda params, x: groups.append(len(x)) or image(params, x)  # noqa: E731
-  monkeypatch.setattr(encoders, "read_image", lambda _: counted)
-  spread, clips = open_encoders(folder, devices=jax.devices(), group=16), []
-  for film in films[:3]:
+@pytest.mark.parametrize("count", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_clip_gives_the_same_bits_alone_and_among_others(folder, plain, films, alone, count):
+  """On one device and on eight."""
+  spread = plain if count == 1 else open_encoders(folder, devices=jax.devices()[:count])
+  clips = []
+  for film in films:
     stages = spread.stages("a dog")
     views = {name: view for stage in stages for name, view in stage.views.items()}
     frames = io.read_views(film, views, duration=SECONDS)
     clips.append((stages, {n: x[: 24 if n == "sync" else 7] for n, x in frames.items()}))
-  for got, want in zip(spread.encode(clips, SECONDS), alone, strict=False):
-    for name in NAMES:
-      np.testing.assert_allclose(got[name], want[name], atol=1e-5)
-  assert groups == [16, 16]  # Of 21 frames.
+  for got, want in zip(spread.encode(clips, SECONDS), alone, strict=True):
+    for name in (*NAMES, "heat_vyx"):
+      np.testing.assert_array_equal(got[name], want[name], strict=True)
+  params = spread.weights.take("clip", "image", spread._whole)
+  assert all(len(leaf.devices()) == count for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.slow
@@ -197,8 +189,8 @@ def test_eight_seconds_give_all_frames_at_any_rate(tmp_path, monkeypatch, folder
 
   def keep(name):
     def run(what, function, params, x, *rest):
-      seen[name] = x
-      return np.zeros((len(x), 8, 4), np.float32)
+      (seen[name],) = x
+      return [np.zeros((len(seen[name]), 8, 4), np.float32)]
 
     return run
 
@@ -277,4 +269,3 @@ def test_an_unknown_encoder_is_refused(folder):
     UserError, match="unknown localizer 'bat', have: acl, acl:FILE, motion, track:FILE"
   ):
     Encoders(features.Config(localizer="bat"), weights)
-  assert encoders.GROUP == 8

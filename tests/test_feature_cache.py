@@ -1,5 +1,6 @@
 """Features on disk: found again, and anew whenever anything that determines them changes."""
 
+import os
 import pathlib
 import shutil
 
@@ -137,3 +138,19 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
   assert where("none") is None
   monkeypatch.setenv(feature_cache.VARIABLE, "none")
   assert where() is None
+
+
+def test_what_was_not_used_for_longest_makes_room(tmp_path):
+  value = {"x": np.zeros(1000, np.float32)}  # Some 4.1 kB.
+  cache = feature_cache.Cache(tmp_path, limit=10**9)
+  for i in range(4):
+    cache.put({"i": i}, value)
+    os.utime(cache.path({"i": i}), (i, i))
+  assert cache.get({"i": 0})  # Now the one used last.
+  small = feature_cache.Cache(tmp_path, limit=13_000)
+  small.put({"i": 4}, value)
+  assert [i for i in range(5) if small.get({"i": i})] == [0, 3, 4]
+  for i in range(5, 9):
+    small.put({"i": i}, value)
+  assert sum(path.stat().st_size for path in tmp_path.rglob("*.features")) <= 13_000
+  assert small.get({"i": 8})

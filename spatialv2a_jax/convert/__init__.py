@@ -65,7 +65,8 @@ def run(source: str, file: Path, out: Path, *, ears: int = 1) -> int:
 
   Raises:
     MissingAssetError: no such file.
-    UserError: the file is not what `source` says, completely, or `out` cannot be written.
+    UserError: the file is not what `source` says, completely; `out` is for other sound or cannot
+      be written.
   """
   chosen = _source(source)
   if ears != 1 and source != "mmaudio":
@@ -86,6 +87,7 @@ def run(source: str, file: Path, out: Path, *, ears: int = 1) -> int:
   if source == "mmaudio":
     origin["variant"] = mmaudio.variant(config)
   about = {name: dataclasses.asdict(config), f"{name}_source": origin, **chosen.about(config)}
+  _check_rate(out, about, file)
   model_folder.save_model(out, {name: params}, {name: stats}, about)
   count = sum(x.size for x in jax.tree.leaves(params))
   print(f"{out}/{name}.safetensors: {count:,} parameters from {file}")
@@ -201,6 +203,18 @@ def _source(name: str) -> engine.Source:
   if name not in SOURCES:
     raise UserError(f"no source {name!r}, have: {', '.join(SOURCES)}")
   return SOURCES[name]
+
+
+def _check_rate(out: Path, about: dict[str, Any], file: Path) -> None:
+  """UserError if a model folder has networks for sound of another rate: one would replace them."""
+  if "audio" not in about or not (pathlib.Path(out) / "config.json").is_file():
+    return
+  have = model_folder.open_model(out).config.get("audio", about["audio"])
+  if have != about["audio"]:
+    raise UserError(
+      f"{out} holds networks for {have} sound and {file} is one for {about['audio']} sound; "
+      "give --out another folder"
+    )
 
 
 def _golden(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

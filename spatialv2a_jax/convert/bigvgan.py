@@ -90,6 +90,7 @@ def _source(upstream: str, licence: str, base: vocoder.Config) -> Source:
     outputs=outputs,
     ignore=(r".*\.(upsample|downsample\.lowpass)\.filter",),  # A constant of the architecture.
     wrapper="generator",
+    about=lambda config: {"audio": "16k" if config.n_mels == 80 else "44k"},
     note="the content of upstream's key 'generator', without the constant filters of the "
     "activations: load it with strict=False, before remove_weight_norm()",
   )

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -74,8 +75,8 @@ def test_every_weight_is_the_folded_one_of_the_golden_file(golden):
   want = {k.removeprefix("param/"): x for k, x in ours.items() if k.startswith("param/")}
   assert set(flat) == set(want)
   for name, x in want.items():
-    expected = np.asarray(models_vae.fold(x)) if name.endswith("kernel") else x
-    np.testing.assert_allclose(flat[name], expected, rtol=1e-6, atol=1e-8)
+    expected = np.asarray(models_vae.fold(jnp.asarray(x))) if name.endswith("kernel") else x
+    np.testing.assert_allclose(np.asarray(flat[name]), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_a_file_becomes_a_model_folder_with_its_origin(golden, tmp_path, capsys):
@@ -98,4 +99,16 @@ def test_nothing_is_written_for_a_checkpoint_that_does_not_fit(golden, tmp_path)
   file = torch_zip.write_state(tmp_path / "bad.pth", state)
   with pytest.raises(UserError, match="missing in the file: encoder.mid.attn_1.qkv.weight"):
     convert.run("vae", file, tmp_path / "model")
-  assert not (tmp_path / "model").exists()
+  assert not list((tmp_path / "model").glob("*"))
+
+
+def test_a_folder_is_for_one_rate_of_sound(golden, tmp_path):
+  """The networks of the other rate have the same file names."""
+  save_file(state_of(golden), tmp_path / "vae.safetensors")
+  out = tmp_path / "out"
+  checkpoint.save_model(out, {"vae": {"x": np.ones(1, np.float32)}}, {}, {"audio": "44k"})
+  with pytest.raises(UserError, match="networks for 44k sound .* 16k sound; give --out another"):
+    convert.run("vae", tmp_path / "vae.safetensors", out)
+  assert list(checkpoint.load_model(out).params["vae"]) == ["x"]
+  for _ in range(2):  # The same again is no mistake.
+    assert convert.run("vae", tmp_path / "vae.safetensors", tmp_path / "other") == 0

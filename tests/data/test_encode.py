@@ -191,7 +191,7 @@ def test_a_text_is_encoded_once_however_many_clips_have_it(media, tmp_path):
     (media / f"clip{n}.json").write_text(json.dumps({"caption": f"number {n % 2}"}))
   encoder = Encoder()
   features(media, tmp_path / "clips", encoder)
-  assert sorted(encoder.texts) == ["number 0", "number 1"]
+  assert sorted(encoder.texts) == ["", "number 0", "number 1"]  # And that of no text.
   stage.encode_latents(tmp_path / "clips", tmp_path / "latents", codec, config={})
   for folder in ("clips", "latents"):
     table = captions.Table(tmp_path / folder)

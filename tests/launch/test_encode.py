@@ -12,7 +12,9 @@ from flax import linen as nn
 
 from data import captions, layout, pipeline, shards, tfrecord
 from launch import data as launch_data
+from launch import tasks
 from spatialv2a_jax import checkpoint, codec, features, io, model_folder, schema
+from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import spatial
 
 AUDIO = schema.AUDIO["16k"]
@@ -112,6 +114,24 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
   return [path for path in folder.rglob("*") if path.is_file()]
 
 
+def test_training_drops_to_the_text_features_of_no_text(tmp_path):
+  config = features.Config("mmaudio", text_len=3, text_dim=2)
+
+  def build(texts):
+    item, clips = shards.Item("a", None), tmp_path / str(len(texts))
+    record = {"caption": "a dog", "mean": np.zeros(1, np.float32)}
+    shards.build([item], lambda _: record, clips, shards=1, config={})
+    text = lambda words: np.full((3, 2), 1.0 + len(words))  # noqa: E731
+    captions.build(texts, text, clips, config={}, storage="float32")
+    return str(clips)
+
+  np.testing.assert_array_equal(tasks.null_text(build(["", "a dog"]), config), np.ones((3, 2)))
+  with pytest.raises(UserError, match="it has no caption ''; encode the clips again"):
+    tasks.null_text(build(["a dog"]), config)
+  assert not tasks.null_text(tasks.SYNTHETIC, config).any()
+  assert not tasks.null_text(str(tmp_path / "nowhere"), features.Config()).any()
+
+
 @pytest.mark.slow
 def test_latents_are_those_of_the_sound(media, tmp_path):
   folder = tiny_vae(tmp_path / "vae")
@@ -174,7 +194,7 @@ def test_trained_networks_fill_the_shards(media, tmp_path, capsys, monkeypatch):
   assert capsys.readouterr().out.count("3 of 4 clips") == 1
   encoder = Features(SECONDS, features.Config("mmaudio", 0, 16, 24, 16, 77, "acl"), True, parts)
   alone = open_encoders(encoder.config, parts)
-  assert alone._placement[1].device_set == set(jax.local_devices())
+  assert alone._whole.device_set == set(jax.local_devices())
 
   fields, table = layout.read_features(tmp_path / "latents"), captions.Table(tmp_path / "latents")
   wanted = schema.feature_shapes(SECONDS, AUDIO, clip_dim=16, sync_dim=24, text_len=77, text_dim=16)
@@ -184,7 +204,7 @@ def test_trained_networks_fill_the_shards(media, tmp_path, capsys, monkeypatch):
   assert "text" not in fields and "audio" not in fields
   (shard,) = shards.paths(tmp_path / "latents" / "text")
   texts = json.loads(shards.sidecar(shard).read_text())["ids"]
-  assert sorted(texts) == ["block 0", "block 1"]  # Of four clips.
+  assert sorted(texts) == ["", "block 0", "block 1"]  # Of four clips, and of no text.
 
   assert encode_on_one_device(media, tmp_path / "one", *options, "--batch", 1) == 0
   for kind in ("clips", "latents"):
@@ -196,6 +216,11 @@ def test_trained_networks_fill_the_shards(media, tmp_path, capsys, monkeypatch):
   plain, other = encoder.encode(
     [encoder.read(media / "clip0.mp4", caption) for caption in ("block 0", "a cat")]
   )
+  # Training drops to what the encoder says of no text, not to zeros.
+  null_wf = tasks.null_text(str(tmp_path / "clips"), encoder.config)
+  stored_wf = encoder.text("").astype("bfloat16").astype(np.float32)
+  np.testing.assert_array_equal(null_wf, stored_wf)
+  assert np.linalg.norm(null_wf, axis=1).min() > 0.9
   generated = alone.read(media / "clip0.mp4", alone.stages("block 0"), SECONDS)
   for name in ("clip_vf", "sync_sf", "spatial_vk"):
     np.testing.assert_array_equal(plain[name], generated[name])
