@@ -89,6 +89,17 @@ def test_two_processes_are_one_with_as_many_devices(tmp_path, folder):
   assert result(tmp_path / "both") == result(tmp_path / "one")
 
 
+@pytest.mark.slow
+def test_four_devices_are_the_same_in_one_two_or_four_processes(tmp_path, folder):
+  """A job of one process reduces over the network as well, and so in the same order."""
+  options = {"shards": folder, "checkpoint": 10, "shape": (4, 1, 1), "steps": 12}
+  for count in (1, 2, 4):
+    for process in together(tmp_path / str(count), count, devices=4 // count, **options):
+      finish(process)
+  first, *others = (result(tmp_path / str(count)) for count in (1, 2, 4))
+  assert sorted(first[0]) == list(range(1, 13)) and others == [first, first]
+
+
 def fit(workdir, folder, shape, steps, seen, checkpoint_every=100):
   """The toy problem with SGD on some of the devices of this process; `seen` collects clips."""
   devices = jax.devices()[: int(np.prod(shape))]
