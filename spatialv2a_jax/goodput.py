@@ -2,7 +2,7 @@
 
 The ledger is carried through checkpoints and `metrics.jsonl`, so that it covers all attempts of a
 run: steps after the checkpoint that a later attempt starts from are moved to `lost`, and the time
-in which no process lived is `down`.
+between the last line that an attempt left in `metrics.jsonl` and the next attempt is `down`.
 """
 
 import contextlib
