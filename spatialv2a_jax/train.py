@@ -173,7 +173,8 @@ def _evaluated(rows: list[dict[str, Any]], step: int) -> bool:
 
 def machine(mesh: Mesh) -> dict[str, Any]:
   """Returns what the bits of a run depend on besides configuration and versions, JSON-able."""
-  kind, flags = mesh.devices.flat[0].device_kind, os.environ.get("XLA_FLAGS", "")
+  kind = mesh.devices.flat[0].device_kind
+  flags = " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
   about = {
     "axes": {name: int(size) for name, size in mesh.shape.items()},
     "device": kind,

@@ -118,10 +118,13 @@ def test_the_machine_of_the_steps_counts_and_not_that_of_the_checkpoint_before(
 
 def test_flags_of_the_compiler_are_part_of_the_machine(monkeypatch):
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-  before = train.machine(mesh)
-  monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x " + os.environ.get("XLA_FLAGS", ""))
+  before, before_flags = train.machine(mesh), os.environ.get("XLA_FLAGS", "")
+  monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/tmp/x {before_flags}")
   assert train.machine(mesh) == before
   monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+  assert train.machine(mesh) != before
+  monkeypatch.setenv("XLA_FLAGS", before_flags)
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536")
   assert train.machine(mesh) != before
   assert {"jax", "jaxlib"} < train.versions().keys()
 
