@@ -40,6 +40,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -108,7 +109,7 @@ def parse(argv: Sequence[str]) -> Arguments:
   verifies = any(word.lstrip("-").split("=")[0] == "verify" for word in argv)
   places = [word for word in argv if verifies and word.lstrip("-").startswith(PLACES)]
   rest = [word for word in argv if word not in places]
-  if verifies and any(word.lstrip("-").startswith(("config", "workdir")) for word in rest):
+  if verifies and any(re.match("--?(config|workdir)", word) for word in rest):
     raise UserError(
       "--verify DIR takes the config of the run: leave out --config and --workdir; only values of "
       f"another place may be given: {', '.join(PLACES)}"
