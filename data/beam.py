@@ -2,7 +2,7 @@
 
     Create(slices) | ParDo(make the shard of a slice)
 
-A slice is the description of some two hundred clips; nothing else travels between workers, and
+A slice is the description of up to two hundred clips; nothing else travels between workers, and
 nothing is grouped: each slice is one shard already. `Create` spreads the slices. The shards have
 the bytes that any other way of running gives them. `--out` and `--videos` are folders that all
 workers see (a mounted bucket on Dataflow); they import `data` and `spatialv2a_jax` from the image

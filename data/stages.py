@@ -17,7 +17,8 @@ The folder of a build:
       or "drop": [reason, detail]}}
     summary.json   processor seconds and clips of each stage; sums of the scores of all clips that
       were judged; how many clips each way of placing sound and each layout of channels had
-  coverage.json     the list of ids against the folder of videos: missing, unlisted, duplicates
+  coverage.json     the list of ids against the folder of videos: missing, unlisted, duplicates,
+                    links that lead nowhere
   funnel.json       how many clips each reason dropped, and of the kept ones how many each way of
                     placing sound had; funnel.txt is the same as a table
   throughput.json   clips per second and core of each stage, and the slowest
