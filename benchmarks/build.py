@@ -5,7 +5,8 @@ Without `--videos` it makes procedural scenes of 2 s first. The build is a real 
 that is thrown away; its stages are timed in processor seconds, so other work on the machine hardly
 counts. The processes are compared by the clock: all start at once, each with the same clips,
 decoding first (frames and sound) and then rendering a moving source; one process and several in
-turn, round after round, so that a drift of the machine meets all alike.
+turn, round after round, so that a drift of the machine meets all alike. What the frozen encoders
+of `--features` cost on top is counted by `benchmarks.encoding`.
 """
 
 import argparse
