@@ -6,8 +6,8 @@ VAE) and random weights. Their work is counted in the matrix products of the pro
 `launch.data encode` runs; hours for all of VGGSound follow from a chip's peak and the share of it
 that is reached. That share is an assumption (`--share`), or, with `--topology`, what the compiler
 of a chip that is not there estimates, some rows at a time on each chip. With `--times` a row of
-each network runs here, after one that is not timed: give it one core (`taskset -c 0`), and seconds
-are those of a core. `--videos` times what the encoders look at: decoding and resizing.
+each network runs here, after one that is not timed, in processor seconds (`taskset -c 0` gives it
+one core). `--videos` times what the encoders look at: decoding and resizing.
 """
 
 import argparse
@@ -73,14 +73,14 @@ class Network:
     return flops.count(self.run, self.params, x, *self.rest)
 
   def seconds(self, rows: int) -> float:
-    """Returns seconds of a clip here, from those of a few rows."""
+    """Returns processor seconds of a clip here, from those of a few rows."""
     block = np.random.default_rng(0).standard_normal(1 << 20, np.float32) * 0.02
     params = jax.tree.map(lambda leaf: np.resize(block, leaf.shape), self.params)
     x = self.inputs(rows)
     jax.block_until_ready(self.run(params, x, *self.rest))
-    began = time.perf_counter()
+    began = time.process_time()  # Of all threads: other work on the machine hardly counts.
     jax.block_until_ready(self.run(params, x, *self.rest))
-    return (time.perf_counter() - began) * self.rows / rows
+    return (time.process_time() - began) * self.rows / rows
 
 
 def networks(seconds: float) -> list[Network]:
@@ -175,7 +175,7 @@ def main() -> None:
     targets.prepare(target)
   cores = len(os.sched_getaffinity(0))
   print(f"{platform.processor() or platform.machine()}, {cores} cores\n")
-  names = ["TFLOP per clip", *(["s per clip here", "GFLOP/s"] if args.times else [])]
+  names = ["TFLOP per clip", *(["core s per clip here", "GFLOP/s"] if args.times else [])]
   names += [f"share of {target.chip.name}'s peak", "compiled TFLOP"] if target else []
   print("| network |" + "".join(f" {n} |" for n in names) + "\n|---|" + "--:|" * len(names))
   total = took = spent = 0.0
@@ -205,7 +205,7 @@ def main() -> None:
     rates[f"{target.chip.name} as compiled"] = 1 / spent
     print(f"| {target.chip.name}, as compiled | | {1 / spent:.2f} | {clips * spent / 3600:.1f} |")
   if args.times:
-    print(f"\n{cores} cores of this machine: {clips * took / 3600:,.0f} h")
+    print(f"\non such cores: {clips * took / 3600:,.0f} core hours")
   if args.videos:
     seconds = looking(args.videos, args.seconds)
     busy = ", ".join(f"{name} {rate * seconds:.1f}" for name, rate in rates.items())
