@@ -122,3 +122,38 @@ def test_processes_that_differ_do_not_begin(port):
 def test_impossible_arguments(member, message):
   codes, (line,) = meet((*member, 5, "same"))
   assert codes == [2] and message in line
+
+
+PART = """
+import sys, time
+from spatialv2a_jax import cluster
+where, index, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+cluster.start(where, 2, index, timeout=30)
+time.sleep(delay)
+clock = time.monotonic()
+cluster.part(seconds=4)
+print(f"{time.monotonic() - clock:.2f}", flush=True)
+cluster.leave(5 + index)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay, least, most", [(2, 0.5, 3.5), (60, 3.9, 20)])
+def test_a_process_that_ends_for_a_fault_waits_a_moment_for_the_others(port, delay, least, most):
+  first, second = (
+    subprocess.Popen(
+      [sys.executable, "-c", PART, f"localhost:{port}", str(index), str(index * delay)],
+      env=runner.environment(),
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  )
+  try:
+    waited = float(first.communicate(timeout=90)[0].splitlines()[-1])
+    assert first.returncode == 5 and least <= waited <= most
+    if delay < 4:  # It said why it ends before the first one took the store away.
+      assert float(second.communicate(timeout=90)[0].splitlines()[-1]) < 3.5
+      assert second.returncode == 6
+  finally:
+    second.kill()
