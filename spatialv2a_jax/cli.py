@@ -190,6 +190,14 @@ def parser() -> argparse.ArgumentParser:
     metavar="NAME=DIR",
     help="score another folder beside it; may be repeated",
   )
+  p.add_argument(
+    "--embedding",
+    action="append",
+    default=[],
+    metavar="NAME=FILE.npz",
+    help="Frechet distance of features `pred` and `ref` that an embedder of yours made; with "
+    "`pred_logits` and `ref_logits` also KL divergence and inception score; may be repeated",
+  )
   p.add_argument("--out", required=True, metavar="FILE.json")
   p.add_argument("--jobs", type=number(int, 1), default=os.cpu_count() or 1)
   p.set_defaults(run=run_evaluate)
@@ -289,12 +297,25 @@ def run_evaluate(args: argparse.Namespace) -> int:
   """`spatialv2a evaluate`."""
   from spatialv2a_jax.metrics import evaluate
 
-  pairs = [item.partition("=") for item in args.baseline]
-  for name, equals, folder in pairs:
-    if not (name and equals and folder):
-      raise UserError(f"--baseline {name}: write it as NAME=DIR")
-  baselines = {name: folder for name, _, folder in pairs}
-  evaluate.run(args.pred, args.ref, args.truth, args.out, baselines=baselines, jobs=args.jobs)
+  named = {}
+  for flag, kind, items in (
+    ("--baseline", "DIR", args.baseline),
+    ("--embedding", "FILE.npz", args.embedding),
+  ):
+    pairs = [item.partition("=") for item in items]
+    for name, equals, path in pairs:
+      if not (name and equals and path):
+        raise UserError(f"{flag} {name}: write it as NAME={kind}")
+    named[flag] = {name: path for name, _, path in pairs}
+  evaluate.run(
+    args.pred,
+    args.ref,
+    args.truth,
+    args.out,
+    baselines=named["--baseline"],
+    embedded=named["--embedding"],
+    jobs=args.jobs,
+  )
   return 0
 
 

@@ -113,6 +113,7 @@ SPATIALIZE = "spatialize {0}/tone.wav --track {0}/track.csv --out {out} "
     (SPATIALIZE + "--hrtf kemar", 2, "'kemar' is none of: sphere, sofa:FILE"),
     (SPATIALIZE + "--hrtf sofa:{0}/text.mp4", 2, "not a SOFA file"),
     ("evaluate --pred {0} --ref {0} --out {out}/x.json --baseline x", 2, "write it as NAME=DIR"),
+    ("evaluate --pred {0} --ref {0} --out {out}/x.json --embedding x", 2, "as NAME=FILE.npz"),
     ("evaluate --pred {0}/absent --ref {0} --out {out}/x.json", 2, "absent"),
     ("report {0}/absent --out {out}/x.html", 2, "absent"),
     ("convert mmaudio {0}/absent.pth --out {out}", 3, "absent.pth"),
@@ -186,11 +187,15 @@ def test_the_other_commands_pass_on_what_was_typed(monkeypatch, capsys):
     (["a.wav"], "o"),
     {"track": "t", "hrtf": "sofa:f", "format": "flac", "video_sound": "flac", "checkpoint": None},
   )
-  line = "evaluate --pred p --ref r --truth t --out o --baseline a=b --baseline c=d --jobs 3"
+  line = (
+    "evaluate --pred p --ref r --truth t --out o --baseline a=b --baseline c=d --jobs 3"
+    " --embedding vgg=e.npz"
+  )
   assert cli.main(line.split()) == 0
   assert seen["evaluate"] == (
-    ("p", "r", "t", "o"), {"baselines": {"a": "b", "c": "d"}, "jobs": 3}
-  )  # fmt: skip
+    ("p", "r", "t", "o"),
+    {"baselines": {"a": "b", "c": "d"}, "embedded": {"vgg": "e.npz"}, "jobs": 3},
+  )
   assert cli.main("convert vae f.pth --out o".split()) == 0
   assert seen["convert"] == (("vae", "f.pth", "o"), {"ears": 1})
   assert cli.main("convert vae --check g --tolerance 0.01".split()) == 1

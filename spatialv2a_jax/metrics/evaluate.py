@@ -23,7 +23,7 @@ import numpy as np
 
 from spatialv2a_jax import io, logbook
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.metrics import alignment, distances, spatial, stats
+from spatialv2a_jax.metrics import alignment, distances, embeddings, spatial, stats
 from spatialv2a_jax.metrics import analysis as an
 from spatialv2a_jax.metrics.stats import Metric, Parts
 
@@ -94,6 +94,7 @@ def run(
   baselines: Mapping[str, str | os.PathLike] | None = None,
   jobs: int = 1,
   echo: Callable[[str], Any] = print,
+  embedded: Mapping[str, str | os.PathLike] | None = None,
 ) -> dict[str, Any]:
   """Scores all clips, writes `out`, and prints counts and a table.
 
@@ -106,6 +107,7 @@ def run(
     baselines: further folders to score in the same way, by name.
     jobs: processes. The result does not depend on it.
     echo: what prints a line.
+    embedded: files of features, for `embeddings.score`, by the name of what made them.
 
   Returns:
     What was written: `metrics`, `baselines`, `clips`, `dropped`, `counts`, `settings`.
@@ -117,6 +119,7 @@ def run(
   baselines = dict(baselines or {})
   if clash := set(baselines) & {PREDICTION, *BUILT_IN}:
     raise UserError(f"baseline name {sorted(clash)[0]!r} is built in; choose another")
+  features = {name: embeddings.score(path) for name, path in (embedded or {}).items()}
   paired, dropped, counts = _pair(pred, ref, truth, baselines)
   with io.atomic_path(out) as temporary:
     done = _map(score, paired, jobs, "scoring")
@@ -136,6 +139,7 @@ def run(
       {"id": one.stem, "file": one.file, "reason": one.reason} for one in dropped
     ]
     result["counts"] = counts
+    result["embeddings"] = features
     result["settings"] = {
       "pred": os.fspath(pred),
       "ref": os.fspath(ref),
@@ -148,6 +152,8 @@ def run(
     with open(temporary, "w", encoding="utf-8") as file:
       json.dump(result, file, indent=1, allow_nan=False)
   echo(markdown(result))
+  for name, found in features.items():
+    echo(embeddings.line(name, found))
   return result
 
 
