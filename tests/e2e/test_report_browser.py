@@ -131,9 +131,13 @@ def test_clicking_a_plot_seeks_and_left_is_up(browser):
 
 
 def test_the_cues_of_the_sidecar_are_shown(browser):
-  text = browser.find_element("css selector", ".summary").text
-  assert text.split("\n")[::2] == ["Level difference", "Time difference", "Interaural coherence"]
-  assert "0 dB" in text and "0 µs" in text
+  texts = "return [...document.querySelectorAll('#clips article:first-of-type .summary {}')]"
+  texts += ".map((e) => e.textContent)"
+  names, values = (browser.execute_script(texts.format(tag)) for tag in ("dt", "dd"))
+  assert names == ["Level difference", "Time difference", "Interaural coherence"]
+  level, delay, coherence = (value.split() for value in values)
+  assert abs(float(level[0])) < 1 and level[1] == "dB"
+  assert delay == ["0", "µs"] and 0 < float(coherence[0]) <= 1
 
 
 def test_the_heat_is_drawn_where_the_dot_is_and_can_be_hidden(browser):
