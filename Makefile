@@ -42,7 +42,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev  ## timings, printed as tables; PyTorch is installed for the comparison
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python -m benchmarks.step
-	$(BIN)/python -m benchmarks.against_torch
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks.against_torch
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_out

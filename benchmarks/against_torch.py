@@ -6,7 +6,8 @@ Run: python -m benchmarks.against_torch [--repeats 5] [--rows NAME ...]   (extra
 `small_16k` in float32 on a clip of 8 s, its VAE's decoder and BigVGAN at 16 kHz, all with the same
 random weights in both frameworks; the outputs are compared before anything is timed. The two
 frameworks take turns within a row, so that a drift of the machine meets both alike. PyTorch runs
-as users run it: eager, with its fused attention, and as many threads as there are cores.
+as users run it: eager, with its fused attention, and as many threads as there are cores. Both run
+faster with huge pages, which `make bench` asks for by GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
 """
 
 import argparse
@@ -57,7 +58,12 @@ class Flow:
   def __init__(self):
     config: dict[str, Any] = small_16k.get_config().to_dict()
     sizes = {n: config["features"][n] for n in ("clip_dim", "sync_dim", "text_len", "text_dim")}
-    model = config["model"] | {"dtype": "float32", "activations": "float32", "remat": ""}
+    model = config["model"] | {
+      "dtype": "float32",
+      "activations": "float32",
+      "remat": "",
+      "gemm": True,
+    }
     self.config = flow_net.Config(latent_channels=AUDIO.latent_channels, **model, **sizes)
     self.net = flow_net.build(self.config)
     shapes = nn.unbox(jax.eval_shape(self.net.init, jax.random.key(0)))
@@ -215,7 +221,8 @@ def main() -> None:
   given = arguments.parse_args()
   print(
     f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}; "
-    f"jax {jax.__version__}, torch {torch.__version__}; medians of {given.repeats}"
+    f"jax {jax.__version__}, torch {torch.__version__}; medians of {given.repeats}; "
+    f"GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}"
   )
   print("| row | JAX s | PyTorch s | PyTorch / JAX | range of the ratio | difference |")
   print("|---|--:|--:|--:|--:|--:|", flush=True)
