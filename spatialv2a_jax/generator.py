@@ -100,7 +100,8 @@ class Generator:
       self.correlation = float(config["ear_correlation"])
       self.guidance = float(config.get("guidance", GUIDANCE))
       self.ears, self.dtype = flow_config.ears, flow_config.dtype
-      self.net = flow_net.build(flow_config)
+      # Two ears made of a mono network shall compute what it does, to the bit.
+      self.net = flow_net.build(flow_config, sealed=jax.default_backend() == "cpu")
       self.codec = codec.build(self.weights.config("vae", name), self.audio)
       self.vocoder = None
       if "vocoder" in self.weights or self.features.encoder != "random":

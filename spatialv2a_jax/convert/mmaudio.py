@@ -257,13 +257,14 @@ def outputs(config: flow_net.Config, params: Any, inputs: State) -> Outputs:
 def about(config: flow_net.Config) -> dict[str, Any]:
   """Returns what a model folder says beside the sizes.
 
-  Two ears start from the same noise, without which they would not be dual mono. One ear has no
-  spatial condition; motion is then only shown beside the sound, and takes no network.
+  Two ears start from the same noise, that of one ear with the same seed, without which they would
+  not be dual mono. One ear has no spatial condition; motion is then only shown beside the sound,
+  and takes no network.
   """
   return {
     "audio": "16k" if config.latent_channels == 20 else "44k",
     "seconds": SECONDS,
-    "ear_correlation": 1.0 if config.ears == 2 else 0.0,
+    "ear_correlation": 1.0,
     "guidance": GUIDANCE,
     "features": {
       "encoder": "mmaudio",

@@ -4,6 +4,7 @@ Axis letters: b batch, e ear (size 1 where both ears share a stream), t latent f
 any kind, d width, h head, k head width, c latent channel.
 """
 
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -139,6 +140,7 @@ class JointBlock(nn.Module):
     last: visual and text streams end in this block.
     dtype: of the matmuls.
     gemm: convolves by matrix products.
+    sealed: see `layers.sealed`.
     constrain: pins an activation to its logical axes.
   """
 
@@ -147,6 +149,7 @@ class JointBlock(nn.Module):
   heads: int
   ffn: int
   last: bool = False
+  sealed: bool = False
   dtype: jax.typing.DTypeLike = jnp.float32
   gemm: bool = False
   constrain: Constrain = layers.unconstrained
@@ -172,13 +175,21 @@ class JointBlock(nn.Module):
     clip = Stream(*size, pre_only=self.last, name="clip", **options)
     text = Stream(*size, taps=0, pre_only=self.last, name="text", **options)
 
-    audio_mods = audio.modulation(c_b1td)
-    clip_mods, text_mods = clip.modulation(g_b11d), text.modulation(g_b11d)
+    seal = functools.partial(layers.sealed, lift=nn.jit) if self.sealed else lambda f: f
+    modulation = seal(Stream.modulation)
+    attend = _sealed_attend if self.sealed else _attend
     table = layers.rope_table(frames, k)
     clip_table = layers.rope_table(clip_b1vd.shape[2], k, frames / clip_b1vd.shape[2])
-    audio_qkv = self._by_ear(lambda x: audio.before(x, audio_mods, table), x_betd)
-    clip_qkv = clip.before(clip_b1vd, clip_mods, clip_table)
-    text_qkv = text.before(text_b1wd, text_mods, None)
+    before = [
+      seal(lambda stream, x, mods, at=at: stream.before(x, mods, at))
+      for at in (table, clip_table, None)
+    ]
+    after = seal(Stream.after)
+    audio_mods = modulation(audio, c_b1td)
+    clip_mods, text_mods = modulation(clip, g_b11d), modulation(text, g_b11d)
+    audio_qkv = self._by_ear(lambda x: before[0](audio, x, audio_mods), x_betd)
+    clip_qkv = before[1](clip, clip_b1vd, clip_mods)
+    text_qkv = before[2](text, text_b1wd, text_mods)
 
     def with_context(audio, clip, text):
       shared = (jnp.broadcast_to(x, (*audio.shape[:2], *x.shape[2:])) for x in (clip, text))
@@ -187,24 +198,24 @@ class JointBlock(nn.Module):
     queries, keys, values = map(with_context, audio_qkv, clip_qkv, text_qkv)
     if self.last:
       queries = audio_qkv[0]
-    out_benhk, lse_benh = self._by_ear(_attend, queries, keys, values)
+    out_benhk, lse_benh = self._by_ear(attend, queries, keys, values)
     if self.ears == 2:
       mass = self.param("cross_mass", layers.logical(layers.ones, "heads"), (self.heads,))
       _, other_keys, other_values = (x[:, ::-1] for x in audio_qkv)
-      other_out, other_lse = self._by_ear(_attend, queries, other_keys, other_values)
+      other_out, other_lse = self._by_ear(attend, queries, other_keys, other_values)
       out_benhk = merge_ears(out_benhk, lse_benh, other_out, other_lse, mass)
 
     def pin(x, ear):
       return self.constrain(x, "act_batch", ear, "act_time", "act_width")
 
     x_betd = self._by_ear(
-      lambda x, out: audio.after(x, out, audio_mods), x_betd, out_benhk[:, :, :frames]
+      lambda x, out: after(audio, x, out, audio_mods), x_betd, out_benhk[:, :, :frames]
     )
     if not self.last:
       mean_b1nhk = out_benhk[:, :, frames:].mean(axis=1, keepdims=True)
       out_clip, out_text = jnp.split(mean_b1nhk, [clip_b1vd.shape[2]], axis=2)
-      clip_b1vd = pin(clip.after(clip_b1vd, out_clip, clip_mods), None)
-      text_b1wd = pin(text.after(text_b1wd, out_text, text_mods), None)
+      clip_b1vd = pin(after(clip, clip_b1vd, out_clip, clip_mods), None)
+      text_b1wd = pin(after(text, text_b1wd, out_text, text_mods), None)
     return pin(x_betd, "ear"), clip_b1vd, text_b1wd
 
   @nn.nowrap
@@ -224,6 +235,21 @@ def _attend(q_benhk: jax.Array, k_benhk: jax.Array, v_benhk: jax.Array):
   """Attention of every clip and ear, and its log-sum-exp [b, e, n, h]."""
   folded = (x.reshape(-1, *x.shape[2:]) for x in (q_benhk, k_benhk, v_benhk))
   return tuple(x.reshape(*q_benhk.shape[:2], *x.shape[1:]) for x in layers.attend(*folded))
+
+
+def _sealed_attend(q_benhk: jax.Array, k_benhk: jax.Array, v_benhk: jax.Array):
+  """Does the same as `_attend`, sealed.
+
+  One array comes out, for of two XLA would drop the one that a single ear does not use, and compute
+  the other in another way.
+  """
+
+  def both(*qkv):
+    out, lse = _attend(*qkv)
+    return jnp.concatenate([out.astype(lse.dtype), lse[..., None]], axis=-1)
+
+  y = layers.sealed(both)(q_benhk, k_benhk, v_benhk)
+  return y[..., :-1].astype(v_benhk.dtype), y[..., -1]
 
 
 def merge_ears(

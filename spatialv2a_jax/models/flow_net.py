@@ -171,8 +171,17 @@ def unstack(params: Params) -> list[Params]:
   return [tree.unflatten(part) for part in zip(*map(jnp.unstack, leaves), strict=True)]
 
 
-def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNet:
-  """Returns the network of `config`; `constrain` pins activations to their logical axes."""
+def build(
+  config: Config, constrain: Constrain = layers.unconstrained, *, sealed: bool = False
+) -> FlowNet:
+  """Returns the network of `config`.
+
+  Args:
+    config: its sizes.
+    constrain: pins activations to their logical axes.
+    sealed: compiles what one ear has of a block apart (`layers.sealed`): on the CPU, two ears with
+      the weights of a mono network then compute what it does, to the bit.
+  """
   c = config
   size = {"width": c.width, "ffn": c.ffn or layers.hidden_width(c.width), "dtype": c.dtype}
   inputs = {"clip_dim": c.clip_dim, "sync_dim": c.sync_dim, "v2": c.v2}
@@ -182,10 +191,12 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
   audio_net = Project(source="latent", first_taps=7, taps=7, v2=c.v2, **size)
   block = {"heads": c.heads, "constrain": constrain, "gemm": c.gemm, **size}
   unrolled = c.unroll if c.unroll is not None else jax.default_backend() == "cpu"
-  joint_net = JointBlock(ears=c.ears, **block)
-  joint_last_net = JointBlock(ears=c.ears, last=True, **block)
+  joint_net = JointBlock(ears=c.ears, sealed=sealed, **block)
+  joint_last_net = JointBlock(ears=c.ears, last=True, sealed=sealed, **block)
   ear_net = EarBlock(attention=c.attention, **block)
   final_net = FinalLayer(width=c.width, channels=c.latent_channels, dtype=c.dtype)
+
+  seal = layers.sealed if sealed else lambda function: function
 
   def init(key: jax.Array) -> Params:
     d, frames = c.width, 4
@@ -256,7 +267,8 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
   ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     null_text_wf = jax.lax.stop_gradient(params["frozen"]["null_text"])
     variables = {"params": params["condition"]}
-    prepared = condition_net.apply(variables, cond, drop, null_text_wf, latent_len)
+    prepare = seal(lambda *args: condition_net.apply(*args, latent_len))
+    prepared = prepare(variables, dict(cond), drop, null_text_wf)
     assert isinstance(prepared, dict)
     if c.spatial:
       keep_b = ~drop["spatial"]
@@ -275,10 +287,11 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
     return prepared, stats
 
   def run(params, x_betc, t_b, prepared, unroll):
-    def apply(net, looped=False):
-      def call(p, *args):
-        return net.apply({"params": p}, *args)
+    def plain(net):
+      return lambda p, *args: net.apply({"params": p}, *args)
 
+    def apply(net, looped=False):
+      call = plain(net)
       if not c.remat:
         return call
       # In a loop, nothing can undo the recomputation that a barrier would have to protect.
@@ -286,16 +299,17 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
       return jax.checkpoint(call, policy=policy, prevent_cse=unroll or not looped)
 
     kind = jnp.dtype(c.activations)
-    time_bd = time_net.apply({"params": params["time"]}, t_b)
+    time_bd = seal(plain(time_net))(params["time"], t_b)
     g_b1d = (time_bd + prepared["global_bd"]).astype(jnp.float32)[:, None]
     c_btd = g_b1d + prepared["sync_btd"]
     if c.spatial:
       c_btd += prepared["spatial_btd"]
     # Every block modulates by them: activated once, not once per block.
-    g_b1d, c_btd = nn.silu(g_b1d).astype(kind), nn.silu(c_btd).astype(kind)
+    silu = seal(nn.silu)
+    g_b1d, c_btd = silu(g_b1d).astype(kind), silu(c_btd).astype(kind)
 
     def project(x):
-      return jnp.asarray(audio_net.apply({"params": params["audio"]}, x), jnp.float32)
+      return jnp.asarray(seal(plain(audio_net))(params["audio"], x), jnp.float32)
 
     # Apart as in the joint blocks, for the rounding of a row can depend on the rows beside it.
     ears = jnp.split(x_betc, c.ears, axis=1) if unroll else [x_betc]
@@ -318,7 +332,7 @@ def build(config: Config, constrain: Constrain = layers.unconstrained) -> FlowNe
     x_betd = apply(joint_last_net)(params["joint_last"], tokens, c_btd[:, None], g_b1d[:, None])[0]
     mids["joint_last"] = x_betd
 
-    ear_block, final = apply(ear_net, looped=True), apply(final_net)
+    ear_block, final = seal(apply(ear_net, looped=True)), seal(apply(final_net))
 
     def branch(p, x_btd):
       x_btd, outputs = repeat(lambda p, x: ear_block(p, x, c_btd), p["ears"], x_btd, unroll=unroll)
