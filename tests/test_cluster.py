@@ -71,6 +71,7 @@ for path in (folder, folder + str(index)):
 """
 
 
+@pytest.mark.slow
 def test_processes_count_together_and_know_whether_they_share_a_disk(port, tmp_path):
   folder = str(tmp_path / "run")
   started = [

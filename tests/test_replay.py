@@ -145,6 +145,7 @@ print(train.main(["launch.train", "--verify", sys.argv[1], *sys.argv[2:]]))
 """
 
 
+@pytest.mark.slow
 def test_the_config_of_a_run_is_read_before_devices_start(finished, tmp_path):
   """Flags for them are still to be set, and processes to meet."""
   folder = tmp_path / "run"

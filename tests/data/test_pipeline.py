@@ -344,6 +344,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_trainer_that_is_killed(paths, tmp_path):
   """They hold what it holds open, such as the pipe that a launcher reads to its end."""
   script = tmp_path / "script.py"
