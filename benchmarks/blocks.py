@@ -1,13 +1,15 @@
 """Compiles one kind of block for a chip that is not there: static time, forward and backward.
 
 Run: python -m benchmarks.blocks ear|joint --topology v5e:2x2 [--clips 32] [--remat products]
-     [--activations bfloat16] [--gemm] [--width 448 --heads 7] [--layers 4]
+     [--activations bfloat16] [--gemm] [--attention cudnn] [--width 448 --heads 7] [--layers 4]
+     [--unroll 1] [--frames 250] [--hlo FILE]
 
 A scan over a few layers of `small_16k`, each recomputed as `--remat` says, in a minute or a few:
 for comparing one way to write a block with another. `launch.estimate` compiles the whole step.
 """
 
 import argparse
+import pathlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,12 +24,12 @@ from launch import flops, hlo, hlo_cost, targets
 from spatialv2a_jax import sharding, train_step
 from spatialv2a_jax.models import blocks, flow_net, layers
 
-FRAMES, VIDEO, TEXT = 250, 64, 77  # Of a clip of 8 s at 16 kHz.
+VIDEO, TEXT = 64, 77  # Tokens of a clip of 8 s; 250 latent frames at 16 kHz.
 
 
 def network(given: argparse.Namespace) -> tuple[Any, Any]:
   """Returns the block, and the shapes of its tokens and conditions for one clip."""
-  d, kind = given.width, jnp.dtype(given.activations)
+  d, frames, kind = given.width, given.frames, jnp.dtype(given.activations)
   options = {"dtype": jnp.bfloat16, "gemm": given.gemm}
 
   def shape(*sizes):
@@ -35,9 +37,10 @@ def network(given: argparse.Namespace) -> tuple[Any, Any]:
 
   size = (d, given.heads, layers.hidden_width(d))
   if given.kind == "ear":
-    return blocks.EarBlock(*size, **options), (shape(FRAMES, d), (shape(FRAMES, d),))
-  tokens = shape(2, FRAMES, d), shape(1, VIDEO, d), shape(1, TEXT, d)
-  return blocks.JointBlock(2, *size, **options), (tokens, (shape(1, FRAMES, d), shape(1, 1, d)))
+    block = blocks.EarBlock(*size, attention=given.attention, **options)
+    return block, (shape(frames, d), (shape(frames, d),))
+  tokens = shape(2, frames, d), shape(1, VIDEO, d), shape(1, TEXT, d)
+  return blocks.JointBlock(2, *size, **options), (tokens, (shape(1, frames, d), shape(1, 1, d)))
 
 
 def measure(given: argparse.Namespace) -> str:
@@ -61,7 +64,8 @@ def measure(given: argparse.Namespace) -> str:
     block = jax.checkpoint(block, policy=flow_net.POLICIES[given.remat], prevent_cse=False)
 
   def loss(params, x, condition):
-    out = jax.lax.scan(lambda x, p: (block(p, x, condition), None), x, params)[0]
+    turn = lambda x, p: (block(p, x, condition), None)  # noqa: E731
+    out = jax.lax.scan(turn, x, params, unroll=given.unroll)[0]
     return sum(jnp.square(y.astype(jnp.float32)).sum() for y in jax.tree.leaves(out))
 
   stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((given.layers, *x.shape), x.dtype), params)
@@ -76,7 +80,10 @@ def measure(given: argparse.Namespace) -> str:
   start = time.perf_counter()
   compiled = step.lower(stacked, resized(tokens, rows), resized(condition, rows)).compile()
   took = time.perf_counter() - start
-  module, chip = hlo.parse(compiled.as_text() or ""), target.chip
+  text = compiled.as_text() or ""
+  if given.hlo:
+    pathlib.Path(given.hlo).write_text(text)
+  module, chip = hlo.parse(text), target.chip
   if chip.clock:
     seconds = sum(hlo_cost.cycles(module).values()) / chip.clock
   else:
@@ -101,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--width", type=int, default=448)
   parser.add_argument("--heads", type=int, default=7)
   parser.add_argument("--layers", type=int, default=4)
+  parser.add_argument("--unroll", type=int, default=1)
+  parser.add_argument("--frames", type=int, default=250)
+  parser.add_argument("--attention", default="xla", choices=("xla", "cudnn"))
+  parser.add_argument("--hlo", default="")
   print(measure(parser.parse_args(argv)))
 
 

@@ -11,9 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from spatialv2a_jax.models import layers
+from spatialv2a_jax.models import attention, layers
 from spatialv2a_jax.models.layers import Constrain, GatedMlp, Linear, ParallelLinear
 
 Qkv = tuple[jax.Array, jax.Array, jax.Array]
@@ -94,7 +93,7 @@ class EarBlock(nn.Module):
     ffn: hidden width of the MLP.
     dtype: of the matmuls.
     gemm: convolves by matrix products.
-    attention: "xla", or NVIDIA's "cudnn", which wants an even number of frames.
+    attention: "xla", or NVIDIA's "cudnn".
     constrain: pins an activation to its logical axes.
   """
 
@@ -115,10 +114,9 @@ class EarBlock(nn.Module):
     mods = stream.modulation(c_btd)
     qkv = stream.before(x_btd, mods, table)
     if self.attention == "cudnn":
-      out_bthk = jax.nn.dot_product_attention(*qkv, implementation="cudnn")
-      out_bthk = checkpoint_name(out_bthk, "attention")
+      out_bthk = attention.fused(*qkv)
     else:
-      out_bthk, _ = layers.attend(*qkv)
+      out_bthk, _ = attention.attend(*qkv)
     x_btd = stream.after(x_btd, out_bthk, mods)
     return self.constrain(x_btd, "act_batch", "act_time", "act_width")
 
@@ -187,54 +185,51 @@ class JointBlock(nn.Module):
     after = seal(Stream.after)
     audio_mods = modulation(audio, c_b1td)
     clip_mods, text_mods = modulation(clip, g_b11d), modulation(text, g_b11d)
-    audio_qkv = self._by_ear(lambda x: before[0](audio, x, audio_mods), x_betd)
+    # One ear after the other: XLA may round the rows of one large batch differently; apart, ears
+    # with equal inputs have equal outputs, to the bit. Nor is there an axis of size 2 within the
+    # block, along which a TPU would copy what it joins and cuts.
+    x_ears = jnp.split(x_betd, self.ears, axis=1)
+    audio_qkv = [before[0](audio, x_b1td, audio_mods) for x_b1td in x_ears]
     clip_qkv = before[1](clip, clip_b1vd, clip_mods)
     text_qkv = before[2](text, text_b1wd, text_mods)
+    context = [jnp.concatenate(parts, axis=2) for parts in zip(clip_qkv, text_qkv, strict=True)]
 
-    def with_context(audio, clip, text):
-      shared = (jnp.broadcast_to(x, (*audio.shape[:2], *x.shape[2:])) for x in (clip, text))
-      return jnp.concatenate([audio, *shared], axis=2)
-
-    queries, keys, values = map(with_context, audio_qkv, clip_qkv, text_qkv)
-    if self.last:
-      queries = audio_qkv[0]
-    out_benhk, lse_benh = self._by_ear(attend, queries, keys, values)
+    mass_init, mass = layers.logical(layers.ones, "heads"), None
     if self.ears == 2:
-      mass = self.param("cross_mass", layers.logical(layers.ones, "heads"), (self.heads,))
-      _, other_keys, other_values = (x[:, ::-1] for x in audio_qkv)
-      other_out, other_lse = self._by_ear(attend, queries, other_keys, other_values)
-      out_benhk = merge_ears(out_benhk, lse_benh, other_out, other_lse, mass)
+      mass = self.param("cross_mass", mass_init, (self.heads,))
+    outs = []
+    for own, other in zip(audio_qkv, audio_qkv[::-1], strict=True):
+      queries, keys, values = (
+        jnp.concatenate(parts, axis=2) for parts in zip(own, context, strict=True)
+      )
+      if self.last:
+        queries = own[0]
+      out_b1nhk, lse_b1nh = attend(queries, keys, values)
+      if mass is not None:
+        _, other_keys, other_values = other
+        other_out, other_lse = attend(queries, other_keys, other_values)
+        out_b1nhk = merge_ears(out_b1nhk, lse_b1nh, other_out, other_lse, mass)
+      outs.append(out_b1nhk)
 
     def pin(x, ear):
       return self.constrain(x, "act_batch", ear, "act_time", "act_width")
 
-    x_betd = self._by_ear(
-      lambda x, out: after(audio, x, out, audio_mods), x_betd, out_benhk[:, :, :frames]
-    )
+    x_ears = [
+      after(audio, x, out[:, :, :frames], audio_mods) for x, out in zip(x_ears, outs, strict=True)
+    ]
     if not self.last:
-      mean_b1nhk = out_benhk[:, :, frames:].mean(axis=1, keepdims=True)
+      first, *rest = (out[:, :, frames:] for out in outs)
+      mean_b1nhk = sum(rest, first) / self.ears
       out_clip, out_text = jnp.split(mean_b1nhk, [clip_b1vd.shape[2]], axis=2)
       clip_b1vd = pin(after(clip, clip_b1vd, out_clip, clip_mods), None)
       text_b1wd = pin(after(text, text_b1wd, out_text, text_mods), None)
-    return pin(x_betd, "ear"), clip_b1vd, text_b1wd
-
-  @nn.nowrap
-  def _by_ear(self, function, *arrays):
-    """Computes the ears one after the other.
-
-    XLA may round the rows of one large batch differently; apart, ears with equal inputs have
-    equal outputs, to the bit. A TPU is also faster with arrays that have no axis of size 2.
-    """
-    if self.ears == 1:
-      return function(*arrays)
-    outputs = [function(*(x[:, e : e + 1] for x in arrays)) for e in range(self.ears)]
-    return jax.tree.map(lambda *ears: jnp.concatenate(ears, axis=1), *outputs)
+    return pin(jnp.concatenate(x_ears, axis=1), "ear"), clip_b1vd, text_b1wd
 
 
 def _attend(q_benhk: jax.Array, k_benhk: jax.Array, v_benhk: jax.Array):
   """Attention of every clip and ear, and its log-sum-exp [b, e, n, h]."""
   folded = (x.reshape(-1, *x.shape[2:]) for x in (q_benhk, k_benhk, v_benhk))
-  return tuple(x.reshape(*q_benhk.shape[:2], *x.shape[1:]) for x in layers.attend(*folded))
+  return tuple(x.reshape(*q_benhk.shape[:2], *x.shape[1:]) for x in attention.attend(*folded))
 
 
 def _sealed_attend(q_benhk: jax.Array, k_benhk: jax.Array, v_benhk: jax.Array):

@@ -165,6 +165,24 @@ def per_ear(branch: Callable, params: Params, x_betd: jax.Array) -> Any:
   return jax.tree.map(lambda *ears: jnp.stack(ears, axis=1), *outputs)
 
 
+def in_turn(block: Callable, params: Params, x_betd: jax.Array) -> jax.Array:
+  """Applies the blocks of the left ear, then those of the right one, in a single loop.
+
+  Two loops would do the same and be compiled twice.
+  """
+  depth = jax.tree.leaves(params)[0].shape[1]
+  blocks = jax.tree.map(lambda p: p.reshape(-1, *p.shape[2:]), params)
+
+  def turn(ears, xs):
+    p, exchange = xs
+    now, other = (jnp.where(exchange, b, a) for a, b in (ears, ears[::-1]))
+    return (block(p, now), other), None
+
+  ears = x_betd[:, 0], x_betd[:, 1]
+  (right, left), _ = jax.lax.scan(turn, ears, (blocks, jnp.arange(2 * depth) == depth))
+  return jnp.stack([left, right], axis=1)
+
+
 def unstack(params: Params) -> list[Params]:
   """Returns one tree per entry of the leading axis."""
   leaves, tree = jax.tree.flatten(params)
@@ -334,13 +352,16 @@ def build(
 
     ear_block, final = seal(apply(ear_net, looped=True)), seal(apply(final_net))
 
-    def branch(p, x_btd):
-      x_btd, outputs = repeat(lambda p, x: ear_block(p, x, c_btd), p["ears"], x_btd, unroll=unroll)
-      return final(p["final"], x_btd, g_b1d), outputs
+    def one(p, x_btd):
+      return ear_block(p, x_btd, c_btd)
 
-    per = {"ears": params["ears"], "final": params["final"]}
-    v_betc, mids["ears"] = per_ear(branch, per, x_betd)
-    return v_betc, mids
+    if unroll or c.ears == 1:
+      x_betd, mids["ears"] = per_ear(
+        lambda p, x_btd: repeat(one, p, x_btd, unroll=unroll), params["ears"], x_betd
+      )
+    else:
+      x_betd = in_turn(one, params["ears"], x_betd)
+    return per_ear(lambda p, x_btd: final(p, x_btd, g_b1d), params["final"], x_betd), mids
 
   def velocity(params, x_betc, t_b, prepared):
     return run(params, x_betc, t_b, prepared, unrolled)[0]

@@ -8,8 +8,9 @@ import jax
 import pytest
 
 from launch import estimate, hlo, targets
+from launch import train as launcher
 from launch.targets import GIB
-from spatialv2a_jax import sharding
+from spatialv2a_jax import sharding, train
 from spatialv2a_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "collectives.json"
@@ -143,6 +144,41 @@ ENTRY %main (p1: bf16[64,256], k: bf16[256,128]) -> bf16[64,128] {{
 
 
 MESHES = [(8, 1, 1), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "x".join(map(str, mesh)))
+def test_the_estimate_is_of_the_step_that_trains(mesh, tmp_path, monkeypatch):
+  """What `launch.train` hands to the compiler, with its state and its first batch."""
+
+  class HandedError(Exception):
+    pass
+
+  def make(*arguments, **options):
+    step = real(*arguments, **options)
+
+    class Step:
+      def lower(self, state, batch):
+        raise HandedError(step.lower(state, batch).as_text(debug_info=False))
+
+    return Step()
+
+  real = train.make_train_step
+  sizes = dict(zip(sharding.MESH_AXES, mesh, strict=True))
+  config = launcher.parse(
+    [
+      "launch.train",
+      "--config=configs/tiny.py:smoke",
+      f"--workdir={tmp_path}",
+      "--config.accumulate=1" if mesh == (8, 1, 1) else "--config.rules.zero=data",
+      *(f"--config.mesh.{name}={size}" for name, size in sizes.items()),
+    ]
+  )
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "make_train_step", make)
+    with pytest.raises(HandedError) as handed:
+      launcher.run(config)
+  found = estimate.program(config.config, jax.devices())
+  assert found.step.lower(found.state, found.batch).as_text(debug_info=False) == str(handed.value)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from spatialv2a_jax.convert import engine, mmaudio
-from spatialv2a_jax.models import blocks, flow_net, layers
+from spatialv2a_jax.models import attention, blocks, flow_net, layers
 from spatialv2a_jax.sharding import Rules
 from tests.models import reference
 
@@ -209,7 +209,7 @@ def test_joint_attention_of_mass_one_is_attention_over_all_tokens(last):
 
 def test_cross_mass_enters_the_softmax_linearly():
   q, k1, k2, v1, v2 = (normal(i, 2, 5, 2, 8) for i in range(5))
-  own, other = layers.attend(q, k1, v1), layers.attend(q, k2, v2)
+  own, other = attention.attend(q, k1, v1), attention.attend(q, k2, v2)
 
   def merged(mass_h):
     expand = lambda pair: (x[:, None] for x in pair)  # noqa: E731

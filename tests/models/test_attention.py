@@ -1,0 +1,76 @@
+"""Attention against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spatialv2a_jax.models import attention
+
+
+def normal(seed, *shape):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def test_attend_is_attention_and_its_logarithm_has_gradients():
+  q, k, v = (normal(i, 2, n, 3, 8) for i, n in ((0, 5), (1, 7), (2, 7)))
+  out, lse = attention.attend(q, k, v)
+  np.testing.assert_allclose(out, jax.nn.dot_product_attention(q, k, v), atol=1e-6)
+  plain = lambda q: jax.nn.logsumexp(  # noqa: E731
+    jnp.einsum("bthk,bshk->bths", q, k) / 8**0.5, axis=-1
+  )
+  np.testing.assert_allclose(lse, plain(q), atol=1e-6)
+  ours = jax.grad(lambda q: (attention.attend(q, k, v)[1] ** 2).sum())(q)
+  np.testing.assert_allclose(ours, jax.grad(lambda q: (plain(q) ** 2).sum())(q), atol=1e-5)
+  assert np.isfinite(attention.attend(1e3 * q, k, v)[0]).all()
+
+
+def test_the_backward_pass_of_attention_is_that_of_plain_attention():
+  arrays = q, k, v = [normal(i, 2, n, 3, 8) for i, n in ((0, 5), (1, 7), (2, 7))]
+
+  def plain(q, k, v):
+    logits = jnp.einsum("bthk,bshk->bhts", q, k) / 8**0.5
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(logits), v), jax.nn.logsumexp(logits, -1)
+
+  def total(attend, *arrays):
+    out, lse = attend(*arrays)
+    return jnp.sin(out).sum() + (lse**2).sum()
+
+  ours, theirs = (
+    jax.grad(lambda *a, f=f: total(f, *a), argnums=(0, 1, 2))(*arrays)
+    for f in (attention.attend, plain)
+  )
+  for a, b in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_in_bfloat16_the_values_and_gradients_of_attention_are_near():
+  arrays = [normal(i, 2, n, 3, 8) for i, n in ((0, 5), (1, 7), (2, 7))]
+  low = [x.astype(jnp.bfloat16) for x in arrays]
+
+  def total(*arrays):
+    out, lse = attention.attend(*arrays)
+    return jnp.sin(out.astype(jnp.float32)).sum() + (lse**2).sum(), (out, lse)
+
+  (ours, values), (theirs, expected) = (
+    jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*a) for a in (low, arrays)
+  )
+  for a, b in zip((*ours, *values), (*theirs, *expected), strict=True):
+    scale = float(jnp.abs(b).max())
+    np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02 * scale)
+  # Large logits neither overflow nor vanish.
+  out, lse = attention.attend(100 * low[0], *low[1:])
+  assert np.isfinite(out.astype(jnp.float32)).all() and np.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("frames", [6, 7])
+def test_the_token_that_evens_the_number_is_not_attended_to(frames):
+  q, k, v = (normal(i, 2, frames, 3, 8) for i in range(3))
+  out = attention.fused(q, k, v, "xla")
+  assert out.shape == v.shape
+  np.testing.assert_allclose(out, attention.attend(q, k, v)[0], atol=1e-6)
+  ours, theirs = (
+    jax.grad(lambda v, f=f: (f(q, k, v) ** 2).sum())(v)
+    for f in (lambda *a: attention.fused(*a, "xla"), lambda *a: attention.attend(*a)[0])
+  )
+  np.testing.assert_allclose(ours, theirs, atol=1e-5)
