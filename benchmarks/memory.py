@@ -37,7 +37,7 @@ def measure(config: dict[str, Any], devices: int) -> tuple[float, float]:
   targets.prepare(target)
   program = estimate.program(config, targets.devices(target))
   compiled = program.step.lower(program.state, program.batch).compile()
-  predicted = devices * estimate.memory_of(compiled, target)["peak"]
+  predicted = devices * estimate.memory_of(compiled)["peak"]
 
   mesh = jax.tree.leaves(program.state)[0].sharding.mesh
   rules = sharding.Rules(**{name: axes or None for name, axes in config["rules"].items()})

@@ -1,9 +1,10 @@
 r"""Says what a training run needs and how long it takes, without the chips it is for.
 
 python -m launch.estimate --config configs/NAME.py[:VARIANT] --topology CHIP:SHAPE \
-  [--config.KEY=VALUE ...] [--out FILE.json] [--layout FILE] [--hlo FILE]
+  [--config.KEY=VALUE ...] [--quick] [--out FILE.json] [--layout FILE] [--hlo FILE]
 
   --topology CHIP:SHAPE   v5e:16x16, v5p:4x4x4, v6e:16x16, h200:8 (h200:2x8 for two hosts), cpu:8
+  --quick                 TPU: a tenth of the time; all but step time and what follows from it
   --out FILE.json         gets all numbers
   --layout FILE           gets name, dtype, shape and split of every array of the state
   --hlo FILE              gets the compiled program
@@ -12,6 +13,8 @@ Compiles the very step that `launch.train` runs, from shapes alone: nothing is a
 the compiler of `pip install 'spatialv2a_jax[estimate]'`, H200 that of `jax[cuda12]`; no driver.
 Times: the TPU compiler's own cycle estimates; elsewhere the time at the matrix peak and the speed
 of memory, a bound. Neither holds what collectives add where nothing hides them (shown apart).
+A whole step takes a TPU's compiler about ten minutes of one core, nearly all of it to make machine
+code, which it does on all cores; --quick ends before that.
 
 Exit codes: 0 fits, 1 does not fit, 2 bad input, 3 the compiler for the chip is missing.
 """
@@ -31,8 +34,8 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from launch import command, hlo, hlo_cost, targets, tasks
-from spatialv2a_jax import compile_cache, sharding, train_step
+from launch import command, early, hlo, hlo_cost, targets, tasks
+from spatialv2a_jax import cluster, compile_cache, sharding, train_step, waiting
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.io import atomic_path
 
@@ -73,13 +76,19 @@ def program(config: Mapping[str, Any], devices: Sequence[Any]) -> Program:
 
 
 def estimate(
-  config: Mapping[str, Any], target: targets.Target, *, hlo_path: str = "", layout_path: str = ""
+  config: Mapping[str, Any],
+  target: targets.Target,
+  *,
+  quick: bool = False,
+  hlo_path: str = "",
+  layout_path: str = "",
 ) -> dict[str, Any]:
   """Returns all numbers of a run on a target; `show` prints most of them.
 
   Args:
     config: sections as in `configs/tiny.py`.
     target: devices to compile for.
+    quick: leaves out the times, and the compiler behind (see `early.read`).
     hlo_path: file that gets the compiled program, or "".
     layout_path: file that gets the layout of the state, or "".
 
@@ -110,7 +119,11 @@ def estimate(
   lowered = prog.step.lower(prog.state, prog.batch)
   start = time.perf_counter()
   try:
-    compiled = lowered.compile()
+    if quick:
+      text, used = early.read(lowered)
+    else:
+      compiled = lowered.compile()
+      text, used = compiled.as_text(), memory_of(compiled)
   except jax.errors.JaxRuntimeError as error:
     if not (found := _OOM.search(str(error))):
       raise
@@ -118,12 +131,15 @@ def estimate(
     memory = {"temporaries": temporaries, "peak": temporaries, "available": target.chip.memory}
     return report | {"memory": memory, "fits": False, "advice": advice(report | {"memory": memory})}
   report["compile_seconds"] = time.perf_counter() - start
-  text = compiled.as_text()
   if hlo_path:
     _write(hlo_path, text)
-  report["memory"] = memory_of(compiled, target)
-  report |= costs(hlo.parse(text), target, report["batch_size"], prog.flops_per_clip())
-  report["days"] = config["steps"] * report["seconds"] / 86_400
+  report["memory"] = used | {"available": target.chip.memory}
+  report["memory"].setdefault("peak", sum(used.values()))
+  module = hlo.parse(text)
+  report |= work(module, target, report["batch_size"], prog.flops_per_clip())
+  if not quick:
+    report |= times(module, target, report["batch_size"], report["flops"]["model_per_chip"])
+    report["days"] = config["steps"] * report["seconds"] / 86_400
   report["fits"] = report["memory"]["peak"] <= target.chip.memory
   return report | {"advice": advice(report)}
 
@@ -150,7 +166,7 @@ def zero_whole(opt: Any, mesh: Mesh, axes: str | Sequence[str] | None) -> float:
   return whole / max(total, 1)
 
 
-def memory_of(compiled: Any, target: targets.Target) -> dict[str, float]:
+def memory_of(compiled: Any) -> dict[str, float]:
   """Returns the bytes of one device while a step runs."""
   stats = compiled.memory_analysis()
   new = stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -162,19 +178,35 @@ def memory_of(compiled: Any, target: targets.Target) -> dict[str, float]:
     "donated": stats.alias_size_in_bytes,
     "code": stats.generated_code_size_in_bytes,
     "peak": max(whole, stats.peak_memory_in_bytes) + stats.generated_code_size_in_bytes,
-    "available": target.chip.memory,
   }
 
 
-def costs(
+def work(
   module: hlo.Module, target: targets.Target, rows: int, flops_per_clip: float | None
 ) -> dict[str, Any]:
-  """Returns FLOPs, collectives and times of one step of a compiled program."""
-  chip, found = target.chip, hlo_cost.collectives(module)
+  """Returns FLOPs and collectives of one step of an optimised program."""
+  found = hlo_cost.collectives(module)
   # A ring moves what is reduced twice, what is gathered once.
   turns = {"all-reduce": 2.0}
-  wire = sum(turns.get(c.kind, 1.0) * c.bytes for c in found.values()) / chip.interconnect
-  cycles = hlo_cost.cycles(module)
+  wire = sum(turns.get(c.kind, 1.0) * c.bytes for c in found.values())
+  return {
+    "flops": {
+      "model_per_clip": flops_per_clip,
+      "model_per_chip": (flops_per_clip or np.nan) * rows / target.count,
+      "compiled_per_chip": hlo_cost.flops(module),
+    },
+    "collectives": {c.kind: {"count": c.count, "bytes": c.bytes} for c in found.values()},
+    "collective_seconds": wire / target.chip.interconnect,
+    "host_transfers": hlo_cost.host_transfers(module),
+    "unknown_loops": hlo.unknown_loops(module),
+  }
+
+
+def times(
+  module: hlo.Module, target: targets.Target, rows: int, useful_flops: float
+) -> dict[str, Any]:
+  """Returns the times of one step of a compiled program, and the rates that follow from them."""
+  chip, cycles = target.chip, hlo_cost.cycles(module)
   if chip.clock:
     seconds, source = sum(cycles.values()) / chip.clock, "compiler's cycles"
     matrix = cycles["matrix"] / max(sum(cycles.values()), 1)
@@ -182,22 +214,12 @@ def costs(
   else:
     seconds = hlo_cost.roofline_seconds(module, chip.peak_flops, chip.bandwidth)
     source, matrix, scopes = "bound by peak and memory", None, []
-  useful = (flops_per_clip or np.nan) * rows / target.count
   return {
-    "flops": {
-      "model_per_clip": flops_per_clip,
-      "model_per_chip": useful,
-      "compiled_per_chip": hlo_cost.flops(module),
-    },
-    "collectives": {c.kind: {"count": c.count, "bytes": c.bytes} for c in found.values()},
-    "host_transfers": hlo_cost.host_transfers(module),
-    "unknown_loops": hlo.unknown_loops(module),
     "seconds": seconds,
     "seconds_from": source,
-    "collective_seconds": wire,
     "matrix_share": matrix,
     "scopes": scopes,
-    "mfu": useful / (seconds * chip.peak_flops),
+    "mfu": useful_flops / (seconds * chip.peak_flops),
     "clips_per_s": rows / seconds,
   }
 
@@ -254,7 +276,7 @@ def show(report: Mapping[str, Any]) -> str:
     + ", ".join(f"{name} {_size(b)}" for name, b in memory.items() if name != "available")
     + f" of {_size(memory['available'])} per chip",
   ]
-  if "seconds" in report:
+  if "flops" in report:
     flops = report["flops"]
     lines.append(
       f"FLOPs        {_count(flops['model_per_clip'])} per clip; per chip and step "
@@ -262,11 +284,15 @@ def show(report: Mapping[str, Any]) -> str:
     )
     for kind, c in report["collectives"].items():
       lines.append(f"collectives  {kind}: {c['count']} with {_size(c['bytes'])} per chip")
+    lines.append(
+      f"             {1e3 * report['collective_seconds']:.1f} ms where nothing hides them"
+    )
+  if "seconds" in report:
     share = report["matrix_share"]
     lines.append(
       f"step         {1e3 * report['seconds']:.1f} ms ({report['seconds_from']}"
       + ("" if share is None else f"; {100 * share:.0f} % of it with the matrix unit at work")
-      + f"); collectives {1e3 * report['collective_seconds']:.1f} ms where nothing hides them"
+      + "), collectives apart"
     )
     lines += [f"             {1e3 * s:8.2f} ms  {name}" for name, s in report["scopes"]]
     lines.append(
@@ -306,14 +332,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     values = flags.FlagValues()
     for name in ("topology", "out", "layout", "hlo"):
       flags.DEFINE_string(name, "", "see above", flag_values=values)
+    flags.DEFINE_boolean("quick", False, "see above", flag_values=values)
     config = command.parse(argv, values)
     given = {name: values[name].value or "" for name in ("topology", "out", "layout", "hlo")}
     if config is None or not given["topology"]:
       raise UserError("give --config configs/NAME.py[:VARIANT] and --topology CHIP:SHAPE")
-    target = targets.parse(given["topology"])
+    target, quick = targets.parse(given["topology"]), bool(values["quick"].value)
+    if quick and target.chip.platform != "tpu":
+      raise UserError(f"--quick is for TPUs; {target.text} needs no shortcut")
     targets.prepare(target)
     compile_cache.keep()
-    report = estimate(config, target, hlo_path=given["hlo"], layout_path=given["layout"])
+    paths = {"hlo_path": given["hlo"], "layout_path": given["layout"]}
+    report = estimate(config, target, quick=quick, **paths)
   except UserError as error:
     print(f"launch.estimate: {error}", file=sys.stderr)
     return error.exit_code
@@ -324,4 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  code = main()
+  sys.stdout.flush()
+  if waiting.abandoned():
+    cluster.leave(code)
+  sys.exit(code)

@@ -10,7 +10,7 @@ import pytest
 from launch import estimate, hlo, targets
 from launch import train as launcher
 from launch.targets import GIB
-from spatialv2a_jax import sharding, train
+from spatialv2a_jax import recipe, sharding
 from spatialv2a_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "collectives.json"
@@ -136,11 +136,13 @@ ENTRY %main (p1: bf16[64,256], k: bf16[256,128]) -> bf16[64,128] {{
   ROOT %{line}estimated_cycles":"1500000"}}
 }}
 """
-  costs = estimate.costs(hlo.parse(text), targets.parse("v5e:4x4"), 512, 1e10)
-  assert costs["seconds"] == pytest.approx(1e-3)
-  assert costs["flops"]["compiled_per_chip"] == 2 * 64 * 128 * 256
-  assert costs["mfu"] == pytest.approx(1e10 * 512 / 16 / 1e-3 / 197e12)
-  assert costs["clips_per_s"] == pytest.approx(512_000)
+  module, target = hlo.parse(text), targets.parse("v5e:4x4")
+  flops = estimate.work(module, target, 512, 1e10)["flops"]
+  assert flops["compiled_per_chip"] == 2 * 64 * 128 * 256
+  times = estimate.times(module, target, 512, flops["model_per_chip"])
+  assert times["seconds"] == pytest.approx(1e-3)
+  assert times["mfu"] == pytest.approx(1e10 * 512 / 16 / 1e-3 / 197e12)
+  assert times["clips_per_s"] == pytest.approx(512_000)
 
 
 MESHES = [(8, 1, 1), (2, 2, 2)]
@@ -162,9 +164,9 @@ def test_the_estimate_is_of_the_step_that_trains(mesh, tmp_path, monkeypatch):
 
     return Step()
 
-  real = train.make_train_step
+  real = recipe.make_train_step
   sizes = dict(zip(sharding.MESH_AXES, mesh, strict=True))
-  config = launcher.parse(
+  arguments = launcher.parse(
     [
       "launch.train",
       "--config=configs/tiny.py:smoke",
@@ -174,10 +176,10 @@ def test_the_estimate_is_of_the_step_that_trains(mesh, tmp_path, monkeypatch):
     ]
   )
   with monkeypatch.context() as patch:
-    patch.setattr(train, "make_train_step", make)
+    patch.setattr(recipe, "make_train_step", make)
     with pytest.raises(HandedError) as handed:
-      launcher.run(config)
-  found = estimate.program(config.config, jax.devices())
+      launcher.run(arguments)
+  found = estimate.program(arguments.config, jax.devices())
   assert found.step.lower(found.state, found.batch).as_text(debug_info=False) == str(handed.value)
 
 
