@@ -38,7 +38,7 @@ def read(lowered: Any) -> tuple[str, dict[str, int]]:
     return any(path.read_text().endswith("}\n") for path in folder.glob(_PROGRAM))
 
   options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
-  kept = jax.config.jax_enable_compilation_cache
+  kept = jax.config.values["jax_enable_compilation_cache"]
   jax.config.update("jax_enable_compilation_cache", False)  # What is kept is not written again.
   try:
     with contextlib.suppress(waiting.GivenUpError):
