@@ -1,0 +1,194 @@
+"""What one training step of `small_16k` costs the host, and what its loader can deliver.
+
+Run: python -m benchmarks.host [--clips 32] [--steps 60] [--estimate FILE.json ...]
+
+The real loop of `launch.train` reads, checks and parses real shards with the shapes of `small_16k`,
+copies the batches, dispatches steps, fetches their metrics and writes the log. The network behind
+is `small_16k` with all its layers and next to no width, and its loss touches every input but
+computes nothing: what is left is the host's work, and on a CPU the update of so small a state.
+Processor time, so waiting for other programs does not count; the two sizes of batch tell what a step
+costs from what a clip costs.
+
+`--estimate` takes files that `launch.estimate --out` wrote and relates both to their chips.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from configs import small_16k
+from data import pipeline, shards
+from launch import tasks
+from spatialv2a_jax import schema, sharding, train
+
+SHARES = (1, 8)  # Divisors of `--clips`: two sizes of batch.
+
+
+class Cost(NamedTuple):
+  """Processor milliseconds of one step.
+
+  Attributes:
+    loop: of the thread that dispatches.
+    whole: of all threads, those that read included.
+  """
+
+  loop: float
+  whole: float
+
+
+def noise(config: Mapping[str, Any], folder: pathlib.Path, clips: int) -> pathlib.Path:
+  """Writes shards of noise that fit a config: features in 16 bits, means in 32.
+
+  Args:
+    config: of a flow network.
+    folder: of the shards.
+    clips: their number.
+  """
+  sizes = {name: config["features"][name] for name in ("clip_dim", "sync_dim", "text_len")}
+  shapes = schema.feature_shapes(
+    config["seconds"],
+    schema.AUDIO[config["audio"]],
+    text_dim=config["features"]["text_dim"],
+    **sizes,
+  )
+
+  def record(item: shards.Item) -> shards.Record:
+    rng = np.random.default_rng(item.payload)
+    whole = ("mean", "spatial")
+    return {
+      name: rng.standard_normal(shape, np.float32).astype(
+        "float32" if name in whole else "bfloat16"
+      )
+      for name, shape in shapes.items()
+    }
+
+  items = [shards.Item(f"clip{i:05d}", i) for i in range(clips)]
+  shards.build(items, record, folder, shards=4, config={})
+  return folder
+
+
+def config_of(folder: str, clips: int) -> dict[str, Any]:
+  """Returns `small_16k` with all its arrays, and hardly any width."""
+  config: dict[str, Any] = small_16k.get_config().to_dict()
+  config["model"] |= {"width": 16, "heads": 1, "dtype": "float32", "activations": "float32"}
+  config["data"] |= {"path": folder, "batch_size": clips}
+  config["rules"] |= {"zero": ""}
+  config["guard"] |= {"sigma": 0.0}  # What `touch` returns is no loss that falls.
+  return config
+
+
+def loop(folder: str, clips: int, steps: int) -> Cost:
+  """Returns what a step of the loop costs, reading included."""
+  config = config_of(folder, clips)
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  task, recipe = tasks.recipe(config, mesh)
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  names = jax.eval_shape(
+    task.loss, sharding.unboxed(shapes), task.stats, task.row(), jax.random.key(0)
+  )[1][0]
+
+  def touch(params: Any, stats: Any, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
+    inputs = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in batch.values())
+    value = sum(x[(0,) * x.ndim] for x in jax.tree.leaves(params)) + 1e-9 * inputs
+    return value, (dict.fromkeys(names, value), stats)
+
+  marks: list[tuple[int, float, float]] = []
+
+  def say(line: str) -> None:
+    if line.startswith("step "):
+      step = int(line.split()[1].partition("/")[0])
+      marks.append((step, time.thread_time(), time.process_time()))
+
+  with tempfile.TemporaryDirectory() as workdir:
+    train.fit(
+      workdir,
+      dataclasses.replace(recipe, loss=touch, values=None),
+      kind="flow",
+      config=config,
+      steps=3 * steps,
+      every=train.Every(log=steps, checkpoint=10 * steps),
+      tokens_per_clip=task.tokens,
+      say=say,
+    )
+  (first, *before), (last, *after) = marks[0], marks[1]  # The first part holds compilation.
+  loop, whole = (1e3 * (b - a) / (last - first) for a, b in zip(before, after, strict=True))
+  return Cost(loop, whole)
+
+
+def read(folder: str, clips: int, steps: int) -> tuple[float, float]:
+  """Returns clips per second of the loader alone, and processor milliseconds per clip."""
+  source: Iterator[Any] = pipeline.loader(shards.paths(folder), batch_size=clips, seed=0)
+  for _ in itertools.islice(source, 8):
+    pass
+  wall, used = time.perf_counter(), time.process_time()
+  for _ in itertools.islice(source, steps):
+    pass
+  wall, used = time.perf_counter() - wall, time.process_time() - used
+  return steps * clips / wall, 1e3 * used / (steps * clips)
+
+
+def show(costs: Mapping[int, Cost], reports: Sequence[Mapping[str, Any]], rate: float) -> None:
+  """Prints what the measurements mean for chips."""
+  (few, small), (many, large) = sorted(costs.items())
+  clip = Cost(*((b - a) / (many - few) for a, b in zip(small, large, strict=True)))
+  step = Cost(*(a - few * b for a, b in zip(small, clip, strict=True)))
+  print(
+    f"per step {step.loop:.2f} ms of the loop's thread ({step.whole:.2f} of all), per clip "
+    f"{clip.loop:.3f} ms ({clip.whole:.3f} of all)"
+  )
+  for report in reports:
+    chips, seconds = report["chips"], report["seconds"]
+    clips = report["batch_size"] / chips
+    took = Cost(*(a + clips * b for a, b in zip(step, clip, strict=True)))
+    one = clips / seconds
+    shares = " and ".join(f"{0.1 * ms / seconds:.2f} %" for ms in took)
+    cores = ", ".join(f"{n} chips {n * one:,.0f} clips/s = {n * one / rate:.1f} cores"
+                      for n in (8, 64))  # fmt: skip
+    print(
+      f"{report['topology']}, {clips:g} clips a chip in {1e3 * seconds:.1f} ms "
+      f"({report['seconds_from']}): the loop takes {shares.partition(' and ')[0]} of the step, all "
+      f"threads {shares.rpartition(' and ')[2]} of one core; {cores}"
+    )
+
+
+def main() -> None:
+  """Prints the costs."""
+  parser = argparse.ArgumentParser(description="What a training step costs the host.")
+  parser.add_argument("--clips", type=int, default=32, help="of the larger batch; a multiple of 8")
+  parser.add_argument("--steps", type=int, default=60, help="of each measurement")
+  parser.add_argument("--estimate", nargs="*", default=[], metavar="FILE.json")
+  args = parser.parse_args()
+  flags.FLAGS.mark_as_parsed()  # Grain's worker options are absl flags.
+  reports = [json.loads(pathlib.Path(path).read_text()) for path in args.estimate]
+  print(f"{os.cpu_count()}-core {platform.machine()} CPU, features of 8 s clips")
+  with tempfile.TemporaryDirectory() as folder:
+    config = config_of(folder, args.clips)
+    noise(config, pathlib.Path(folder), 256)
+    rate, per_clip = read(folder, args.clips, args.steps)
+    print(f"loader alone: {rate:,.0f} clips/s, {per_clip:.3f} ms of processor per clip")
+    costs = {}
+    for share in SHARES:
+      clips = args.clips // share
+      costs[clips] = loop(folder, clips, args.steps)
+      print(
+        f"{clips} clips a step: {costs[clips].loop:.2f} ms of the loop's thread, "
+        f"{costs[clips].whole:.2f} ms of all threads"
+      )
+    show(costs, reports, 1e3 / per_clip)
+
+
+if __name__ == "__main__":
+  main()
