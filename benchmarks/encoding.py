@@ -7,7 +7,7 @@ VAE) and random weights. Their work is counted in the matrix products of the pro
 that is reached. That share is an assumption (`--share`), or, with `--topology`, what the compiler
 of a chip that is not there estimates, some rows at a time on each chip. With `--times` a row of
 each network runs here, after one that is not timed, in processor seconds (`taskset -c 0` gives it
-one core). `--videos` times what the encoders look at: decoding and resizing.
+one core). `--videos` times decoding and resizing for them.
 """
 
 import argparse
