@@ -205,7 +205,7 @@ def main() -> None:
     rates[f"{target.chip.name} as compiled"] = 1 / spent
     print(f"| {target.chip.name}, as compiled | | {1 / spent:.2f} | {clips * spent / 3600:.1f} |")
   if args.times:
-    print(f"\non such cores: {clips * took / 3600:,.0f} core hours")
+    print(f"\nAll of it on such cores: {clips * took / 3600:,.0f} core hours")
   if args.videos:
     seconds = looking(args.videos, args.seconds)
     busy = ", ".join(f"{name} {rate * seconds:.1f}" for name, rate in rates.items())
