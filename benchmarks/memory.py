@@ -1,6 +1,6 @@
 """What a train step takes of this machine's memory, beside what `launch.estimate` says it takes.
 
-Run: python -m benchmarks.memory [--config configs/tiny.py:quick] [--devices 8] [--batch 512]
+Run: python -m benchmarks.memory [--config configs/tiny.py:smoke] [--devices 8] [--batch 4096]
 
 Compiles the step for as many CPU devices, reads the prediction, then makes state and batch and runs
 it twice. Measured is how far the resident memory of the process rises meanwhile (Linux).
@@ -70,9 +70,9 @@ def _status(name: str) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
   """Prints one line."""
   parser = argparse.ArgumentParser(description="Memory of a train step.")
-  parser.add_argument("--config", default="configs/tiny.py:quick")
+  parser.add_argument("--config", default="configs/tiny.py:smoke")
   parser.add_argument("--devices", type=int, default=8)
-  parser.add_argument("--batch", type=int, default=512)
+  parser.add_argument("--batch", type=int, default=4096)
   given = parser.parse_args(argv)
   arguments = [f"--config={given.config}", f"--config.data.batch_size={given.batch}"]
   config = command.parse(["benchmarks.memory", *arguments], flags.FlagValues())

@@ -51,4 +51,5 @@ def test_a_step_is_read_before_its_machine_code_is_made(tmp_path):
   held = sum(found["state_bytes"].values())
   assert held < found["memory"]["arguments"] < found["memory"]["peak"]
   assert set(found["collectives"]) == {"all-reduce"}
-  assert found["flops"]["compiled_per_chip"] > found["flops"]["model_per_chip"]
+  flops = found["flops"]
+  assert flops["compiled_per_chip"] == pytest.approx(flops["model_per_chip"], rel=0.05)
