@@ -3,8 +3,8 @@
 Run: python -m benchmarks.joins --checkpoint MODEL_FOLDER VIDEO VIDEO...
 Videos are joined two by two and cut to 1.38 windows, which takes two windows. In what these share,
 the standard deviation of the joined latents and of their change from frame to frame is given
-relative to those of the windows themselves: less is duller, and less eventful, sound. What was found
-is in RESULTS.md.
+relative to those of the windows themselves: less is duller, and less eventful, sound. The numbers
+are in RESULTS.md.
 
 Axes: e ear (0 left, 1 right), t latent frame, c latent channel.
 """
