@@ -6,7 +6,7 @@ The real loop of `launch.train` reads, checks and parses real shards with the sh
 copies the batches, dispatches steps, fetches their metrics and writes the log. The network behind
 is `small_16k` with all its layers and next to no width, and its loss touches every input but
 computes nothing: what is left is the host's work, and on a CPU the update of so small a state.
-Processor time, so waiting for other programs does not count; the two sizes of batch tell what a step
+Processor time, so waiting for other programs does not count; two sizes of batch tell what a step
 costs from what a clip costs.
 
 `--estimate` takes files that `launch.estimate --out` wrote and relates both to their chips.
