@@ -1,0 +1,102 @@
+"""Figures of training that no other command prints.
+
+Run: python -m benchmarks.figures ROW...
+
+  flops    the model's FLOPs as they are counted for the MFU, against the products in the program
+  save     milliseconds that a save of a large state blocks, seconds to write and to restore it
+"""
+
+import argparse
+import pathlib
+import tempfile
+import time
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+
+from configs import small_16k, tiny
+from launch import estimate, hlo, hlo_cost, tasks
+from spatialv2a_jax import checkpoint, sharding
+from spatialv2a_jax.models import layers
+
+
+def _flops(_: pathlib.Path) -> None:
+  for name, module in (("tiny", tiny), ("small_16k", small_16k)):
+    config: dict[str, Any] = module.get_config().to_dict()
+    config["data"] |= {"path": tasks.SYNTHETIC, "eval": "", "batch_size": 2}
+    # Nothing computed twice, no loop: every product of the model stands in the text once.
+    config["model"] |= {"remat": "", "unroll": True}
+    config["accumulate"] = 1
+    program = estimate.program(config, jax.devices()[:1])
+    counted = 2 * (program.flops_per_clip() or 0)
+    whole = _products(program)
+    with mock.patch.object(layers, "attend", layers.attend.fun):
+      once = _products(estimate.program(config, jax.devices()[:1]))
+    print(
+      f"{name}: {counted / 2e9:.3f} GFLOP a clip counted, {once / 2e9:.3f} in the program "
+      f"({100 * (counted / once - 1):+.2f} %), {whole / 2e9:.3f} with what the gradient of "
+      "attention computes a second time"
+    )
+
+
+def _products(program: estimate.Program) -> int:
+  """Returns the FLOPs of all products of a step, before the compiler changes anything."""
+  lowered = program.step.lower(program.state, program.batch)
+  text = lowered.compiler_ir("hlo").as_hlo_module().to_string()
+  return hlo_cost.flops(hlo.parse(text))
+
+
+def _save(folder: pathlib.Path) -> None:
+  config: dict[str, Any] = small_16k.get_config().to_dict()
+  config["data"] |= {"path": tasks.SYNTHETIC, "eval": ""}
+  config["model"] |= {"width": 224}
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  _, abstract, _ = tasks.recipe(config, mesh)[1].state()
+  rng = np.random.default_rng(0)
+
+  def fill(x: Any) -> jax.Array:
+    if x.dtype != np.float32:
+      return jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+    return jax.device_put(rng.standard_normal(x.shape, np.float32), x.sharding)
+
+  state = jax.tree.map(fill, abstract)
+  arrays = jax.tree.leaves(state)
+  size = sum(x.nbytes for x in arrays)
+  with checkpoint.Checkpoints(folder) as checkpoints:
+    for step in (1, 2):  # The first also makes the folders.
+      clock = time.perf_counter()
+      checkpoints.save(step, state, {})
+      blocked = time.perf_counter() - clock
+      checkpoints.wait()
+      written = time.perf_counter() - clock
+    clock = time.perf_counter()
+    found = checkpoints.restore(abstract)
+    restored = time.perf_counter() - clock
+  assert found is not None
+  same = all(bool((a == b).all()) for a, b in zip(arrays, jax.tree.leaves(found[0]), strict=True))
+  print(
+    f"{size / 2**30:.2f} GiB in {len(arrays)} arrays: a save blocks {1e3 * blocked:.0f} ms and is "
+    f"on disk after {written:.1f} s; restored in {restored:.1f} s, "
+    f"{'bit for bit' if same else 'with OTHER values'}"
+  )
+
+
+ROWS = {"flops": _flops, "save": _save}
+
+
+def main() -> None:
+  """Prints the rows."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("rows", nargs="+", choices=ROWS, metavar="ROW")
+  args = parser.parse_args()
+  for row in args.rows:
+    with tempfile.TemporaryDirectory() as folder:
+      ROWS[row](pathlib.Path(folder))
+
+
+if __name__ == "__main__":
+  main()
