@@ -19,7 +19,7 @@ import numpy as np
 from configs import small_16k, tiny
 from launch import estimate, hlo, hlo_cost, tasks
 from spatialv2a_jax import checkpoint, sharding
-from spatialv2a_jax.models import layers
+from spatialv2a_jax.models import attention
 
 
 def _flops(_: pathlib.Path) -> None:
@@ -32,7 +32,7 @@ def _flops(_: pathlib.Path) -> None:
     program = estimate.program(config, jax.devices()[:1])
     counted = 2 * (program.flops_per_clip() or 0)
     whole = _products(program)
-    with mock.patch.object(layers, "attend", layers.attend.fun):
+    with mock.patch.object(attention, "attend", attention.attend.fun):
       once = _products(estimate.program(config, jax.devices()[:1]))
     print(
       f"{name}: {counted / 2e9:.3f} GFLOP a clip counted, {once / 2e9:.3f} in the program "
