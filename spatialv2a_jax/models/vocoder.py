@@ -26,7 +26,7 @@ from spatialv2a_jax.models.layers import logical
 # pi as a sum whose first parts have few bits, so that small multiples of them are exact.
 PI_PARTS = np.float32(3.140625), np.float32(9.675025939941406e-4), np.float32(1.509958e-7)
 # Fit of sin(x)^2 / x^2 in powers of x^2 for |x| <= pi / 2; largest error 1e-8.
-SERIES = tuple(np.float32([1, -0.33333308, 0.04444318, -0.0031724053, 0.0001393526, -3.631618e-06]))
+SERIES = (1.0, -0.33333308, 0.04444318, -0.0031724053, 0.0001393526, -3.631618e-06)
 
 
 @dataclasses.dataclass(frozen=True)
