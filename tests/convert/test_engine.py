@@ -1,5 +1,7 @@
 """The strict engine: everything without a counterpart is told, at once; layouts and weight norm."""
 
+import types
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,9 +13,9 @@ RNG = np.random.default_rng(0)
 
 
 def source(**changes):
-  def init(config):
+  def build(config):
     up = {"kernel": jnp.zeros((3, config)), "bias": jnp.zeros(config)}
-    return lambda key: {"up": up, "gain": jnp.zeros(())}
+    return types.SimpleNamespace(init=lambda key: {"up": up, "gain": jnp.zeros(())})
 
   def table(state, config):
     return engine.under("up", engine.linear("fc")) | {"gain": engine.copy("gain")}
@@ -25,7 +27,7 @@ def source(**changes):
     "sizes": int,
     "configure": lambda state: len(state["fc.weight"]),
     "table": table,
-    "init": init,
+    "build": build,
     "outputs": lambda config, params, inputs: {},
     "ignore": (r"buffer\..*",),
     "wrapper": "model",

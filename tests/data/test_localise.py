@@ -212,7 +212,7 @@ def test_devices_that_another_process_holds_are_said(parts, monkeypatch):
   def held() -> str:
     raise RuntimeError("TPU is in use")
 
-  monkeypatch.setattr(jax, "default_backend", held)
+  monkeypatch.setattr(jax, "local_devices", held)
   with pytest.raises(UserError, match="TPU is in use.*--jobs 1"):
     localise.Acl(str(parts)).load()
 
