@@ -44,6 +44,7 @@ def test_a_clip_ignores_its_place_in_the_batch(model):
   assert np.abs(together[4] - alone).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_long_clip_ignores_how_many_windows_run_at_once(model, monkeypatch):
   firsts = model.firsts(2.5)
   pieces = [window_of(model, i, first) for i, first in enumerate(firsts)]

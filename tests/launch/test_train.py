@@ -284,7 +284,7 @@ def test_the_smoke_variant_trains_and_leaves_a_model_folder(tmp_path, capsys, na
   assert export.main([f"--run={tmp_path}", f"--out={out}", "--step=2"]) == 0
   early = checkpoint.load_model(out)
   assert early.config == model.config and set(early.stats) == set(model.stats)
-  kernels = [folder.params[kind]["ears"]["attn"]["qkv"]["kernel"] for folder in (early, model)]
+  kernels = [folder.params[kind]["ears"]["audio"]["qkv"]["kernel"] for folder in (early, model)]
   assert kernels[0].shape == kernels[1].shape and (kernels[0] != kernels[1]).any()
   assert export.main([f"--run={tmp_path}", f"--out={out}", "--step=1"]) == 3
   if name == "small_16k":  # It keeps snapshots of its averages.
