@@ -30,7 +30,7 @@ from spatialv2a_jax import io, localizers, schema
 
 RATE = 16_000
 PARTS = ("decoding", "rendering")
-DECODED = RENDERED = 100  # Clips at most that a process takes in a turn, which takes seconds.
+DECODED, RENDERED = 100, 300  # Clips that a process takes in a turn, which takes seconds.
 CORES = 32  # For which hours are estimated.
 
 
