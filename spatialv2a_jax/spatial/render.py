@@ -25,7 +25,7 @@ from spatialv2a_jax.spatial.hrtf import Hrtf
 HOP_S = 0.01
 MIN_DISTANCE_M = 0.25
 FULL_SCALE = 32767 / 32768  # What 16 bits hold.
-_CHUNK = 256  # blocks per pass: what a core keeps in its cache; 1024 take 2.5 times as long
+_CHUNK = 256  # blocks per pass: what a core keeps in its cache where the others are busy too
 
 Track = float | np.ndarray | tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]
 
