@@ -21,8 +21,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from launch import flops, hlo, hlo_cost, targets
-from spatialv2a_jax import sharding, train_step
+from spatialv2a_jax import sharding
 from spatialv2a_jax.models import blocks, flow_net, layers
+from spatialv2a_jax.training import train_step
 
 VIDEO, TEXT = 64, 77  # Tokens of a clip of 8 s; 250 latent frames at 16 kHz.
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from configs import small_16k, tiny
 from launch import estimate, hlo, hlo_cost, tasks
-from spatialv2a_jax import checkpoint, sharding
+from spatialv2a_jax import sharding
 from spatialv2a_jax.models import attention
+from spatialv2a_jax.training import checkpoint
 
 
 def _flops(_: pathlib.Path) -> None:

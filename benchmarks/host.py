@@ -32,7 +32,8 @@ from absl import flags
 from configs import small_16k
 from data import pipeline, shards
 from launch import tasks
-from spatialv2a_jax import schema, sharding, train
+from spatialv2a_jax import schema, sharding
+from spatialv2a_jax.training import train
 
 SHARES = (1, 8)  # Divisors of `--clips`: two sizes of batch.
 

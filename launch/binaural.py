@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from data import pairs, shards
 from launch import sources, tasks
-from spatialv2a_jax import binauralizer, checkpoint, schema, sharding
+from spatialv2a_jax import binauralizer, model_folder, schema, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import mono2binaural
 
@@ -50,7 +50,7 @@ def _start(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns parameters and running statistics to begin with: all, the picture's part, or none."""
   if not path:
     return {}, {}
-  model, name = checkpoint.load_model(path), binauralizer.NETWORK
+  model, name = model_folder.load_model(path), binauralizer.NETWORK
   if name in model.params:
     return model.params[name], model.stats[name]
   if RESNET in model.params:

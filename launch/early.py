@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from spatialv2a_jax import waiting
+from spatialv2a_jax.training import waiting
 
 _PROGRAM = "*after_optimizations_after_buffer_assignment.txt"  # Of the files, the last one before.
 _PLACES = "*after_optimizations-buffer-assignment.txt"

@@ -18,7 +18,7 @@ import numpy as np
 
 from data import encode as stage
 from data import media, shards
-from spatialv2a_jax import checkpoint, codec, features, io, schema
+from spatialv2a_jax import codec, features, io, model_folder, schema
 from spatialv2a_jax.encoders import Encoders, Stage
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.weights import Weights
@@ -125,7 +125,7 @@ def open_encoders(config: features.Config, parts: pathlib.Path | None) -> Encode
       "this config takes trained encoders: give --parts DIR, a model folder that "
       "`spatialv2a convert clip` and its like have filled"
     )
-  models = [] if parts is None else [checkpoint.open_model(parts)]
+  models = [] if parts is None else [model_folder.open_model(parts)]
   return Encoders(config, Weights(models), devices=jax.local_devices())
 
 
@@ -196,7 +196,7 @@ class Latents:
   @classmethod
   def load(cls, folder: pathlib.Path, audio: schema.AudioSpec) -> "Latents":
     """Loads the VAE of a model folder, which must be one for `audio`."""
-    model = checkpoint.load_model(folder)
+    model = model_folder.load_model(folder)
     if "vae" not in model.params or model.config.get("audio") != audio.name:
       raise UserError(f"--vae {folder}: it holds no VAE for {audio.name} sound")
     return cls(codec.build(model.config["vae"], audio), model.params["vae"], model.sha256["vae"])

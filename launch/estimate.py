@@ -35,9 +35,10 @@ from absl import flags
 from jax.sharding import Mesh
 
 from launch import command, early, hlo, hlo_cost, targets, tasks
-from spatialv2a_jax import cluster, compile_cache, sharding, train_step, waiting
+from spatialv2a_jax import compile_cache, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.io import atomic_path
+from spatialv2a_jax.training import cluster, train_step, waiting
 
 GIB = targets.GIB
 _OOM = re.compile(r"CompileTimeHbmOom.*?\(([\d.]+)([KMG])\) exceeds available HBM", re.DOTALL)

@@ -13,8 +13,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from launch.listen import Listener
-from spatialv2a_jax import preemption, sharding, train_step, waiting
+from spatialv2a_jax import sharding
 from spatialv2a_jax.logbook import Logbook
+from spatialv2a_jax.training import preemption, train_step, waiting
 
 
 @dataclasses.dataclass

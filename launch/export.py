@@ -19,8 +19,9 @@ from typing import Any
 import jax
 
 from launch import tasks
-from spatialv2a_jax import checkpoint, sharding
+from spatialv2a_jax import sharding
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.training import checkpoint
 
 
 def export(run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = None) -> None:

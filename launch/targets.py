@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from spatialv2a_jax import meter
 from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.training import meter
 
 
 @dataclasses.dataclass(frozen=True)

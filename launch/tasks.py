@@ -20,20 +20,11 @@ from launch import flops
 from launch.evaluation import Evaluation as Evaluation
 from launch.evaluation import gather as gather
 from launch.listen import Listener
-from spatialv2a_jax import (
-  checkpoint,
-  codec,
-  features,
-  flow,
-  guard,
-  optim,
-  schema,
-  sharding,
-  train_step,
-)
+from spatialv2a_jax import codec, features, flow, model_folder, schema, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import flow_net
-from spatialv2a_jax.recipe import Recipe
+from spatialv2a_jax.training import guard, optim, train_step
+from spatialv2a_jax.training.recipe import Recipe
 
 SYNTHETIC = "synthetic"  # As a path: noise of the right shapes, for smoke runs and estimates.
 Config = Mapping[str, Any]
@@ -141,12 +132,12 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
     text_dim=sizes.text_dim,
     mirror=bool(objective.mirror_weight),
   )
-  folder = model_folder(config["vae"], "vae")
+  folder = start_of(config["vae"], "vae")
   source = Source(config, mesh, rules, "features", shapes)
 
   def values():
     if config["init_from"]:
-      start = model_folder(config["init_from"], "flow")
+      start = start_of(config["init_from"], "flow")
       ears = start.config["flow"].get("ears", 2)
       if ears != sizes.ears:
         again = f"convert its source again with --ears {sizes.ears}"
@@ -236,7 +227,7 @@ def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
 
   def values():
     if config["init_from"]:
-      return model_folder(config["init_from"], "vae").params["vae"]
+      return start_of(config["init_from"], "vae").params["vae"]
     sound = itertools.islice(source.whole(), config["data"]["statistics"])
     mean_m, std_m = codec.statistics((batch["audio_bep"] for batch in sound), audio)
     return {"frozen": {"data_mean": mean_m, "data_std": std_m}}
@@ -337,7 +328,7 @@ class Source:
 def write(path: pathlib.Path, *content: Any) -> None:
   """Writes a model folder, from the first process alone."""
   if jax.process_index() == 0:
-    checkpoint.save_model(path, *content)
+    model_folder.save_model(path, *content)
 
 
 def checked(kind: Callable[..., Any], section: str, values: Mapping[str, Any]) -> Any:
@@ -348,11 +339,11 @@ def checked(kind: Callable[..., Any], section: str, values: Mapping[str, Any]) -
     raise UserError(f"config.{section}: {error}") from error
 
 
-def model_folder(path: str, name: str) -> checkpoint.Model:
+def start_of(path: str, name: str) -> model_folder.Model:
   """Returns a model folder that must hold the network `name`; an empty one for no path."""
   if not path:
-    return checkpoint.Model({}, {}, {})
-  model = checkpoint.load_model(path)
+    return model_folder.Model({}, {}, {})
+  model = model_folder.load_model(path)
   if name not in model.params:
     raise UserError(f"model folder {path} has no network {name!r}, only {sorted(model.params)}")
   return model

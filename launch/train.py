@@ -50,18 +50,9 @@ import jax
 from absl import flags
 
 from launch import command, tasks
-from spatialv2a_jax import (
-  cluster,
-  compile_cache,
-  determinism,
-  goodput,
-  meter,
-  preemption,
-  replay,
-  train,
-  waiting,
-)
+from spatialv2a_jax import compile_cache, goodput
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.training import cluster, determinism, meter, preemption, replay, train, waiting
 
 # What a replay may have otherwise than the run: where it happens, not what is computed.
 PLACES = tuple(

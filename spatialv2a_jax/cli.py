@@ -345,7 +345,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_average(args: argparse.Namespace) -> int:
   """`spatialv2a average`."""
-  from spatialv2a_jax import averages
+  from spatialv2a_jax.training import averages
 
   averages.write_model(args.workdir, args.out, args.width, args.step)
   return 0

@@ -18,9 +18,10 @@ import numpy as np
 
 from data import pipeline, shards
 from launch import train as launcher
-from spatialv2a_jax import cluster, goodput, guard, optim, recipe, replay, sharding, train
+from spatialv2a_jax import goodput, sharding
 from spatialv2a_jax.errors import UserError
-from tests import test_train_step as toy
+from spatialv2a_jax.training import cluster, guard, optim, recipe, replay, train
+from tests.training import test_train_step as toy
 
 ROOT = pathlib.Path(__file__).parents[1]
 

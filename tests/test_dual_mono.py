@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import checkpoint
+from spatialv2a_jax import model_folder
 from spatialv2a_jax.convert import mmaudio
 from spatialv2a_jax.generator import Generator, Settings
 from spatialv2a_jax.windows import Window
@@ -21,7 +21,7 @@ def folders(tmp_path):
     out = tiny_mmaudio.save(tmp_path / name, ("vae", "vocoder", "clip", "synchformer", "clipseg"))
     about = mmaudio.about(config) | {"seconds": tiny_mmaudio.SECONDS}
     about["flow"] = dataclasses.asdict(config)
-    checkpoint.save_model(out, {"flow": weights}, {"flow": stats}, about)
+    model_folder.save_model(out, {"flow": weights}, {"flow": stats}, about)
     yield out
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import checkpoint, encoders, features, io, schema
+from spatialv2a_jax import encoders, features, io, model_folder, schema
 from spatialv2a_jax.encoders import Encoders
 from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
 from spatialv2a_jax.models import clip, localizer, synchformer
@@ -71,7 +71,7 @@ def close(got, want):
 @pytest.mark.slow
 def test_a_batch_of_seven_gives_what_each_clip_gives_alone(folder, plain, films, alone):
   """Also: the networks get frames that io samples and resizes as MMAudio does."""
-  params = checkpoint.load_model(folder).params
+  params = model_folder.load_model(folder).params
   views = {
     "clip": io.View(8, size=(28, 28)),
     "sync": io.View(25, short_side=32, crop=32),
@@ -146,8 +146,8 @@ def test_the_prompt_decides_what_is_looked_for(plain, films, alone):
 
 def test_acls_own_shift_is_used_where_its_weights_are(plain, folder, films, alone, tmp_path):
   mask = {"slope": np.float32(4), "bias": np.float32(8)}
-  checkpoint.save_model(tmp_path / "acl", {"acl": {"mask": mask}}, {}, {})
-  models = [checkpoint.open_model(at) for at in (folder, tmp_path / "acl")]
+  model_folder.save_model(tmp_path / "acl", {"acl": {"mask": mask}}, {}, {})
+  models = [model_folder.open_model(at) for at in (folder, tmp_path / "acl")]
   calibrated = Encoders(plain.config, Weights(models))
   assert calibrated.networks == [*plain.networks, "acl"]
   heat = read(calibrated, films[0])["heat_vyx"].astype(int)
@@ -165,7 +165,7 @@ def test_only_one_network_is_held_when_asked(folder, films):
     part = params["image"] if stage.network == "clip" else params
     sizes[stage.network] = sum(x.nbytes for x in jax.tree.leaves(part))
   encoders.text("a dog")
-  text = checkpoint.open_model(folder).params["clip"]["text"]
+  text = model_folder.open_model(folder).params["clip"]["text"]
   assert list(sizes) == ["clip", "synchformer", "clipseg"]
   for network, size in sizes.items():
     assert size <= held[network] < size + 50_000  # And a few results.
@@ -231,7 +231,7 @@ def test_a_missing_network_says_the_command_that_makes_it(folder, tmp_path, name
   with pytest.raises(MissingAssetError, match=f"spatialv2a convert {name} FILE --out") as caught:
     open_encoders(tmp_path / "m")
   assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
-  parts = [checkpoint.open_model(tmp_path / "m"), checkpoint.open_model(folder)]
+  parts = [model_folder.open_model(tmp_path / "m"), model_folder.open_model(folder)]
   Encoders(features.Config("mmaudio", 0, 16, 24, 16, 77, "acl"), Weights(parts))
 
 
@@ -258,11 +258,11 @@ def test_weights_of_other_sizes_are_refused(folder, tmp_path):
   with pytest.raises(UserError, match="config.json describes no clip of this version: .*colour"):
     open_encoders(tmp_path / "m")
   with pytest.raises(UserError, match=r"give features of \(16, 24, 16, 77\), the flow network"):
-    Encoders(features.Config("mmaudio"), Weights([checkpoint.open_model(folder)]))
+    Encoders(features.Config("mmaudio"), Weights([model_folder.open_model(folder)]))
 
 
 def test_an_unknown_encoder_is_refused(folder):
-  weights = Weights([checkpoint.open_model(folder)])
+  weights = Weights([model_folder.open_model(folder)])
   with pytest.raises(UserError, match="unknown encoder 'clap', have: mmaudio, random"):
     Encoders(dataclasses.replace(features.Config(), encoder="clap"), weights)
   with pytest.raises(

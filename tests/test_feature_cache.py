@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from spatialv2a_jax import checkpoint, feature_cache
+from spatialv2a_jax import feature_cache, model_folder
 from spatialv2a_jax.encoders import Encoders
 from spatialv2a_jax.models import clip
 from tests import tiny, tiny_mmaudio
@@ -83,7 +83,7 @@ def test_other_weights_and_another_precision_are_other_features(folder, films, t
   changed = tmp_path / "changed"
   shutil.copytree(folder, changed)
   params = tiny_mmaudio.shaken(clip.build(tiny_mmaudio.CLIP).init, 99)
-  checkpoint.save_model(changed, {"clip": params}, {}, {})
+  model_folder.save_model(changed, {"clip": params}, {}, {})
   read(cached(changed, tmp_path, localizer="motion"), films[0], sha256="a")
   assert len(counted) == 5  # CLIP alone.
 

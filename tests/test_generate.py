@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import spatialv2a_jax
-from spatialv2a_jax import checkpoint, generate, generator, io
+from spatialv2a_jax import generate, generator, io
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.generator import Settings
+from spatialv2a_jax.model_folder import load_model
 from tests import tiny
 
 BASE = Settings(steps=tiny.STEPS)
@@ -126,7 +127,7 @@ def test_the_sound_of_the_video_is_stored_as_chosen(films, make, monkeypatch, co
 
 def test_the_sidecar_says_what_was_done(films, reference, model_folder):
   got = about(reference)
-  weights = checkpoint.load_model(model_folder).sha256
+  weights = load_model(model_folder).sha256
   assert set(weights) == {"flow", "vae"}
   expected = {
     "version": spatialv2a_jax.__version__, "checkpoint": "tiny", "weights_sha256": weights,

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from spatialv2a_jax import (
-  checkpoint,
   cli,
   encoders,
   feature_cache,
   generate,
   generator,
   io,
+  model_folder,
   tokenizer,
 )
 from spatialv2a_jax.errors import MissingAssetError, UserError
@@ -84,7 +84,7 @@ def test_a_film_gets_sound_from_all_six_networks(reference, folder):
   assert wav.shape == (2, 15_360) and np.isfinite(wav).all() and np.abs(wav).max() > 1e-3
   assert np.abs(wav[0] - wav[1]).max() > 1e-4
   about = json.loads((out / "x.json").read_text())
-  assert about["weights_sha256"] == checkpoint.open_model(folder).sha256
+  assert about["weights_sha256"] == model_folder.open_model(folder).sha256
   assert set(about["weights_sha256"]) == ALL
   assert about["localizer"] == "acl" and about["ears"] == 2 and about["dtype"] == "float32"
   assert about["settings"]["guidance"] == 4.5 and np.shape(about["descriptors"]) == (7, 5)

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import checkpoint, generator, io, schema, windows
+from spatialv2a_jax import generator, io, schema, windows
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.generator import Generator, Settings, Window
+from spatialv2a_jax.model_folder import load_model, save_model
 from tests import tiny
 
 SETTINGS = Settings(steps=tiny.STEPS)
@@ -238,7 +239,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(model_folder, tmp_path, 
 
 
 def test_a_folder_with_half_a_model_is_a_missing_asset(model_folder, tmp_path):
-  held = checkpoint.load_model(model_folder)
-  checkpoint.save_model(tmp_path / "half", {"vae": held.params["vae"]}, {}, held.config)
+  held = load_model(model_folder)
+  save_model(tmp_path / "half", {"vae": held.params["vae"]}, {}, held.config)
   with pytest.raises(MissingAssetError, match="holds no weights of: flow"):
     Generator(tmp_path / "half")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from spatialv2a_jax import checkpoint, encoders, features, io, tokenizer
+from spatialv2a_jax import encoders, features, io, model_folder, tokenizer
 from spatialv2a_jax.encoders import Encoders
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.models import acl, beats, spatial
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
   params["acl"]["mask"] = {"slope": np.float32(10), "bias": np.float32(14)}
   config = {name: dataclasses.asdict(sizes) for name, (sizes, _) in made.items()}
   folder = tiny_mmaudio.save(tmp_path_factory.mktemp("sound") / "parts", ("clipseg",))
-  checkpoint.save_model(folder, params, {}, config)
+  model_folder.save_model(folder, params, {}, config)
   return folder
 
 
@@ -49,7 +49,7 @@ def sounds(tmp_path_factory):
 
 def open_encoders(folder, localizer, **options):
   config = features.Config(localizer=localizer, **options)
-  return Encoders(config, Weights([checkpoint.open_model(folder)], single=True))
+  return Encoders(config, Weights([model_folder.open_model(folder)], single=True))
 
 
 def frames_of(count=2):
@@ -58,7 +58,7 @@ def frames_of(count=2):
 
 
 def test_the_word_of_a_sound_goes_into_the_prompt(folder, sounds, monkeypatch):
-  params = checkpoint.load_model(folder).params
+  params = model_folder.load_model(folder).params
   ids = tokenizer.Tokenizer(tiny_mmaudio.MERGES)
   told = []
 

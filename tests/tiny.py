@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spatialv2a_jax import binauralizer, checkpoint, codec, features, io, schema, sharding
+from spatialv2a_jax import binauralizer, codec, features, io, model_folder, schema, sharding
 from spatialv2a_jax.models import flow_net, mono2binaural
 
 SECONDS = 1.28  # Of the model's window.
@@ -48,7 +48,7 @@ def save_model(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     "flow": sizes,
     "vae": {"width": 4},
   }
-  checkpoint.save_model(folder, {"flow": flow, "vae": vae}, {"flow": stats}, config)
+  model_folder.save_model(folder, {"flow": flow, "vae": vae}, {"flow": stats}, config)
   return folder
 
 
@@ -64,7 +64,7 @@ def save_mono2binaural(folder: pathlib.Path) -> pathlib.Path:
   )
   stats = jax.tree.map(np.asarray, net.init_stats())
   name = binauralizer.NETWORK
-  checkpoint.save_model(folder, {name: params}, {name: stats}, {name: {**vars(sizes)}})
+  model_folder.save_model(folder, {name: params}, {name: stats}, {name: {**vars(sizes)}})
   return folder
 
 

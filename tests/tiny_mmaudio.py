@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 
-from spatialv2a_jax import checkpoint, features, sharding, tokenizer
+from spatialv2a_jax import features, model_folder, sharding, tokenizer
 from spatialv2a_jax.convert import mmaudio
 from spatialv2a_jax.encoders import Encoders
 from spatialv2a_jax.models import clip, flow_net, localizer, synchformer, vae, vocoder
@@ -84,13 +84,13 @@ def save(folder: pathlib.Path, names=None, ears: int = 2) -> pathlib.Path:
     config |= mmaudio.about(made["flow"][0]) | {"seconds": SECONDS}
   stats = jax.tree.map(np.asarray, flow_net.build(made["flow"][0]).init_stats())
   params = {name: made[name][1] for name in chosen}
-  checkpoint.save_model(folder, params, {"flow": stats}, config)
+  model_folder.save_model(folder, params, {"flow": stats}, config)
   shutil.copy(MERGES, folder / tokenizer.FILE)
   return folder
 
 
 def open_encoders(folder, *, dtype=None, single=False, localizer="acl", **options):
-  weights = Weights([checkpoint.open_model(folder)], dtype=dtype, single=single)
+  weights = Weights([model_folder.open_model(folder)], dtype=dtype, single=single)
   config = features.Config("mmaudio", 0, 16, 24, 16, 77, localizer)
   return Encoders(config, weights, **options)
 

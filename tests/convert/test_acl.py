@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from spatialv2a_jax import checkpoint, cli
+from spatialv2a_jax import cli, model_folder
 from spatialv2a_jax.convert import SOURCES, engine
 from spatialv2a_jax.errors import UserError
 from tests.convert import torch_zip
@@ -34,7 +34,7 @@ def test_nested_files_convert_without_running_their_pickles(tmp_path):
   content = torch_zip.mapping([(part, torch_zip.ordered(rows)) for part, rows in pairs.items()])
   file = torch_zip.write(tmp_path / "Param_best.pth", content, storages)
   assert cli.main(["convert", "acl", str(file), "--out", str(tmp_path / "model")]) == 0
-  params = checkpoint.load_model(tmp_path / "model").params["acl"]
+  params = model_folder.load_model(tmp_path / "model").params["acl"]
   assert float(params["mask"]["bias"]) == 11 and params["into"]["kernel"].shape == (96, 96)
 
 

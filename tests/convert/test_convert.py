@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from spatialv2a_jax import checkpoint, cli, convert
+from spatialv2a_jax import cli, convert, model_folder
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.models import clip, localizer, synchformer
 from tests.models import encoder_reference, encoder_states
@@ -146,7 +146,7 @@ def test_one_folder_takes_several_networks_and_rebuilds_them(tmp_path, capsys):
     file = str(tmp_path / f"{source}.safetensors")
     assert cli.main(["convert", source, file, "--out", str(out)]) == 0
     assert convert.SOURCES[source].licence in capsys.readouterr().out
-  model = checkpoint.load_model(out)
+  model = model_folder.load_model(out)
   about = json.loads((out / "config.json").read_text())
   for name, (_, module) in states.items():
     assert about[f"{name}_source"]["licence"] == convert.SOURCES[name].licence

@@ -10,9 +10,10 @@ from flax import linen as nn
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from spatialv2a_jax import checkpoint, cli, convert
+from spatialv2a_jax import cli, convert
 from spatialv2a_jax.convert import engine
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.model_folder import load_model
 from spatialv2a_jax.models import flow_net, vae, vocoder
 from tests.models import encoder_states, reference
 
@@ -116,7 +117,7 @@ def test_a_network_that_upstream_does_not_have_is_refused(model_folder, tmp_path
 def test_our_own_training_goes_out_too(model_folder, tmp_path):
   """A VAE trained here keeps unfolded weights, which are upstream's as they are."""
   assert convert.export("vae", model_folder, tmp_path / "out.safetensors") == 0
-  ours = checkpoint.load_model(model_folder).params["vae"]
+  ours = load_model(model_folder).params["vae"]
   theirs = load_file(tmp_path / "out.safetensors")
   kernel = ours["decoder"]["up_1_block_2"]["conv1"]["kernel"]
   np.testing.assert_array_equal(theirs["decoder.up.1.block.2.conv1.weight"], kernel.T)

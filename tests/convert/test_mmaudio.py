@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from spatialv2a_jax import checkpoint, convert
+from spatialv2a_jax import convert, model_folder
 from spatialv2a_jax.convert import engine, mmaudio
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import flow_net
@@ -85,7 +85,7 @@ def test_two_ears_of_a_mono_file_are_dual_mono_bit_for_bit(tmp_path):
   save_file(state(ear_depth=1), file)
   for ears in (1, 2):
     assert convert.run("mmaudio", file, tmp_path / f"{ears}", ears=ears) == 0
-  models = [checkpoint.load_model(tmp_path / f"{ears}") for ears in (1, 2)]
+  models = [model_folder.load_model(tmp_path / f"{ears}") for ears in (1, 2)]
   configs = [flow_net.Config(**model.config["flow"]) for model in models]
   assert (configs[1].ears, configs[1].spatial, models[1].config["ear_correlation"]) == (2, True, 1)
   assert models[0].config["flow_source"]["variant"] == "custom"

@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from spatialv2a_jax import checkpoint, convert
+from spatialv2a_jax import convert, model_folder
 from spatialv2a_jax.convert import engine, vae
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import vae as models_vae
@@ -83,7 +83,7 @@ def test_a_file_becomes_a_model_folder_with_its_origin(golden, tmp_path, capsys)
   file = torch_zip.write_state(tmp_path / "v1-16.pth", state_of(golden))
   assert convert.run("vae", file, tmp_path / "model") == 0
   assert "CC-BY-NC-4.0" in capsys.readouterr().out
-  model = checkpoint.load_model(tmp_path / "model")
+  model = model_folder.load_model(tmp_path / "model")
   about = json.loads((tmp_path / "model" / "config.json").read_text())
   assert about["audio"] == "16k" and about["vae"]["width"] == 24
   origin = about["vae_source"]
@@ -106,9 +106,9 @@ def test_a_folder_is_for_one_rate_of_sound(golden, tmp_path):
   """The networks of the other rate have the same file names."""
   save_file(state_of(golden), tmp_path / "vae.safetensors")
   out = tmp_path / "out"
-  checkpoint.save_model(out, {"vae": {"x": np.ones(1, np.float32)}}, {}, {"audio": "44k"})
+  model_folder.save_model(out, {"vae": {"x": np.ones(1, np.float32)}}, {}, {"audio": "44k"})
   with pytest.raises(UserError, match="networks for 44k sound .* 16k sound; give --out another"):
     convert.run("vae", tmp_path / "vae.safetensors", out)
-  assert list(checkpoint.load_model(out).params["vae"]) == ["x"]
+  assert list(model_folder.load_model(out).params["vae"]) == ["x"]
   for _ in range(2):  # The same again is no mistake.
     assert convert.run("vae", tmp_path / "vae.safetensors", tmp_path / "other") == 0

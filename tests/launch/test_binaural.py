@@ -9,8 +9,9 @@ import pytest
 
 from data import sources
 from launch import tasks, train
-from spatialv2a_jax import binauralizer, checkpoint, optim, sharding
+from spatialv2a_jax import binauralizer, model_folder, sharding
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.training import optim
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -52,18 +53,18 @@ def test_mistakes_are_one_line(tmp_path):
 
 
 def test_a_run_begins_with_all_or_with_the_picture_s_part_of_a_model_folder(tmp_path):
-  whole = checkpoint.load_model(tiny.save_mono2binaural(tmp_path / "whole"))
+  whole = model_folder.load_model(tiny.save_mono2binaural(tmp_path / "whole"))
   params, stats = (tree[binauralizer.NETWORK] for tree in (whole.params, whole.stats))
   stats = jax.tree.map(lambda x: x + 1, stats)
   seen = {"resnet18": params["visual"]}, {"resnet18": stats["visual"]}, {}
-  checkpoint.save_model(tmp_path / "resnet", *seen)
+  model_folder.save_model(tmp_path / "resnet", *seen)
   for folder, parts in (("whole", {"visual", "audio", "apnet"}), ("resnet", {"visual"})):
     task = build(config_of("smoke", init_from=tmp_path / folder))
     assert set(task.values()) == parts and set(task.stats) == {"visual", "audio", "apnet"}
     for part in parts:
       jax.tree.map(np.testing.assert_array_equal, task.values()[part], params[part])
   assert jax.tree.leaves(task.stats["visual"])[0].min() >= 1
-  checkpoint.save_model(tmp_path / "other", {"vae": {"x": np.zeros(1, "f4")}}, {}, {})
+  model_folder.save_model(tmp_path / "other", {"vae": {"x": np.zeros(1, "f4")}}, {}, {})
   with pytest.raises(UserError, match="neither 'mono2binaural' nor 'resnet18'"):
     build(config_of("smoke", init_from=tmp_path / "other"))
 
@@ -86,7 +87,7 @@ def test_training_on_pairs_lowers_the_loss_and_leaves_a_folder_that_is_used(tmp_
   losses = [row["loss"] for row in rows if "loss" in row]
   assert len(losses) == 40 and np.mean(losses[-8:]) < 0.9 * np.mean(losses[:4])
   assert any("eval/explained_apnet" in row for row in rows)
-  model = checkpoint.load_model(run / "model")
+  model = model_folder.load_model(run / "model")
   assert set(model.params) == {binauralizer.NETWORK} == set(model.stats)
   assert any(x.min() > 0 for x in jax.tree.leaves(model.stats))
   net = binauralizer.Binauralizer(run)  # A run's folder stands for its model.

@@ -13,7 +13,7 @@ from flax import linen as nn
 from data import captions, layout, pipeline, shards, tfrecord
 from launch import data as launch_data
 from launch import tasks
-from spatialv2a_jax import checkpoint, codec, features, io, model_folder, schema
+from spatialv2a_jax import codec, features, io, model_folder, schema
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import spatial
 
@@ -60,7 +60,7 @@ def encode_on_one_device(media: pathlib.Path, out: pathlib.Path, *options: objec
 def tiny_vae(folder: pathlib.Path) -> pathlib.Path:
   net = codec.build({"width": 8}, AUDIO)
   params = {"vae": nn.unbox(jax.jit(net.init)(jax.random.key(0)))}
-  checkpoint.save_model(folder, params, {}, {"audio": "16k", "vae": {"width": 8}})
+  model_folder.save_model(folder, params, {}, {"audio": "16k", "vae": {"width": 8}})
   return folder
 
 
@@ -145,7 +145,7 @@ def test_latents_are_those_of_the_sound(media, tmp_path):
   batch = only_batch(tmp_path / "latents", shapes=shapes())
   schema.check_batch(batch, shapes())
   heard = only_batch(tmp_path / "clips", kind="audio")
-  params = checkpoint.load_model(folder).params["vae"]
+  params = model_folder.load_model(folder).params["vae"]
   mean_betc, std_betc = jax.jit(codec.build({"width": 8}, AUDIO).encode)(params, heard["audio_bep"])
   np.testing.assert_allclose(batch["mean_betc"], mean_betc, atol=1e-4)
   np.testing.assert_allclose(batch["std_betc"], std_betc, rtol=2**-8)  # Stored as bfloat16.

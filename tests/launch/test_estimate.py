@@ -10,8 +10,9 @@ import pytest
 from launch import estimate, hlo, targets
 from launch import train as launcher
 from launch.targets import GIB
-from spatialv2a_jax import recipe, sharding
+from spatialv2a_jax import sharding
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.training import recipe
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "collectives.json"
 ARGUMENTS = ["launch.estimate", "--config=configs/tiny.py:smoke", "--topology=cpu:8"]

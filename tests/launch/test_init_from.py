@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from launch import tasks, train
-from spatialv2a_jax import checkpoint, cli, compile_cache, sharding
+from spatialv2a_jax import cli, compile_cache, model_folder, sharding
 from spatialv2a_jax.errors import UserError
 from tests.models import reference
 
@@ -54,8 +54,8 @@ def test_training_starts_from_the_converted_weights(converted):
   lines = (run / "metrics.jsonl").read_text().splitlines()
   losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
   assert len(losses) == 2 and np.isfinite(losses).all()
-  before = checkpoint.load_model(start).params["flow"]
-  after = checkpoint.load_model(run).params["flow"]
+  before = model_folder.load_model(start).params["flow"]
+  after = model_folder.load_model(run).params["flow"]
   steps = jax.tree.map(lambda a, b: float(abs(a - b).max()), after, before)
   assert max(jax.tree.leaves(steps)) < 4 * rate  # AdamW's two steps, and nothing else.
   left, right = after["ears"]["audio"]["qkv"]["kernel"]

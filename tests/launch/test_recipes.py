@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from launch import local, train
-from spatialv2a_jax import cluster, preemption
+from spatialv2a_jax.training import cluster, preemption
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

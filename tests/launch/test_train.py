@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from launch import export, tasks, train
-from spatialv2a_jax import checkpoint, cli, guard, optim, schema, sharding, train_step, watchdog
+from spatialv2a_jax import cli, model_folder, schema, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import flow_net
+from spatialv2a_jax.training import guard, optim, train_step, watchdog
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = [
@@ -271,7 +272,7 @@ def test_flops_are_about_six_per_weight_and_token():
 def test_the_smoke_variant_trains_and_leaves_a_model_folder(tmp_path, capsys, name):
   argv = ["launch.train", f"--config={ROOT}/configs/{name}.py:smoke", f"--workdir={tmp_path}"]
   assert train.main(argv) == 0
-  model = checkpoint.load_model(tmp_path)
+  model = model_folder.load_model(tmp_path)
   kind = json.loads((tmp_path / "config.json").read_text())["kind"]
   assert set(model.params) == {kind} and model.config["audio"] in schema.AUDIO
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -282,14 +283,14 @@ def test_the_smoke_variant_trains_and_leaves_a_model_folder(tmp_path, capsys, na
   assert "this run is finished" in capsys.readouterr().out
   out = tmp_path / "early"
   assert export.main([f"--run={tmp_path}", f"--out={out}", "--step=2"]) == 0
-  early = checkpoint.load_model(out)
+  early = model_folder.load_model(out)
   assert early.config == model.config and set(early.stats) == set(model.stats)
   kernels = [folder.params[kind]["ears"]["audio"]["qkv"]["kernel"] for folder in (early, model)]
   assert kernels[0].shape == kernels[1].shape and (kernels[0] != kernels[1]).any()
   assert export.main([f"--run={tmp_path}", f"--out={out}", "--step=1"]) == 3
   if name == "small_16k":  # It keeps snapshots of its averages.
     assert cli.main(["average", str(tmp_path), "--width=0.07", f"--out={tmp_path / 'wide'}"]) == 0
-    wide = checkpoint.load_model(tmp_path / "wide")
+    wide = model_folder.load_model(tmp_path / "wide")
     assert wide.config["flow"] == model.config["flow"] and wide.config["average"]["step"] == 4
     frozen, other = (folder.params["flow"]["frozen"]["latent_std"] for folder in (model, wide))
     np.testing.assert_array_equal(frozen, other)

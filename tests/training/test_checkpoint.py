@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from spatialv2a_jax import checkpoint, optim, sharding, train_step
+from spatialv2a_jax import model_folder, sharding
 from spatialv2a_jax.errors import MissingAssetError, UserError
-from tests import test_train_step as toy
+from spatialv2a_jax.training import checkpoint, optim, train_step
+from tests.training import test_train_step as toy
 
 RUN = {"kind": "toy", "examples": 8, "config": {"model": {"width": 8}}}
 FROZEN = optim.Config(freeze=(("null/.*", True), (".*", False)))
@@ -152,11 +153,11 @@ def model(seed):
 
 def test_a_model_folder_holds_several_networks(tmp_path):
   stats = {"flow": {"mean": np.arange(4.0, dtype=np.float32)}}
-  checkpoint.save_model(tmp_path / "m", {"flow": model(0)}, stats, {"flow": {"width": 8}})
-  checkpoint.save_model(
+  model_folder.save_model(tmp_path / "m", {"flow": model(0)}, stats, {"flow": {"width": 8}})
+  model_folder.save_model(
     tmp_path / "m", {"vae": model(1)}, {}, {"vae": {"width": 4}, "audio": "16k"}
   )
-  loaded = checkpoint.load_model(tmp_path / "m")
+  loaded = model_folder.load_model(tmp_path / "m")
   expected = {"flow": model(0), "vae": model(1)}
   jax.tree.map(
     functools.partial(np.testing.assert_array_equal, strict=True), loaded.params, expected
@@ -172,42 +173,42 @@ def test_a_transposed_or_device_array_is_saved_as_it_reads(tmp_path):
   """Guards against writing the memory order of a view instead of its values."""
   view = np.arange(6, dtype=np.float32).reshape(2, 3).T
   device = jnp.arange(3, dtype=jnp.bfloat16)
-  checkpoint.save_model(tmp_path, {"n": {"view": view, "device": device}}, {}, {})
-  loaded = checkpoint.load_model(tmp_path).params["n"]
+  model_folder.save_model(tmp_path, {"n": {"view": view, "device": device}}, {}, {})
+  loaded = model_folder.load_model(tmp_path).params["n"]
   np.testing.assert_array_equal(loaded["view"], view)
   np.testing.assert_array_equal(loaded["device"].astype(np.float32), [0, 1, 2])
 
 
 def test_damaged_and_missing_model_files_are_one_line(tmp_path):
   with pytest.raises(MissingAssetError, match="no model folder"):
-    checkpoint.load_model(tmp_path / "nowhere")
+    model_folder.load_model(tmp_path / "nowhere")
   with pytest.raises(MissingAssetError, match="no config.json"):
-    checkpoint.load_model(tmp_path)
+    model_folder.load_model(tmp_path)
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(MissingAssetError, match="a run that has not finished"):
-    checkpoint.load_model(tmp_path)
+    model_folder.load_model(tmp_path)
   folder = tmp_path / "model"
-  checkpoint.save_model(folder, {"flow": model(0)}, {}, {})
-  assert checkpoint.load_model(tmp_path).params.keys() == {"flow"}  # The folder of a run.
+  model_folder.save_model(folder, {"flow": model(0)}, {}, {})
+  assert model_folder.load_model(tmp_path).params.keys() == {"flow"}  # The folder of a run.
   weights = folder / "flow.safetensors"
   raw = bytearray(weights.read_bytes())
   raw[-1] ^= 1
   weights.write_bytes(bytes(raw))
   with pytest.raises(UserError, match="SHA-256"):
-    checkpoint.load_model(folder)
+    model_folder.load_model(folder)
   weights.unlink()
   with pytest.raises(MissingAssetError, match="lacks flow.safetensors"):
-    checkpoint.load_model(folder)
+    model_folder.load_model(folder)
   (folder / "config.json").write_text("[")
   with pytest.raises(UserError, match="no JSON object"):
-    checkpoint.load_model(folder)
+    model_folder.load_model(folder)
 
 
 def test_config_json_is_readable_by_people(tmp_path):
-  checkpoint.save_model(tmp_path, {"flow": model(0)}, {}, {"audio": "16k"})
+  model_folder.save_model(tmp_path, {"flow": model(0)}, {}, {"audio": "16k"})
   text = pathlib.Path(tmp_path / "config.json").read_text()
   assert json.loads(text)["audio"] == "16k" and "\n  " in text
-  flat = traverse_util.flatten_dict(checkpoint.load_model(tmp_path).params, sep="/")
+  flat = traverse_util.flatten_dict(model_folder.load_model(tmp_path).params, sep="/")
   assert set(flat) == {"flow/block/kernel", "flow/t"}
 
 

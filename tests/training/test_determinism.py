@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from spatialv2a_jax import determinism
+from spatialv2a_jax.training import determinism
 from tests import runner
 
 CODE = """
 import os
-from spatialv2a_jax import determinism
+from spatialv2a_jax.training import determinism
 determinism.enforce()
 determinism.enforce()
 assert os.environ["XLA_FLAGS"].split().count(determinism.FLAG) == 1

@@ -20,8 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from spatialv2a_jax import checkpoint, cluster, optim
+from spatialv2a_jax import model_folder
 from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.training import cluster, optim
 
 FOLDER = "averages"  # Inside a working directory.
 STORED = jnp.float16  # Half the bytes; its 11 bits suffice for sums of a few snapshots.
@@ -201,7 +202,7 @@ def write_model(
   """
   optim.Ema(sigma_rel=sigma_rel)  # Checks the width.
   workdir = pathlib.Path(workdir)
-  model = checkpoint.load_model(workdir)
+  model = model_folder.load_model(workdir)
   folder = workdir.absolute() / FOLDER
   if not folder.is_dir():
     raise MissingAssetError(f"{workdir} has no {FOLDER}/: train with ema.sigma_rel, every.average")
@@ -233,7 +234,7 @@ def write_model(
     flat[key] = constant if frozen[key] else flat[key]
   about = {"sigma_rel": sigma_rel, "step": step, "snapshots": len(steps), "error": mixture.error}
   params = {**model.params, name: traverse_util.unflatten_dict(flat, sep="/")}
-  checkpoint.save_model(out, params, model.stats, {**model.config, "average": about})
+  model_folder.save_model(out, params, model.stats, {**model.config, "average": about})
   say(f"{told}, {100 * mixture.error:.2g} % off: {out}")
 
 

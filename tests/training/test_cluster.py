@@ -10,7 +10,7 @@ from tests import runner
 
 CODE = """
 import sys
-from spatialv2a_jax import cluster
+from spatialv2a_jax.training import cluster
 from spatialv2a_jax.errors import UserError
 where, count, index, timeout, about = sys.argv[1:]
 try:
@@ -52,7 +52,7 @@ def test_all_come(port):
 TOTAL = """
 import sys, time
 import jax
-from spatialv2a_jax import cluster
+from spatialv2a_jax.training import cluster
 where, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 cluster.start(where, 2, index)
 print("preemption:", jax.config.jax_enable_preemption_service)
@@ -127,7 +127,7 @@ def test_impossible_arguments(member, message):
 
 PART = """
 import sys, time
-from spatialv2a_jax import cluster
+from spatialv2a_jax.training import cluster
 where, index, delay = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 cluster.start(where, 2, index, timeout=30)
 time.sleep(delay)

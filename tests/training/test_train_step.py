@@ -7,8 +7,9 @@ import numpy as np
 import optax
 import pytest
 
-from spatialv2a_jax import flow, optim, schema, sharding, train_step
+from spatialv2a_jax import flow, schema, sharding
 from spatialv2a_jax.models import flow_net
+from spatialv2a_jax.training import optim, train_step
 
 RULES = sharding.Rules()
 SGD = optim.Optimizer(optax.sgd(0.1))  # Adam divides the rounding noise of a zero gradient by it.
@@ -47,7 +48,7 @@ def toy_batch(index, rows=8):
   return {
     "x_bw": rng.standard_normal((rows, 8), np.float32),
     "id_b": np.arange(rows, dtype=np.uint32) + rows * index,
-    "weight_b": np.float32([1] * (rows - 1) + [0]),
+    "weight_b": np.array([1] * (rows - 1) + [0], np.float32),
   }
 
 

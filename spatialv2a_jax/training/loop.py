@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from spatialv2a_jax import cluster, waiting
-from spatialv2a_jax import meter as meters
-from spatialv2a_jax.averages import Snapshots
-from spatialv2a_jax.checkpoint import Checkpoints
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.faults import Faults
 from spatialv2a_jax.goodput import Ledger
 from spatialv2a_jax.logbook import Logbook
-from spatialv2a_jax.preemption import Interrupted, StopSignal
-from spatialv2a_jax.profiler import Profiler
-from spatialv2a_jax.train_step import State
-from spatialv2a_jax.watchdog import Watchdog
+from spatialv2a_jax.training import cluster, waiting
+from spatialv2a_jax.training import meter as meters
+from spatialv2a_jax.training.averages import Snapshots
+from spatialv2a_jax.training.checkpoint import Checkpoints
+from spatialv2a_jax.training.faults import Faults
+from spatialv2a_jax.training.preemption import Interrupted, StopSignal
+from spatialv2a_jax.training.profiler import Profiler
+from spatialv2a_jax.training.train_step import State
+from spatialv2a_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)

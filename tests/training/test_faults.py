@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from launch import local, train
-from spatialv2a_jax import checkpoint, logbook
+from spatialv2a_jax import logbook
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.training import checkpoint
 from tests import loader_shards, processes, runner
 
 

@@ -5,10 +5,11 @@ import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import averages, checkpoint, cli, optim, sharding, train, train_step
+from spatialv2a_jax import cli, model_folder, sharding
 from spatialv2a_jax.errors import UserError
-from tests.test_train import fit
-from tests.test_train_step import RULES, SGD, toy_init, toy_loss
+from spatialv2a_jax.training import averages, optim, train, train_step
+from tests.training.test_train import fit
+from tests.training.test_train_step import RULES, SGD, toy_init, toy_loss
 
 WIDTHS = (0.05, 0.1)
 
@@ -84,7 +85,7 @@ def run(tmp_path_factory):
     ema=optim.Ema(sigma_rel=0.1, beside=(0.2,)),
   )
   params = {"toy": jax.device_get(state.ema), "other": {"x": np.ones(2, "f4")}}
-  checkpoint.save_model(workdir / "model", params, {"toy": {"n": np.ones(1, "f4")}}, {"a": 1})
+  model_folder.save_model(workdir / "model", params, {"toy": {"n": np.ones(1, "f4")}}, {"a": 1})
   return workdir, path, state
 
 
@@ -100,7 +101,7 @@ def test_the_command_writes_a_model_of_another_width(run, tmp_path, capsys):
   out = tmp_path / "wide"
   assert cli.main(["average", str(workdir), "--width", "0.18", "--out", str(out)]) == 0
   assert "width 0.18 at step 12 from 3 snapshots of 0.1, 0.2" in capsys.readouterr().out
-  model = checkpoint.load_model(out)
+  model = model_folder.load_model(out)
   assert set(model.params) == {"toy", "other"} and model.stats["toy"]["n"] == 1
   about = model.config["average"]
   assert about["sigma_rel"] == 0.18 and about["step"] == 12 and about["error"] < 0.02
@@ -114,7 +115,7 @@ def test_the_command_writes_a_model_of_another_width(run, tmp_path, capsys):
 def test_an_earlier_end_uses_only_what_was_there(run, tmp_path):
   workdir, path, _ = run
   averages.write_model(workdir, tmp_path / "early", 0.1, step=8)
-  early = checkpoint.load_model(tmp_path / "early").params["toy"]["down"]["kernel"]
+  early = model_folder.load_model(tmp_path / "early").params["toy"]["down"]["kernel"]
   wanted = run_average(0.1, np.stack([p["down"]["kernel"] for p in path[:8]]))[-1]
   np.testing.assert_allclose(early, wanted, rtol=2**-10, atol=1e-6)  # Stored in half precision.
 
@@ -169,7 +170,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     assert cli.main(["average", str(workdir), "--out", str(tmp_path / "x"), *argv]) == code
     assert words in capsys.readouterr().err
   (tmp_path / "bare").mkdir()
-  checkpoint.save_model(tmp_path / "bare" / "model", {}, {}, {})
+  model_folder.save_model(tmp_path / "bare" / "model", {}, {}, {})
   argv = ["average", str(tmp_path / "bare"), "--out", str(tmp_path / "x"), "--width", "0.1"]
   assert cli.main(argv) == 3 and "has no averages/" in capsys.readouterr().err
   assert not (tmp_path / "x").exists()

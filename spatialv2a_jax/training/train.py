@@ -19,19 +19,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import spatialv2a_jax
-from spatialv2a_jax import averages, cluster, sharding
-from spatialv2a_jax.checkpoint import Checkpoints
+from spatialv2a_jax import sharding
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.faults import Faults
 from spatialv2a_jax.goodput import Ledger
 from spatialv2a_jax.io import atomic_path
 from spatialv2a_jax.logbook import Logbook, read_metrics
-from spatialv2a_jax.loop import Every, Loop
-from spatialv2a_jax.meter import Meter, duration
-from spatialv2a_jax.preemption import StopSignal
-from spatialv2a_jax.recipe import Recipe
-from spatialv2a_jax.train_step import State
-from spatialv2a_jax.watchdog import Watchdog
+from spatialv2a_jax.training import averages, cluster
+from spatialv2a_jax.training.checkpoint import Checkpoints
+from spatialv2a_jax.training.faults import Faults
+from spatialv2a_jax.training.loop import Every, Loop
+from spatialv2a_jax.training.meter import Meter, duration
+from spatialv2a_jax.training.preemption import StopSignal
+from spatialv2a_jax.training.recipe import Recipe
+from spatialv2a_jax.training.train_step import State
+from spatialv2a_jax.training.watchdog import Watchdog
 
 Hook = Callable[[State, int, Logbook, StopSignal], Mapping[str, float] | None]
 

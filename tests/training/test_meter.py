@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from launch import targets
-from spatialv2a_jax import meter
+from spatialv2a_jax.training import meter
 
 
 def test_utilisation_is_unknown_where_the_peak_is():

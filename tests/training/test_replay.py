@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import checkpoint, optim, replay, sharding, train, train_step
+from spatialv2a_jax import sharding
 from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.training import checkpoint, optim, replay, train, train_step
 from tests import processes, runner
-from tests import test_train_step as toy
+from tests.training import test_train_step as toy
 
 OPTIONS: dict = {"steps": 11, "log": 2, "checkpoint": 3, "keep": 3}
 

@@ -18,9 +18,9 @@ from types import TracebackType
 
 import jax
 
-from spatialv2a_jax import cluster, meter
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.goodput import Ledger
+from spatialv2a_jax.training import cluster, meter
 
 FOLDER = "stacks"  # Inside a working directory.
 # What does not move, by the phase of the ledger; the limits are in seconds, 0 is none.

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from spatialv2a_jax import cluster
+from spatialv2a_jax.training import cluster
 
 EXIT_CODE = 42  # Tells a launcher that the run was interrupted, has saved, and can go on.
 

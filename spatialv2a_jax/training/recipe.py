@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spatialv2a_jax import guard as guards
-from spatialv2a_jax import optim, sharding
+from spatialv2a_jax import sharding
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.loop import Batch
-from spatialv2a_jax.train_step import Loss, State, init_state, make_train_step, overwrite
+from spatialv2a_jax.training import guard as guards
+from spatialv2a_jax.training import optim
+from spatialv2a_jax.training.loop import Batch
+from spatialv2a_jax.training.train_step import Loss, State, init_state, make_train_step, overwrite
 
 Batches = Callable[..., Iterator[Mapping[str, np.ndarray]]]
 

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import recipe, train, train_step
-from tests import test_train_step as toy
-from tests.test_train import fit
+from spatialv2a_jax.training import recipe, train, train_step
+from tests.training import test_train_step as toy
+from tests.training.test_train import fit
 
 
 def test_nothing_compiles_after_the_second_step(tmp_path):

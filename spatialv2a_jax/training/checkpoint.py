@@ -14,15 +14,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from spatialv2a_jax import cluster
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.model_folder import CHECKPOINTS as FOLDER
-from spatialv2a_jax.model_folder import Model as Model
 from spatialv2a_jax.model_folder import Path
-from spatialv2a_jax.model_folder import load_model as load_model
-from spatialv2a_jax.model_folder import open_model as open_model
-from spatialv2a_jax.model_folder import save_model as save_model
-from spatialv2a_jax.optim import names
+from spatialv2a_jax.training import cluster
+from spatialv2a_jax.training.optim import names
 
 
 class Checkpoints:

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from spatialv2a_jax import checkpoint, faults, optim, train
-from spatialv2a_jax.checkpoint import Checkpoints
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.logbook import read_metrics
-from spatialv2a_jax.meter import Meter
-from spatialv2a_jax.recipe import Recipe
-from spatialv2a_jax.train_step import State
+from spatialv2a_jax.training import checkpoint, faults, optim, train
+from spatialv2a_jax.training.checkpoint import Checkpoints
+from spatialv2a_jax.training.meter import Meter
+from spatialv2a_jax.training.recipe import Recipe
+from spatialv2a_jax.training.train_step import State
 
 TOLERANCE = 1e-5  # Of the loss, relative, on another mesh.
 JUDGED = ("good", "skipped", "burst", "sigmas")  # Metrics of the guard, not means of a log line.

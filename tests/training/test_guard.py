@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatialv2a_jax import guard, optim, sharding, train_step
+from spatialv2a_jax import sharding
 from spatialv2a_jax.errors import UserError
-from tests import test_train_step as toy
+from spatialv2a_jax.training import guard, optim, train_step
+from tests.training import test_train_step as toy
 
 RULES = sharding.Rules()
 

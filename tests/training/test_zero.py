@@ -8,9 +8,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from launch import hlo, hlo_cost
-from spatialv2a_jax import optim, sharding, train_step
+from spatialv2a_jax import sharding
+from spatialv2a_jax.training import optim, train_step
 from tests import test_sharding
-from tests.test_train_step import toy_batch, toy_init, toy_loss
+from tests.training.test_train_step import toy_batch, toy_init, toy_loss
 
 box = test_sharding.box
 

@@ -14,9 +14,10 @@ from flax import struct, traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from spatialv2a_jax import guard as guards
-from spatialv2a_jax import optim, sharding
+from spatialv2a_jax import sharding
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.training import guard as guards
+from spatialv2a_jax.training import optim
 
 # Otherwise XLA multiplies weights that are split part by part, as they come round a ring: at widths
 # of 448 to 896 that takes twice as long as to gather them and multiply at once.

@@ -14,9 +14,10 @@ import numpy as np
 import optax
 import pytest
 
-from spatialv2a_jax import checkpoint, optim, recipe, sharding, train
+from spatialv2a_jax import sharding
 from spatialv2a_jax.errors import UserError
-from tests import test_train_step as toy
+from spatialv2a_jax.training import checkpoint, optim, recipe, train
+from tests.training import test_train_step as toy
 
 RECIPE = {field.name for field in dataclasses.fields(recipe.Recipe)}
 
@@ -78,11 +79,11 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "2"}  # Bits depend on NPROC.
 
   def python(call):
-    code = f"from tests import test_train as t; t.{call}"
+    code = f"from tests.training import test_train as t; t.{call}"
     return subprocess.run(
       [sys.executable, "-c", code],
       env=environment,
-      cwd=pathlib.Path(__file__).parents[1],
+      cwd=pathlib.Path(__file__).parents[2],
       capture_output=True,
       text=True,
       check=False,
@@ -125,9 +126,9 @@ def pair(tmp_path):
     for rank in range(2):
       call = f"t.member({port}, {rank}, {str(tmp_path)!r}, {steps})"
       process = subprocess.Popen(
-        [sys.executable, "-c", f"from tests import test_train as t; {call}"],
+        [sys.executable, "-c", f"from tests.training import test_train as t; {call}"],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        cwd=pathlib.Path(__file__).parents[1],
+        cwd=pathlib.Path(__file__).parents[2],
         stdout=subprocess.PIPE,
         text=True,
       )

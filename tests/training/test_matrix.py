@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from data import pipeline, shards
-from spatialv2a_jax import checkpoint, logbook, recipe, sharding, train
+from spatialv2a_jax import logbook, sharding
+from spatialv2a_jax.training import checkpoint, recipe, train
 from tests import loader_shards
-from tests import test_train_step as toy
 from tests.processes import finish, start, together, wait_for
+from tests.training import test_train_step as toy
 
 STEPS = 40
 

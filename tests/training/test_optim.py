@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from spatialv2a_jax import optim
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.training import optim
 
 PARAMS = {
   "joint": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)},

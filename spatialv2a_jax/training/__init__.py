@@ -1,0 +1,1 @@
+"""Training: steps, loop, checkpoints, processes, and what keeps a long run going."""
