@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
+# Large pages, and none of them given back to the system between the steps of a benchmark.
+KEEP_MEMORY := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=34359738368:glibc.malloc.trim_threshold=34359738368
+
 .PHONY: demo test test-all lint format bench clean
 
 $(VENV)/bin/python:
@@ -42,7 +45,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev  ## timings, printed as tables; PyTorch is installed for the comparison
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python -m benchmarks.step
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m benchmarks.against_torch
+	GLIBC_TUNABLES=$(KEEP_MEMORY) $(BIN)/python -m benchmarks.against_torch
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_out
