@@ -135,7 +135,7 @@ class Build:
 
   def sound(self, record: Mapping[str, Any]) -> np.ndarray:
     """Returns both ears [2, p] at 16 kHz."""
-    audio_ep = tfrecord.as_float32(record["audio"])
+    audio_ep = schema.as_float32(record["audio"])
     if self.rate == analysis.RATE:
       return audio_ep
     return soxr.resample(audio_ep.T, self.rate, analysis.RATE).T
@@ -344,7 +344,7 @@ def _kept_of_source(build: Build, record: Mapping[str, Any], videos: pathlib.Pat
   seconds = record["audio"].shape[1] / build.rate
   source_ep = io.read_audio(videos / record["video"], build.rate, duration=seconds)
   source_p = filters.mono(source_ep, record["layout"]).astype(np.float64)
-  mid_p = tfrecord.as_float32(record["audio"]).mean(0).astype(np.float64)[: len(source_p)]
+  mid_p = schema.as_float32(record["audio"]).mean(0).astype(np.float64)[: len(source_p)]
   size = 2 * len(mid_p)
   product_f = np.fft.rfft(mid_p, size) * np.conj(np.fft.rfft(source_p[: len(mid_p)], size))
   lags_p = np.fft.irfft(product_f, size)

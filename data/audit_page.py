@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import soundfile
 
-from data import audit, filters, funnel, stages, tfrecord
+from data import audit, filters, funnel, stages
 from spatialv2a_jax import io, localizers, report, schema, webpage
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, analysis
@@ -90,7 +90,7 @@ def write(
 def _kept(
   record: Mapping[str, Any], build: audit.Build, video: pathlib.Path | None, localizer: str
 ) -> str:
-  audio_ep = tfrecord.as_float32(record["audio"])
+  audio_ep = schema.as_float32(record["audio"])
   facts = {name: record[name] for name in ("spatializer", "layout")} | {
     name: _of(value) for name, value in zip(stages.CUES, record["cues"], strict=True)
   }

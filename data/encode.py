@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data import captions, layout, media, shards, tfrecord
+from spatialv2a_jax import schema
 
 ENCODED = {
   "clip_vf": "clip",
@@ -258,7 +259,7 @@ class _Latents:
     return record
 
   def _encode(self, records: Sequence[dict[str, Any]]) -> list[Any]:
-    audio_bep = np.stack([tfrecord.as_float32(record["audio"]) for record in records])
+    audio_bep = np.stack([schema.as_float32(record["audio"]) for record in records])
     mean_betc, std_betc = self.codec(audio_bep)
     return [
       {

@@ -65,7 +65,7 @@ class Record:
     raw = tfrecord.decode_example(tfrecord.TFRecordSource([self.shard])[self.place])
     audio_ep = np.asarray(tfrecord.value_of(raw["audio"], fields["audio"]))
     about = {name: tfrecord.value_of(raw[name], fields[name]) for name in COMMON if name in raw}
-    return Clip(tfrecord.as_float32(audio_ep), self.videos / str(about["video"]), about)
+    return Clip(schema.as_float32(audio_ep), self.videos / str(about["video"]), about)
 
 
 _fields = functools.lru_cache(maxsize=8)(layout.read_features)

@@ -113,7 +113,7 @@ def cut(rng: np.random.Generator, fields: dict[str, np.ndarray]) -> Source:
   column = float(column_n[n])
   if rng.random() < 0.5:
     image_yxc, column = image_yxc[:, ::-1], 1 - column
-  return Source(tfrecord.as_float32(padded_p), image_yxc, column)
+  return Source(schema.as_float32(padded_p), image_yxc, column)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Grain makes the order (shuffle, repeat, batch) on record *numbers*, which are cheap; a host then
 reads only its rows of each global batch. So the batch of a step is a function of (seed, step) alone
-and neither the number of hosts nor of worker processes changes it. Imports no jax.
+and neither the number of hosts nor of worker processes changes it. Fields keep the 16 bits of the
+records (`schema.widen` is for the devices), and are copied once. Imports no jax.
 
 Axes: b clip, e ear (0 left, 1 right); the others as in `spatialv2a_jax.schema`.
 """
@@ -20,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from data import captions, layout, shards, tfrecord
+from data.memory import Memory
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
 
@@ -44,6 +46,7 @@ class Rows:
   fields: Mapping[str, str]  # Name in the records -> name in the batch.
   layouts: Mapping[str, Mapping[str, tfrecord.Tensor]]  # Folder -> fields of its records.
   tables: Mapping[str, captions.Table]  # Folder -> text features of its captions.
+  dtypes: Mapping[str, str]  # Name in the batch -> what all folders can be in.
   seed: int
   first: int
   last: int
@@ -51,34 +54,47 @@ class Rows:
   mirror: bool
   max_bad: int
   offset: int = 0
+  memory: Memory = dataclasses.field(default_factory=Memory)
 
   def __call__(self, step: int, records_b: np.ndarray) -> dict[str, np.ndarray]:
     """Returns this host's rows of the batch of a step."""
-    start = self.offset + step * len(records_b)
-    examples, bad = [], []
-    for row in range(self.first, self.last):
-      position = start + row
-      example, skipped = self._read(int(records_b[row]), position // len(self.source))
-      example["weight_b"] = np.float32(self.total is None or position < self.total)
-      examples.append(example)
+    start, rows = self.offset + step * len(records_b), self.last - self.first
+    batch: dict[str, np.ndarray] = {}
+    bad: list[int] = []
+    room = np.empty(self.source.longest, np.uint8)
+    for row in range(rows):
+      position = start + self.first + row
+      record = int(records_b[self.first + row])
+      example, skipped = self._read(record, position // len(self.source), room)
+      example["weight_b"] = np.asarray(self.total is None or position < self.total, np.float32)
+      if not batch:
+        kinds = {
+          name: ((rows, *value.shape), np.dtype(self.dtypes.get(name, value.dtype)))
+          for name, value in example.items()
+        }
+        batch = self.memory.arrays(kinds)
+      for name, value in example.items():  # Before the next record takes its place in `room`.
+        same = value.dtype == batch[name].dtype
+        batch[name][row] = value if same else schema.as_float32(value)
       bad += skipped
-    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
     return {**batch, "bad_records": np.array(bad, np.int64)}
 
-  def _read(self, record: int, epoch: int) -> tuple[dict[str, Any], list[int]]:
-    """Reads a record, or the next intact one; says which were skipped."""
+  def _read(
+    self, record: int, epoch: int, room: np.ndarray
+  ) -> tuple[dict[str, np.ndarray], list[int]]:
+    """Reads a record, or the next intact one, by way of `room`; says which were skipped."""
     skipped = []
     while True:
       try:
-        return self.parse(record, self.source[record], epoch), skipped
+        return self.parse(record, self.source.read(record, room), epoch), skipped
       except tfrecord.CorruptRecordError:
         skipped.append(record)
         if len(skipped) > self.max_bad:
           raise
         record = (record + 1) % len(self.source)
 
-  def parse(self, record: int, payload: bytes, epoch: int) -> dict[str, Any]:
-    """Returns the fields of one clip by their names in a batch."""
+  def parse(self, record: int, payload: memoryview, epoch: int) -> dict[str, np.ndarray]:
+    """Returns the fields of one clip by their names in a batch, as parts of the payload."""
     clip, raw = self.raw(record, payload)
     folder = self.folder(record)
     fields = self.layouts[folder]
@@ -90,13 +106,12 @@ class Rows:
       value = self.value(record, raw, fields, stored if stored in fields else "caption")
       if isinstance(value, str):
         value = self.tables[folder][value]
-      value = tfrecord.as_float32(value)
       if mirrored and field in EARS:
         value = value[::-1]
       example[name] = value
     return example
 
-  def raw(self, record: int, payload: bytes) -> tuple[str, dict[str, memoryview]]:
+  def raw(self, record: int, payload: bytes | memoryview) -> tuple[str, dict[str, memoryview]]:
     """Returns the id and the bytes of each field of a record; UserError if it is none."""
     try:
       raw = tfrecord.decode_example(payload)
@@ -239,6 +254,7 @@ def loader(
     fields=fields,
     layouts=layouts,
     tables=tables,
+    dtypes=_dtypes(fields, layouts, tables, mirror),
     seed=seed or 0,
     first=host * rows,
     last=(host + 1) * rows,
@@ -281,6 +297,27 @@ def _whose(path: str, place: int) -> str:
 def is_mirrored(seed: int, epoch: int, clip: str) -> bool:
   """Returns whether a clip is mirrored in an epoch: a fair coin of (seed, epoch, clip)."""
   return bool(hashlib.blake2b(f"{seed}/{epoch}/{clip}".encode(), digest_size=1).digest()[0] & 1)
+
+
+def _dtypes(
+  fields: Mapping[str, str],
+  layouts: Mapping[str, Mapping[str, tfrecord.Tensor]],
+  tables: Mapping[str, captions.Table],
+  mirror: bool,
+) -> dict[str, str]:
+  """Returns the dtype of each field of a batch: 16 bits if it is stored so in every folder."""
+  dtypes = {}
+  for wanted, name in fields.items():
+    field = wanted.removesuffix("_mirror")
+    twins = {wanted, *((field, MIRRORED.get(field, field)) if mirror else ())}
+    found = {
+      have[twin].dtype if twin in have else tables[folder].tensor.dtype
+      for folder, have in layouts.items()
+      for twin in twins
+    }
+    narrow = len(found) == 1 and np.dtype(next(iter(found))).itemsize == 2
+    dtypes[name] = found.pop() if narrow else "float32"
+  return dtypes
 
 
 def _check_layouts(

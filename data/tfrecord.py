@@ -14,7 +14,7 @@ import math
 import os
 import pathlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -51,7 +51,7 @@ class Tensor(NamedTuple):
   shape: tuple[int, ...] = ()
 
 
-def masked_crc(data: bytes) -> bytes:
+def masked_crc(data: bytes | np.ndarray) -> bytes:
   """Returns the four bytes of the checksum that TFRecord stores."""
   crc = google_crc32c.value(data)
   return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
@@ -114,6 +114,10 @@ class TFRecordSource:
 
   Files are opened lazily in each process; threads may share a source. Both checksums of a record
   are verified whenever it is read.
+
+  Attributes:
+    paths: the shards.
+    longest: bytes of the longest record, checksums included.
   """
 
   def __init__(self, paths: Sequence[str | pathlib.Path]):
@@ -128,6 +132,8 @@ class TFRecordSource:
     self.paths = [str(path) for path in paths]
     self._indices = [read_index(path) for path in self.paths]
     self._starts = np.cumsum([0, *(len(index_r2) for index_r2 in self._indices)])
+    lengths = [int(index_r2[:, 1].max()) for index_r2 in self._indices if len(index_r2)]
+    self.longest = HEADER + max(lengths, default=0) + FOOTER
 
   def __len__(self) -> int:
     return int(self._starts[-1])
@@ -161,23 +167,46 @@ class TFRecordSource:
       CorruptRecordError: a checksum does not match.
       UserError: the index is that of another shard.
     """
-    shard, record = self._locate(int(index))
-    path = self.paths[shard]
-    offset, length = self._indices[shard][record].tolist()
-    file = self._open(path)  # Held, so that it stays open.
+    place, file, offset, length = self._find(index)
     descriptor = file.fileno()
     header = os.pread(descriptor, HEADER, offset)
     payload = os.pread(descriptor, length, offset + HEADER)  # Apart: a slice would copy it.
     footer = os.pread(descriptor, FOOTER, offset + HEADER + length)
-    if len(header) + len(payload) + len(footer) != HEADER + length + FOOTER:
-      raise CorruptRecordError(path, record, "the file ends inside it")
-    if masked_crc(header[:8]) != header[8:]:
-      raise CorruptRecordError(path, record, "checksum of the length")
-    if struct.unpack("<Q", header[:8])[0] != length:
-      raise UserError(f"{path}: {path}.index belongs to another shard; delete the index")
-    if masked_crc(payload) != footer:
-      raise CorruptRecordError(path, record, "checksum of the payload")
+    _verify(*place, length, header, payload, footer)
     return payload
+
+  def read(self, index: int, room: np.ndarray) -> memoryview:
+    """Returns the payload of a record as part of `room`, uint8 [`longest`]; raises as `[]`.
+
+    Memory that is used again and again stays in the processor's cache.
+    """
+    place, file, offset, length = self._find(index)
+    got = os.preadv(file.fileno(), [room[: HEADER + length + FOOTER].data], offset)
+    header, payload, footer = room[:HEADER], room[HEADER : HEADER + length], room[HEADER + length :]
+    kept = min(max(got - HEADER - length, 0), FOOTER)
+    _verify(*place, length, header.tobytes()[:got], payload, footer[:kept].tobytes())
+    return payload.data
+
+  def _find(self, index: int) -> tuple[tuple[str, int], Any, int, int]:
+    """Returns where a record is: shard and position there, its file, offset, length."""
+    shard, record = self._locate(int(index))
+    path = self.paths[shard]
+    offset, length = self._indices[shard][record].tolist()
+    return (path, record), self._open(path), offset, length  # A file that is held stays open.
+
+
+def _verify(
+  path: str, record: int, length: int, header: bytes, payload: bytes | np.ndarray, footer: bytes
+) -> None:
+  """Raises CorruptRecordError or UserError if what was read is no record of that length."""
+  if len(header) + len(payload) + len(footer) != HEADER + length + FOOTER:
+    raise CorruptRecordError(path, record, "the file ends inside it")
+  if masked_crc(header[:8]) != header[8:]:
+    raise CorruptRecordError(path, record, "checksum of the length")
+  if struct.unpack("<Q", header[:8])[0] != length:
+    raise UserError(f"{path}: {path}.index belongs to another shard; delete the index")
+  if masked_crc(payload) != footer:
+    raise CorruptRecordError(path, record, "checksum of the payload")
 
 
 def encode_example(fields: Mapping[str, np.ndarray | str]) -> bytes:
@@ -190,25 +219,25 @@ def encode_example(fields: Mapping[str, np.ndarray | str]) -> bytes:
   return _delimited(1, b"".join(entries))
 
 
-def decode_example(payload: bytes) -> dict[str, memoryview]:
+def decode_example(payload: bytes | memoryview) -> dict[str, memoryview]:
   """Returns the bytes of each feature of a serialised `tf.train.Example`, without copying them.
 
   Raises:
     ValueError: not an Example, or a feature is not a `bytes_list` of one value.
   """
-  fields = {}
-  for features in _fields(memoryview(payload), 1):
-    for entry in _fields(features, 1):
-      name = b"".join(_fields(entry, 1)).decode()
+  message, fields = memoryview(payload), {}
+  for features in _spans(message, 0, len(message), 1):
+    for entry in _spans(message, *features, 1):
+      name = b"".join(message[slice(*span)] for span in _spans(message, *entry, 1)).decode()
       values = [
         value
-        for feature in _fields(entry, 2)
-        for bytes_list in _fields(feature, 1)
-        for value in _fields(bytes_list, 1)
+        for feature in _spans(message, *entry, 2)
+        for bytes_list in _spans(message, *feature, 1)
+        for value in _spans(message, *bytes_list, 1)
       ]
       if len(values) != 1:
         raise ValueError(f"feature {name!r} is not a bytes_list of one value")
-      fields[name] = values[0]
+      fields[name] = message[slice(*values[0])]
   return fields
 
 
@@ -224,13 +253,6 @@ def value_of(raw: memoryview, tensor: Tensor) -> np.ndarray | str:
   if len(raw) != math.prod(tensor.shape) * dtype.itemsize:
     raise ValueError(f"{len(raw)} bytes, but features.json says {tensor.dtype} {tensor.shape}")
   return np.frombuffer(raw, dtype).reshape(tensor.shape)
-
-
-def as_float32(value: np.ndarray) -> np.ndarray:
-  """Returns a stored tensor in float32; int16 sound becomes -1..1."""
-  if value.dtype == np.int16:
-    return value * np.float32(1 / 32768)
-  return value.astype(np.float32, copy=False)
 
 
 def tensor_of(value: np.ndarray | str) -> Tensor:
@@ -304,24 +326,27 @@ def _delimited(field: int, payload: bytes) -> bytes:
   return b"".join([_varint(field << 3 | 2), _varint(len(payload)), payload])
 
 
-def _fields(message: memoryview, wanted: int) -> Iterator[memoryview]:
-  """Yields the length-delimited fields of one number; other numbers are passed over."""
-  position = 0
-  while position < len(message):
-    tag, position = _read_varint(message, position)
+def _spans(message: memoryview, start: int, end: int, wanted: int) -> list[tuple[int, int]]:
+  """Returns where the length-delimited fields of one number are; other numbers are passed over."""
+  spans = []
+  while start < end:
+    tag, start = _read_varint(message, start, end)
     if tag & 7 != 2:
       raise ValueError("not a tf.train.Example: a field is not length-delimited")
-    length, position = _read_varint(message, position)
-    if position + length > len(message):
+    length, start = _read_varint(message, start, end)
+    if start + length > end:
       raise ValueError("not a tf.train.Example: a field runs past the end")
     if tag >> 3 == wanted:
-      yield message[position : position + length]
-    position += length
+      spans.append((start, start + length))
+    start += length
+  return spans
 
 
-def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
+def _read_varint(message: memoryview, position: int, end: int) -> tuple[int, int]:
+  if position < end and (number := message[position]) < 0x80:  # Most are.
+    return number, position + 1
   number = shift = 0
-  while position < len(message):
+  while position < end:
     byte = message[position]
     number |= (byte & 0x7F) << shift
     position, shift = position + 1, shift + 7

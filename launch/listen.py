@@ -48,7 +48,7 @@ class Listener:
     clips = min(self.settings["clips"], len(batch["id_b"]))
     if not clips:
       return
-    rows = {name: batch[name][:clips] for name in (*COND, "mean_betc", "id_b")}
+    rows = schema.widen({name: batch[name][:clips] for name in (*COND, "mean_betc", "id_b")})
     z_betc = jax.device_get(self._sample(params, stats, rows))
     truth_betc = rows["mean_betc"]
     for i in range(clips):

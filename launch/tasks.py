@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from data import captions, pipeline, shards, tfrecord
+from data import captions, pipeline, shards
 from launch import flops
 from launch.evaluation import Evaluation as Evaluation
 from launch.evaluation import gather as gather
@@ -36,13 +36,15 @@ class Task(NamedTuple):
   Attributes:
     init: from a key to boxed parameters.
     stats: running statistics to start from.
-    loss: (params, stats, batch, key) -> (value, (metrics, new stats)).
+    loss: (params, stats, batch, key) -> (value, (metrics, new stats)); widens the batch, which
+      has the dtypes of the records.
     values: parameters of a new run that come from data or from another model.
     batches: from the index of a batch to the iterator that begins there.
     evaluate: hook of the loop, or None.
     flops: () -> floating point operations of one clip's loss and gradient, or None if unknown.
     export: writes the model folder of a state.
-    row: () -> a batch of one clip of noise, for its names, shapes and dtypes.
+    row: () -> a batch of one clip of noise, for its names, shapes and dtypes (those of
+      `schema.narrow`).
     tokens: of one clip in the joint blocks of a transformer; None for another model.
   """
 
@@ -122,7 +124,6 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   net = flow_net.build(dataclasses.replace(sizes, unroll=unroll), sharding.constrainer(mesh, rules))
   objective = checked(flow.LossConfig, "loss", config["loss"])
   encoders = checked(features.Config, "features", config["features"])
-  loss = functools.partial(flow.loss, net=net, config=objective)
   shapes = schema.feature_shapes(
     config["seconds"],
     audio,
@@ -134,6 +135,10 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   )
   folder = start_of(config["vae"], "vae")
   source = Source(config, mesh, rules, "features", shapes)
+
+  def loss(params, stats, batch, key, train=True):
+    wide = schema.widen(batch)
+    return flow.loss(params, stats, wide, key, net=net, config=objective, train=train)
 
   def values():
     if config["init_from"]:
@@ -193,7 +198,7 @@ def null_text(path: str, encoders: features.Config) -> np.ndarray:
   if path == SYNTHETIC or encoders.encoder == "random":
     return features.encode_text(captions.NONE, encoders)
   table = captions.Table(shards.paths(path)[0].parent)
-  return tfrecord.as_float32(table[captions.NONE])
+  return schema.as_float32(table[captions.NONE])
 
 
 def flow_flops(
@@ -222,14 +227,14 @@ def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   source = Source(config, mesh, rules, "audio", {"audio": (2, samples)})
 
   def loss(params, stats, batch, key):
-    value, metrics = net.loss(params, batch, key)
+    value, metrics = net.loss(params, schema.widen(batch), key)
     return value, (metrics, stats)
 
   def values():
     if config["init_from"]:
       return start_of(config["init_from"], "vae").params["vae"]
     sound = itertools.islice(source.whole(), config["data"]["statistics"])
-    mean_m, std_m = codec.statistics((batch["audio_bep"] for batch in sound), audio)
+    mean_m, std_m = codec.statistics((schema.widen(batch)["audio_bep"] for batch in sound), audio)
     return {"frozen": {"data_mean": mean_m, "data_std": std_m}}
 
   def export(path, state):
@@ -322,7 +327,7 @@ class Source:
       else:
         noise = np.random.default_rng(seed).standard_normal((size, *self.shapes["audio"]))
         batch = {"audio_bep": 0.1 * noise.astype(np.float32), "weight_b": np.ones(size, np.float32)}
-      yield {name: array[first:last] for name, array in batch.items()}
+      yield {name: array[first:last] for name, array in schema.narrow(batch).items()}
 
 
 def write(path: pathlib.Path, *content: Any) -> None:

@@ -1,5 +1,8 @@
 """The contract of a batch: names, axes, rates, and lengths from seconds. Imports nothing of ours.
 
+On its way to the devices a batch keeps the 16 bits in which records hold most of it; `widen` is
+the first thing that happens there.
+
 Axes: b clip, e ear (0 left, 1 right), t latent frame, c latent channel, v video frame at 8 fps,
 s synchronisation token, w text token, f feature, k spatial descriptor, p audio sample.
 """
@@ -11,6 +14,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (makes numpy know "bfloat16")
 import numpy as np
 
 CLIP_FPS = 8  # Frames per second of the semantic features and of the spatial descriptors.
@@ -152,13 +156,51 @@ MIRROR_AXES = {
   "spatial_mirror": "spatial_mirror_bvk",
 }
 _NAMES = AXES | MIRROR_AXES
+# Records hold these in 16 bits, unless encoded otherwise; the other fields need all of 32.
+NARROW = {
+  "std_betc": "bfloat16",
+  "clip_bvf": "bfloat16",
+  "sync_bsf": "bfloat16",
+  "text_bwf": "bfloat16",
+  "clip_mirror_bvf": "bfloat16",
+  "sync_mirror_bsf": "bfloat16",
+  "audio_bep": "int16",
+}
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
+def as_float32(x: Any) -> Any:
+  """Returns a stored array, of numpy or JAX, in float32; int16 sound becomes -1..1."""
+  if x.dtype == np.int16:
+    return x * np.float32(1 / 32768)
+  return x if x.dtype == np.float32 else x.astype(np.float32)
+
+
+def widen(batch: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a batch as networks and losses take it: what has 16 bits becomes float32, exactly.
+
+  Works on arrays of numpy and of JAX: half the bytes go to the device if it is called there.
+  """
+  return {name: as_float32(x) if x.dtype.itemsize == 2 else x for name, x in batch.items()}
+
+
+def narrow(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns a batch of numpy in float32 rounded to the types that records hold (`NARROW`)."""
+
+  def one(name, x):
+    if NARROW.get(name) == "int16":
+      x = np.clip(np.rint(x * 32768), -32768, 32767)
+    return x.astype(NARROW.get(name, x.dtype))
+
+  return {name: one(name, x) for name, x in batch.items()}
 
 
 def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
   """Raises ValueError naming the field if a batch breaks the contract.
 
   Args:
-    batch: `id_b` (uint32), `weight_b` (float32, 0 marks padding) and the fields of `shapes`.
+    batch: `id_b` (uint32), `weight_b` (float32, 0 marks padding) and the fields of `shapes`, in
+      float32 or in 16 bits.
     shapes: from `feature_shapes`.
   """
   wanted = {"id_b": (), "weight_b": ()} | {_NAMES[field]: shapes[field] for field in shapes}
@@ -170,12 +212,15 @@ def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
       raise ValueError(f"field {name} has shape {batch[name].shape}, expected {(rows, *shape)}")
   if np.dtype(batch["id_b"].dtype) != np.uint32:
     raise ValueError(f"field id_b has dtype {batch['id_b'].dtype}, expected uint32")
+  for name in wanted.keys() - {"id_b"}:
+    if (dtype := str(batch[name].dtype)) not in _FLOATS:
+      raise ValueError(f"field {name} has dtype {dtype}, expected one of {', '.join(_FLOATS)}")
 
 
 def synthetic_batch(
   shapes: Mapping[str, tuple[int, ...]], rows: int, *, seed: int
 ) -> dict[str, np.ndarray]:
-  """Returns a batch of noise that keeps the contract, for tests, estimates and smoke runs."""
+  """Returns a batch of noise in float32, for tests, estimates and smoke runs."""
   rng = np.random.default_rng(seed)
   batch: dict[str, np.ndarray] = {
     _NAMES[field]: rng.standard_normal((rows, *shape), np.float32)

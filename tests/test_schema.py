@@ -1,12 +1,14 @@
 import dataclasses
 from fractions import Fraction
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from spatialv2a_jax import schema
 
-SIZES = dict(clip_dim=6, sync_dim=5, text_len=4, text_dim=3)
+SIZES: dict[str, Any] = dict(clip_dim=6, sync_dim=5, text_len=4, text_dim=3)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,39 @@ def test_synthetic_batches_keep_the_contract_and_repeat():
     np.testing.assert_array_equal(batch[name], again[name])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("library", [np, jnp])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int16"])
+def test_what_has_16_bits_is_widened_exactly(library, dtype):
+  every = np.arange(2**16, dtype=np.uint16).view(dtype)
+  other = {"id_b": np.arange(3, dtype=np.uint32), "image_byxc": np.arange(3, dtype=np.uint8)}
+  batch = {"x_b": every, "y_b": np.arange(3, dtype=np.float32), **other}
+  wide = schema.widen({name: library.asarray(x) for name, x in batch.items()})
+  assert wide["x_b"].dtype == np.float32
+  share = 32768 if dtype == "int16" else 1  # Sound is in -1..1.
+  exact = every.astype(np.float64) / share
+  np.testing.assert_array_equal(np.asarray(wide["x_b"]).astype(np.float64), exact)
+  for name in batch.keys() - {"x_b"}:
+    assert wide[name].dtype == batch[name].dtype
+    np.testing.assert_array_equal(wide[name], batch[name])
+
+
+def test_a_narrow_batch_is_what_records_hold():
+  batch, shapes = batch_and_shapes()
+  batch["audio_bep"] = np.array([0.0, 0.5, -1.0, 1.0, 1e-5, -2.0], np.float32)
+  narrow = schema.narrow(batch)
+  schema.check_batch(narrow, shapes)
+  assert {name for name, x in narrow.items() if x.dtype == "bfloat16"} == {
+    "std_betc", "clip_bvf", "sync_bsf", "text_bwf"
+  }  # fmt: skip
+  wide = schema.widen(narrow)
+  assert wide["audio_bep"].tolist() == [0.0, 0.5, -1.0, 32767 / 32768, 0.0, -1.0]
+  for name in shapes:
+    name = schema.AXES[name]
+    np.testing.assert_allclose(wide[name], batch[name], rtol=2**-8)
+    np.testing.assert_array_equal(schema.narrow(wide)[name], narrow[name])
+
+
 @pytest.mark.parametrize(
   "change, message",
   [
@@ -87,6 +122,7 @@ def test_synthetic_batches_keep_the_contract_and_repeat():
     ({"id_b": np.zeros(3, np.int64)}, "id_b has dtype int64, expected uint32"),
     ({"id_b": None}, "id_b is missing"),
     ({"weight_b": None}, "weight_b is missing"),
+    ({"clip_bvf": np.zeros((3, 8, 6))}, "clip_bvf has dtype float64, expected one of float32, b"),
     ({"weight_b": np.ones(2, np.float32)}, r"weight_b has shape \(2,\), expected \(3,\)"),
     ({"text_bwf": np.zeros((3, 4, 7), np.float32)}, r"text_bwf has shape .*\(3, 4, 3\)"),
     ({"mean_betc": np.zeros((2, 2, 32, 20), np.float32)}, "mean_betc has shape"),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import ml_dtypes  # noqa: F401  (makes numpy know "bfloat16")
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -80,6 +81,9 @@ class Faults:
     rows = path.with_name(f"{path.stem}-rows-{jax.process_index()}.npz")
     with atomic_path(rows) as temporary:
       arrays: dict[str, Any] = {name: np.asarray(x) for name, x in local.items()}
+      for name, x in arrays.items():
+        if x.dtype == "bfloat16":  # In numpy's files it would be bytes without a meaning.
+          arrays[name] = x.astype(np.float32)
       np.savez(temporary, **arrays)
     raise UserError(
       f"{text} and {rows.name}; that makes {burst} of at most {self.cap} (guard.cap); "

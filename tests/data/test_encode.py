@@ -12,6 +12,7 @@ import soundfile
 from data import captions, layout, pipeline, shards, tfrecord
 from data import encode as stage
 from data import media as sources
+from spatialv2a_jax import schema
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
 RATE, SAMPLES = 16_000, 8_000
@@ -111,6 +112,12 @@ def test_from_media_to_batches(media, tmp_path, storage, audio):
     shapes={"audio": (2, SAMPLES)},
   )
   np.testing.assert_array_equal(batch["id_b"], heard["id_b"])
+  assert batch["clip_bvf"].dtype == storage and heard["audio_bep"].dtype == audio
+  if (storage, audio) == ("bfloat16", "int16"):  # The defaults, which `schema.narrow` knows.
+    for stored in (batch, heard):
+      known = schema.narrow(schema.widen(stored))
+      assert {name: x.dtype for name, x in known.items()} == {n: x.dtype for n, x in stored.items()}
+  batch, heard = schema.widen(batch), schema.widen(heard)
   assert sorted(batch["clip_bvf"][:, 0, 0]) == [0, 1, 2, 3, 4, 5]
   for row, n in enumerate(batch["clip_bvf"][:, 0, 0].tolist()):
     np.testing.assert_array_equal(heard["audio_bep"][row], sound(n))
@@ -135,7 +142,7 @@ def test_sound_beyond_full_scale_clips_in_16_bits(media, tmp_path):
   batches = pipeline.loader(
     shards.paths(tmp_path / "clips"), batch_size=7, seed=0, epochs=1, kind="audio"
   )
-  audio_bep = next(batches)["audio_bep"]
+  audio_bep = schema.widen(next(batches))["audio_bep"]
   assert audio_bep.max() == np.float32(32767 / 32768) and audio_bep.min() == -1
 
 
@@ -160,7 +167,9 @@ def test_sound_a_little_short_ends_in_zeros(media, tmp_path):
   batches = pipeline.loader(
     shards.paths(tmp_path / "clips"), batch_size=7, seed=0, epochs=1, kind="audio"
   )
-  (row,) = [audio_ep for audio_ep in next(batches)["audio_bep"] if audio_ep[0, 0] == 6 / 64]
+  (row,) = [
+    audio_ep for audio_ep in schema.widen(next(batches))["audio_bep"] if audio_ep[0, 0] == 6 / 64
+  ]
   assert np.all(row[:, :-9] == sound(6, SAMPLES - 9)) and np.all(row[:, -9:] == 0)
 
 
@@ -183,7 +192,7 @@ def test_sound_within_the_video(tmp_path):
   batches = pipeline.loader(
     shards.paths(tmp_path / "clips"), batch_size=1, seed=0, epochs=1, kind="audio"
   )
-  np.testing.assert_allclose(next(batches)["audio_bep"][0], sound(3), atol=2e-5)
+  np.testing.assert_allclose(schema.widen(next(batches))["audio_bep"][0], sound(3), atol=2e-5)
 
 
 def test_a_text_is_encoded_once_however_many_clips_have_it(media, tmp_path):

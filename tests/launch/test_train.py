@@ -242,6 +242,19 @@ def test_a_stop_is_heeded_while_the_evaluation_is_compiled(monkeypatch):
   assert time.monotonic() - began < 3
 
 
+@pytest.mark.parametrize("name, count", [("tiny", 4), ("vae_tiny", 1)])
+def test_a_loss_takes_a_batch_as_records_hold_it(name, count):
+  config = config_of(name, "smoke", **{"data.path": "synthetic", "data.batch_size": 2})
+  task = tasks.build(config, one_device(), sharding.Rules())
+  batch = next(task.batches(0))
+  row = task.row()
+  assert {k: x.dtype for k, x in batch.items()} == {k: x.dtype for k, x in row.items()}
+  assert sum(x.dtype.itemsize == 2 for x in batch.values()) == count
+  params = sharding.unboxed(task.init(jax.random.key(0)))
+  loss = jax.jit(lambda batch: task.loss(params, task.stats, batch, jax.random.key(1))[0])
+  np.testing.assert_allclose(loss(batch), loss(schema.widen(batch)), rtol=1e-6)
+
+
 def test_latent_statistics_are_those_of_samples_of_the_posterior():
   rng = np.random.default_rng(0)
   mean = 2 + 3 * rng.standard_normal((400, 2, 25, 3))

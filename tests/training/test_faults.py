@@ -11,7 +11,7 @@ import pytest
 from launch import local, train
 from spatialv2a_jax import logbook
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.training import checkpoint
+from spatialv2a_jax.training import checkpoint, faults
 from tests import loader_shards, processes, runner
 
 
@@ -63,6 +63,18 @@ def test_too_many_bad_updates_stop_the_run_with_all_it_takes_to_replay_them(tmp_
   # A run that goes on does these steps again.
   runner.main(runner.Options(str(tmp_path), steps=9, guard=rules))
   assert sorted(p.name for p in path.parent.glob("*8.json*")) == ["step-00000008.json.old"]
+
+
+def test_rows_of_a_dump_are_numbers_that_numpy_reads(tmp_path):
+  """It would take arrays in bfloat16 for bytes without meaning."""
+  found = faults.Faults(tmp_path, 0, lambda: None, print)
+  rows = {"x_b": np.array([1.5, -2.0], "bfloat16"), "id_b": np.array([3, 4], np.uint32)}
+  metrics = {"loss": np.nan, "grad_norm": 1.0, "good": 0.0}
+  with pytest.raises(UserError, match="step-00000007-rows-0.npz"):
+    found.check(7, metrics | {"skipped": 1.0, "burst": 1.0, "sigmas": 0.0}, rows, rows)  # pyright: ignore
+  saved = np.load(tmp_path / "faults" / "step-00000007-rows-0.npz")
+  assert saved["x_b"].dtype == np.float32 and saved["x_b"].tolist() == [1.5, -2.0]
+  assert saved["id_b"].tolist() == [3, 4]
 
 
 def test_a_spike_is_left_out_told_and_counted_and_the_run_goes_on(tmp_path, capsys):
