@@ -28,7 +28,7 @@ def _flops(_: pathlib.Path) -> None:
     config: dict[str, Any] = module.get_config().to_dict()
     config["data"] |= {"path": tasks.SYNTHETIC, "eval": "", "batch_size": 2}
     # Nothing computed twice, no loop: every product of the model stands in the text once.
-    config["model"] |= {"remat": "", "unroll": True}
+    config["model"] |= {"remat": "", "unroll": True, "dtype": "float32", "activations": "float32"}
     config["accumulate"] = 1
     program = estimate.program(config, jax.devices()[:1])
     counted = 2 * (program.flops_per_clip() or 0)

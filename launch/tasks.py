@@ -206,9 +206,11 @@ def flow_flops(
 ) -> float:
   """Returns the FLOPs of one clip's loss and gradient: three times those of the forward pass.
 
-  Matrix products alone, as is usual; what the backward pass recomputes is no work of the model.
+  Matrix products alone, as is usual; what the backward pass recomputes is no work of the model,
+  nor are products that only stand in for other operations, as some do in bfloat16.
   """
-  net = flow_net.build(dataclasses.replace(sizes, unroll=False, remat=False))
+  plain = {"dtype": "float32", "activations": "float32", "attention": "xla", "gemm": False}
+  net = flow_net.build(dataclasses.replace(sizes, unroll=False, remat=False, **plain))
   loss = functools.partial(flow.loss, net=net, config=objective)
   params = sharding.unboxed(jax.eval_shape(net.init, jax.random.key(0)))
   batch = schema.synthetic_batch(shapes, 1, seed=0)
