@@ -221,9 +221,7 @@ class JointBlock(nn.Module):
     def pin(x, ear):
       return self.constrain(x, "act_batch", ear, "act_time", "act_width")
 
-    x_ears = [
-      after(audio, x, out, audio_mods) for x, out in zip(x_ears, outs, strict=True)
-    ]
+    x_ears = [after(audio, x, out, audio_mods) for x, out in zip(x_ears, outs, strict=True)]
     if not self.last:
       first, *rest = context_outs
       mean_b1nhk = sum(rest, first) / self.ears
