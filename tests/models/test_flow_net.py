@@ -235,45 +235,6 @@ def test_cross_mass_enters_the_softmax_linearly():
   assert np.isfinite(jax.grad(lambda m: blocks.merge_ears(*loud, m).sum())(zero)).all()
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("limit, loud", [(20.0, 1.0), (80.0, 3.0)])
-def test_both_ears_at_once_attend_as_one_after_the_other(last, limit, loud):
-  def tokens(seed, count):  # Numbers that bfloat16 has.
-    parts = (loud * normal(seed + i, 2, 1, count, 3, 16) for i in range(3))
-    return tuple(x.astype(jnp.bfloat16).astype(jnp.float32) for x in parts)
-
-  ears, context = [tokens(0, 7), tokens(10, 7)], tokens(30, 4)
-  wanted = [normal(40 + i, 2, 1, 7, 3, 16) for i in range(2)]
-  mass_h = jnp.asarray([-0.5, 0.0, 0.7])
-
-  def apart(ears, context, mass_h):
-    for own, other in (ears, ears[::-1]):
-      q, k, v = (jnp.concatenate(part, axis=2)[:, 0] for part in zip(own, context, strict=True))
-      q = own[0][:, 0] if last else q
-      sets = *attention.attend(q, k, v), *attention.attend(q, other[1][:, 0], other[2][:, 0])
-      yield blocks.merge_ears(*(x[:, None] for x in sets), mass_h)
-
-  def at_once(ears, context, mass_h):
-    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (ears, context))
-    outs = blocks.attend_at_once(*low, mass_h, jnp.asarray(limit), last=last)
-    pairs = zip(*(part for part in outs if part), strict=True)
-    return [jnp.concatenate(parts, axis=2).astype(jnp.float32) for parts in pairs]
-
-  def total(function, *args):
-    outs = list(function(*args))
-    rest = [jnp.sin(out[:, :, 7:]).sum() for out in outs]
-    return sum((out[:, :, :7] * w).sum() for out, w in zip(outs, wanted, strict=True)) + sum(rest)
-
-  args = ears, context, mass_h
-  for ours, theirs in zip(at_once(*args), apart(*args), strict=True):
-    np.testing.assert_allclose(ours, theirs, atol=0.02 * loud**2)
-  ours, theirs = (
-    jax.grad(functools.partial(total, f), argnums=(0, 1, 2))(*args) for f in (at_once, apart)
-  )
-  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-    np.testing.assert_allclose(a, b, atol=0.03 * float(abs(b).max()))
-
-
 @pytest.mark.slow
 def test_scanning_blocks_and_batching_ears_changes_nothing():
   depth = {"joint_depth": 3, "ear_depth": 2}
