@@ -1,4 +1,6 @@
 """Attention of both ears at once, as accelerators do it, against one ear after the other."""
+# The ears and what they attend to come in tuples of one length.
+# pyright: reportCallIssue=false
 
 import functools
 
