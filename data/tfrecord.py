@@ -25,6 +25,7 @@ from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
 
 HEADER, FOOTER = 12, 4
+MAX_FRAMINGS = 1024  # Ids and captions of other lengths make other ones.
 MAX_OPEN_FILES = 128  # Of 1024 that a process usually may open, for a thousand shards.
 
 
@@ -225,7 +226,19 @@ def decode_example(payload: bytes | memoryview) -> dict[str, memoryview]:
   Raises:
     ValueError: not an Example, or a feature is not a `bytes_list` of one value.
   """
-  message, fields = memoryview(payload), {}
+  message = memoryview(payload)
+  known = _framings.get(len(message))
+  if known is None or not all(message[a:b] == framing for a, b, framing in known.framing):
+    known = _Framing.of(message)
+    if len(_framings) >= MAX_FRAMINGS:
+      _framings.clear()
+    _framings[len(message)] = known
+  return {name: message[a:b] for name, (a, b) in known.spans.items()}
+
+
+def _parse(message: memoryview) -> dict[str, tuple[int, int]]:
+  """Returns where the value of each feature of an Example is."""
+  fields = {}
   for features in _spans(message, 0, len(message), 1):
     for entry in _spans(message, *features, 1):
       name = b"".join(message[slice(*span)] for span in _spans(message, *entry, 1)).decode()
@@ -237,8 +250,29 @@ def decode_example(payload: bytes | memoryview) -> dict[str, memoryview]:
       ]
       if len(values) != 1:
         raise ValueError(f"feature {name!r} is not a bytes_list of one value")
-      fields[name] = message[slice(*values[0])]
+      fields[name] = values[0]
   return fields
+
+
+class _Framing(NamedTuple):
+  """What an Example is besides its values: the same in most records of a data set.
+
+  Where the values are follows from these bytes alone, so that records which agree in them need not
+  be parsed again.
+  """
+
+  spans: dict[str, tuple[int, int]]
+  framing: list[tuple[int, int, bytes]]
+
+  @classmethod
+  def of(cls, message: memoryview) -> "_Framing":
+    spans = _parse(message)
+    ends = [0, *(edge for span in sorted(spans.values()) for edge in span), len(message)]
+    gaps = zip(ends[::2], ends[1::2], strict=True)
+    return cls(spans, [(a, b, bytes(message[a:b])) for a, b in gaps])
+
+
+_framings: dict[int, _Framing] = {}  # By the length of the record.
 
 
 def value_of(raw: memoryview, tensor: Tensor) -> np.ndarray | str:

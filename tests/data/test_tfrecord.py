@@ -217,3 +217,33 @@ def test_failed_write_leaves_nothing(tmp_path):
   with pytest.raises(RuntimeError):
     tfrecord.write(tmp_path / "x", payloads())
   assert not list(tmp_path.iterdir())
+
+
+@given(
+  lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=2, max_size=8)
+)
+def test_records_of_one_length_are_told_apart(lengths):
+  """Wherever the bytes of a record that was decoded before had been."""
+  for a, b in lengths:
+    fields = {"a": "x" * a, "b": "y" * b, "c": "z" * (600 - a - b)}
+    for names in (("a", "b", "c"), ("c", "a", "b")):
+      renamed = dict(zip(names, fields.values(), strict=True))
+      decoded = tfrecord.decode_example(tfrecord.encode_example(renamed))
+      assert {name: bytes(raw).decode() for name, raw in decoded.items()} == renamed
+
+
+def test_a_broken_record_is_not_taken_for_one_of_its_length():
+  whole = tfrecord.encode_example({"a": "x" * 9, "b": "y" * 200})
+  tfrecord.decode_example(whole)
+  values = set()
+  for raw in tfrecord.decode_example(whole).values():
+    start = whole.index(bytes(raw))
+    values |= set(range(start, start + len(raw)))
+  for place in set(range(len(whole))) - values:
+    broken = bytearray(whole)
+    broken[place] ^= 0x40
+    try:
+      found = tfrecord.decode_example(bytes(broken))
+    except ValueError:
+      continue
+    assert found != tfrecord.decode_example(whole)
