@@ -3,6 +3,7 @@
 Axes: as in `launch.tasks`.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
@@ -51,12 +52,16 @@ class Evaluation:
       weight += clips
       if leave.poll():
         return None
-    if self.listener is not None and first is not None:
+    listen = self.listener
+    if listen is not None and first is not None:
       params, stats = state.ema, state.stats
       if jax.process_count() > 1:  # All of them gather, one listens.
         params, stats = gather(params), gather(stats)
       if jax.process_index() == 0:
-        self.listener(params, stats, first, step, book)
+        with contextlib.suppress(waiting.GivenUpError):
+          waiting.run(lambda: listen(params, stats, first, step, book), leave.due)
+      if leave.poll():
+        return None
     return {f"eval/{name}": value / max(weight, 1.0) for name, value in total.items()}
 
   def _compile(self, state, batch, leave) -> Callable[..., Any]:

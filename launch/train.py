@@ -221,6 +221,7 @@ def leave(code: int) -> None:
 
 def run_process(work: Callable[[], int]) -> None:
   """Ends the process with the code that `work` returns; a traceback gives 1."""
+  preemption.leave_at_once()
   try:
     code = work()
   except preemption.Interrupted as stop:

@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+_found = 0
+
 
 def folder() -> pathlib.Path:
   """Returns JAX_COMPILATION_CACHE_DIR, or the project's folder in the user's cache."""
@@ -15,3 +17,14 @@ def keep() -> None:
   import jax
 
   jax.config.update("jax_compilation_cache_dir", str(folder()))
+  jax.monitoring.register_event_listener(_count)
+
+
+def found() -> int:
+  """Returns how many programs were read from disk since `keep`, instead of being compiled."""
+  return _found
+
+
+def _count(event: str, **_: object) -> None:
+  global _found
+  _found += event == "/jax/compilation_cache/cache_hits"

@@ -20,6 +20,8 @@ from spatialv2a_jax.model_folder import Path
 from spatialv2a_jax.training import cluster
 from spatialv2a_jax.training.optim import names
 
+_DAMAGED = "damaged-"  # Begins the name of a checkpoint that was set aside, before its step.
+
 
 class Checkpoints:
   """The checkpoints of one run: saved in the background, complete or invisible."""
@@ -118,7 +120,8 @@ class Checkpoints:
     """Returns (state, run) of the newest readable checkpoint, or None if there is none.
 
     A checkpoint whose files are damaged is set aside (renamed, never deleted) if one before it
-    can be used; `warn` is told.
+    can be used; `warn` is told. Several processes could disagree on what is readable: the first
+    that meets with it sets it aside, and all of them must start again.
 
     Args:
       abstract: shapes with shardings, of this run's mesh and not of the one that saved.
@@ -126,7 +129,8 @@ class Checkpoints:
       warn: called with one line per checkpoint set aside.
 
     Raises:
-      UserError: if the checkpoint holds another model, or none can be read.
+      UserError: if the checkpoint holds another model, or none can be read; with exit code 43 if
+        one was set aside for several processes.
     """
     damaged: dict[int, str] = {}
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
@@ -143,12 +147,11 @@ class Checkpoints:
       except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
         damaged[step] = _first_line(error)
         if jax.process_count() > 1:
-          break  # Processes could disagree on what is readable.
+          self._set_aside_for_all(step, damaged[step])
+          break
         continue
       for bad, reason in damaged.items():
-        aside = self.folder.parent / f"damaged-{bad}-{int(time.time())}"
-        (self.folder / str(bad)).rename(aside)
-        warn(f"checkpoint {bad} is damaged, set aside as {aside}: {reason}")
+        warn(self._set_aside(bad, reason))
       if damaged:
         self._manager.reload()
       self._good = (step, float(run["time"]))
@@ -159,6 +162,32 @@ class Checkpoints:
       then = "" if before is None else f"; move it away, and the run goes on from step {before}"
       raise UserError(f"cannot read checkpoint {self.folder}/{step}: {reason}{then}")
     return None
+
+  def _set_aside(self, step: int, reason: str) -> str:
+    aside = self.folder.parent / f"{_DAMAGED}{step}-{int(time.time())}"
+    (self.folder / str(step)).rename(aside)
+    return f"checkpoint {step} is damaged, set aside as {aside}: {reason}"
+
+  def _set_aside_for_all(self, step: int, reason: str) -> None:
+    """Raises what starts the job again without a checkpoint; does nothing if that has not helped.
+
+    What fails in one process after the other, such as memory or a disk, is no damage: nothing is
+    set aside while what was set aside before is newer than all that was saved since.
+    """
+    names = (path.name.split("-") for path in self.folder.parent.glob(f"{_DAMAGED}*-*"))
+    stuck = any(int(name[1]) > step for name in names)
+    before = max((other for other in self.steps() if other < step), default=None)
+    there = (self.folder / str(step)).is_dir()  # If not, another process was faster.
+    if before is None or (stuck and there):
+      return
+    told = f"checkpoint {step} is damaged and was set aside by another process"
+    if there:
+      with contextlib.suppress(FileNotFoundError):
+        told = self._set_aside(step, reason)
+    raise UserError(
+      f"{told}; start all processes again: they go on from step {before}",
+      exit_code=cluster.EXIT_CODE,
+    )
 
   def read(self, step: int, abstract: Any) -> Any:
     """Returns the state of one checkpoint.

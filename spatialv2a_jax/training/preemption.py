@@ -23,6 +23,22 @@ class Interrupted(SystemExit):
     super().__init__(EXIT_CODE)
 
 
+def leave_at_once() -> None:
+  """Makes the first SIGTERM or SIGINT end this process with `EXIT_CODE` while nothing is trained.
+
+  For the time before and after `StopSignal`, when all there is to save is saved.
+  """
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+  del frame
+  signal.signal(number, signal.SIG_DFL)
+  print("stopped outside of the steps; the same command goes on from there", flush=True)
+  cluster.leave(EXIT_CODE)  # Others that wait for this process would keep an orderly end.
+
+
 class StopSignal:
   """Context in which the first SIGTERM or SIGINT is a flag, so that no step is cut in two.
 
@@ -53,7 +69,9 @@ class StopSignal:
   def _handle(self, number: int, frame: FrameType | None) -> None:
     del frame
     self._flag = True
-    signal.signal(number, self._old[number])  # A second one does what it did before.
+    # A second one does what it did before; the state is not saved, and so the code is not 42.
+    before = self._old[number]
+    signal.signal(number, signal.SIG_DFL if before is _leave else before)
 
   def __exit__(
     self,

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import re
@@ -253,6 +254,32 @@ def test_a_loss_takes_a_batch_as_records_hold_it(name, count):
   params = sharding.unboxed(task.init(jax.random.key(0)))
   loss = jax.jit(lambda batch: task.loss(params, task.stats, batch, jax.random.key(1))[0])
   np.testing.assert_allclose(loss(batch), loss(schema.widen(batch)), rtol=1e-6)
+
+
+def test_a_stop_is_heeded_while_sound_is_made(monkeypatch):
+  """In every process, though one alone makes it."""
+
+  class Stop:
+    passed = 0
+    due = staticmethod(lambda: True)
+
+    def poll(self):
+      self.passed += 1
+      return self.passed > 1  # The batch passes the first point, the sound the second.
+
+  def evaluate(*_):
+    return {"loss": 1.0, "clips": 2.0}
+
+  config = config_of("tiny", "smoke", **{"data.batch_size": 2})
+  hook = tasks.build(config, one_device(), sharding.Rules()).evaluate
+  assert hook is not None
+  hook = dataclasses.replace(hook, step=evaluate, listener=lambda *_: time.sleep(5))
+  state = train_step.State({}, {}, {}, {}, {}, {})
+  for rank in (0, 1):
+    monkeypatch.setattr(jax, "process_index", lambda rank=rank: rank)
+    began, leave = time.monotonic(), Stop()
+    assert hook(state, 1, None, leave) is None and leave.passed == 2
+    assert time.monotonic() - began < 3
 
 
 def test_latent_statistics_are_those_of_samples_of_the_posterior():

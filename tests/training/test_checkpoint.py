@@ -102,13 +102,30 @@ def test_a_checkpoint_whose_settings_are_torn_is_set_aside_too(tmp_path):
   assert found and int(found[0].step) == 1 and "checkpoint 2 is damaged" in told[0]
 
 
-def test_several_processes_are_told_which_checkpoint_to_move_away(tmp_path, monkeypatch):
-  _, abstract = saved(tmp_path, steps=(1, 2))
-  (tmp_path / "checkpoints" / "2" / "run" / "metadata").write_text("{")
-  manager = checkpoint.Checkpoints(tmp_path)
-  monkeypatch.setattr(jax, "process_count", lambda: 2)  # They could disagree on what is readable.
+def test_several_processes_set_aside_one_checkpoint_and_no_more_before_the_next(
+  tmp_path, monkeypatch
+):
+  """What fails again on the checkpoint before is no damage of a checkpoint."""
+  _, abstract = saved(tmp_path, steps=(1, 2, 3))
+  folder = tmp_path / "checkpoints"
+  for step in (2, 3):
+    (folder / str(step) / "run" / "metadata").write_text("{")
+
+  def restore(manager):
+    with monkeypatch.context() as several:
+      several.setattr(jax, "process_count", lambda: 2)
+      manager.restore(abstract, "toy")
+
+  early, late = checkpoint.Checkpoints(tmp_path), checkpoint.Checkpoints(tmp_path)
+  with pytest.raises(UserError, match="3 is damaged, set aside as .*go on from step 2") as stop:
+    restore(early)
+  assert stop.value.exit_code == 43 and len(list(tmp_path.glob("damaged-3-*"))) == 1
+  with pytest.raises(UserError, match="3 is damaged and was set aside by another pr") as stop:
+    restore(late)
+  assert stop.value.exit_code == 43
   with pytest.raises(UserError, match="/2: .*; move it away, and the run goes on from step 1"):
-    manager.restore(abstract, "toy")
+    restore(checkpoint.Checkpoints(tmp_path))
+  assert (folder / "2").is_dir()
 
 
 def test_a_save_under_way_is_not_yet_good(tmp_path):

@@ -190,3 +190,32 @@ def test_a_stall_of_one_process_is_told_by_all_with_their_stacks(tmp_path):
     stacks = (tmp_path / "stacks" / f"process-{i}.txt").read_text()
     assert "data stall" in stacks and "Thread 0x" in stacks
   assert "block_until_ready" in (tmp_path / "stacks" / "process-0.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_job_of_two_processes_goes_on_from_before_a_damaged_checkpoint(tmp_path):
+  options = {"shape": (2, 1, 1), "steps": 8, "workdir": str(tmp_path)}
+
+  def commands():
+    join = {"coordinator": f"localhost:{processes.free_port()}", "count": 2, "timeout": 60}
+    return [runner.command(**options, join={**join, "index": i}) for i in range(2)]
+
+  run(devices=2, **options)
+  whole = losses(tmp_path)
+  for file in (tmp_path / "checkpoints" / "8" / "state").rglob("*"):
+    if file.is_file():
+      file.write_bytes(b"")
+  options["steps"] = 10
+  assert local.run(commands, runner.environment(), restarts=1) == 0
+  assert len(list(tmp_path.glob("damaged-8-*"))) == 1
+  rows = [x for x in logbook.read_metrics(tmp_path) if "loss" in x]
+  assert sorted(losses(tmp_path)) == list(range(1, 11))
+  assert {step: losses(tmp_path)[step] for step in whole} == whole and rows[-1]["step"] == 10
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_processes_have_met_ends_with_42(tmp_path):
+  process = processes.together(tmp_path, 2)[0]
+  processes.wait_for(process, "waiting up to")
+  code, seconds, out = stop(process)
+  assert code == 42 and seconds < 5 and "the same command goes on from there" in out
