@@ -1,10 +1,11 @@
 """Counts the work of a function in matrix products, from its trace: nothing is compiled."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
 
@@ -17,29 +18,79 @@ def count(function: Callable[..., Any], *arguments: Any) -> int:
     function: pure.
     arguments: arrays or their shapes.
   """
-  return _jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+  return _count(function, arguments, 0)
 
 
-def _jaxpr(jaxpr: core.Jaxpr) -> int:
-  return sum(_equation(equation) for equation in jaxpr.eqns)
+def count_gradient(function: Callable[..., Any], *arguments: Any) -> int:
+  """Returns those of one call and of its gradient by the first argument.
+
+  For each operand that depends on it, a product has one of the same size in the backward pass: the
+  gradient of what a network is given is not among them, nor is what is computed a second time.
+  """
+  return _count(function, arguments, len(jax.tree.leaves(arguments[0])))
+
+
+def _count(function: Callable[..., Any], arguments: tuple[Any, ...], differentiated: int) -> int:
+  jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+  return _walk(jaxpr, [i < differentiated for i in range(len(jaxpr.invars))])[0]
+
+
+def _walk(jaxpr: core.Jaxpr, needed: Sequence[bool]) -> tuple[int, list[bool]]:
+  """Returns the work, and which of the outputs need a gradient if these inputs do."""
+  known = dict(zip(jaxpr.invars, needed, strict=True))
+
+  def needs(variables: Sequence[Any]) -> list[bool]:
+    return [not isinstance(x, core.Literal) and known.get(x, False) for x in variables]
+
+  total = 0
+  for equation in jaxpr.eqns:
+    work, out = _equation(equation, needs(equation.invars))
+    total += work
+    known.update(zip(equation.outvars, out, strict=True))
+  return total, needs(jaxpr.outvars)
 
 
 def _shape(variable: Any) -> tuple[int, ...]:
   return variable.aval.shape
 
 
-def _equation(equation: core.JaxprEqn) -> int:
+def _equation(equation: core.JaxprEqn, needed: list[bool]) -> tuple[int, list[bool]]:
   name, parameters = equation.primitive.name, equation.params
+  through = any(needed) and name != "stop_gradient"
+  out = [through and np.issubdtype(x.aval.dtype, np.inexact) for x in equation.outvars]
   if name == "dot_general":
     (contracted, _), _ = parameters["dimension_numbers"]
     lhs = _shape(equation.invars[0])
-    return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(lhs[n] for n in contracted)
+    work = 2 * math.prod(_shape(equation.outvars[0])) * math.prod(lhs[n] for n in contracted)
+    return work * (1 + sum(needed)), out
   if name == "conv_general_dilated":
     kernel = _shape(equation.invars[1])
     features = kernel[parameters["dimension_numbers"].rhs_spec[0]]
-    return 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // features
+    work = 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // features
+    return work * (1 + sum(needed)), out
   if name == "cond":
-    return max(_jaxpr(branch.jaxpr) for branch in parameters["branches"])
-  turns = parameters["length"] if name == "scan" else 1
+    found = [_walk(branch.jaxpr, needed[1:]) for branch in parameters["branches"]]
+    return max(work for work, _ in found), [
+      any(x) for x in zip(*(x for _, x in found), strict=True)
+    ]
+  if name == "scan":
+    return _scan(parameters, needed)
   inner = [getattr(value, "jaxpr", value) for value in parameters.values()]
-  return turns * sum(_jaxpr(value) for value in inner if isinstance(value, core.Jaxpr))
+  found = [
+    _walk(x, needed if len(x.invars) == len(needed) else [through] * len(x.invars))
+    for x in inner
+    if isinstance(x, core.Jaxpr)
+  ]
+  if len(found) == 1 and len(found[0][1]) == len(out):
+    return found[0]
+  return sum(work for work, _ in found), out
+
+
+def _scan(parameters: dict[str, Any], needed: list[bool]) -> tuple[int, list[bool]]:
+  body, constants, carry = (parameters[name] for name in ("jaxpr", "num_consts", "num_carry"))
+  while True:  # What one turn hands to the next needs a gradient in all of them.
+    work, out = _walk(body.jaxpr, needed)
+    first = [a or b for a, b in zip(needed[constants : constants + carry], out, strict=False)]
+    if first == needed[constants : constants + carry]:
+      return parameters["length"] * work, out
+    needed = [*needed[:constants], *first, *needed[constants + carry :]]

@@ -204,7 +204,7 @@ def null_text(path: str, encoders: features.Config) -> np.ndarray:
 def flow_flops(
   sizes: flow_net.Config, objective: flow.LossConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> float:
-  """Returns the FLOPs of one clip's loss and gradient: three times those of the forward pass.
+  """Returns the FLOPs of one clip's loss and gradient by the parameters.
 
   Matrix products alone, as is usual; what the backward pass recomputes is no work of the model,
   nor are products that only stand in for other operations, as some do in bfloat16.
@@ -214,7 +214,7 @@ def flow_flops(
   loss = functools.partial(flow.loss, net=net, config=objective)
   params = sharding.unboxed(jax.eval_shape(net.init, jax.random.key(0)))
   batch = schema.synthetic_batch(shapes, 1, seed=0)
-  return 3.0 * flops.count(loss, params, net.init_stats(), batch, jax.random.key(0))
+  return float(flops.count_gradient(loss, params, net.init_stats(), batch, jax.random.key(0)))
 
 
 def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:

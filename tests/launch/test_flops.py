@@ -28,6 +28,23 @@ def test_convolutions_are_counted():
   assert flops.count(work, jnp.zeros((2, 20, 8)), jnp.zeros((3, 8, 16))) == 2 * 2 * 20 * 3 * 8 * 16
 
 
+def test_a_gradient_has_the_products_that_are_needed():
+  """Those of a differentiated program, of which the trace knows nothing."""
+
+  def loss(weights, x):
+    def turn(x, w):
+      return jax.nn.relu(x @ w), x @ jax.lax.stop_gradient(w)
+
+    first = x @ weights[0]  # Nobody needs the gradient of `x`.
+    last, side = jax.lax.scan(turn, first, weights)
+    scores = jax.nn.softmax(jax.jit(jnp.matmul)(last, last.T))
+    return (scores @ last).sum() + side.sum() + (x @ jnp.ones((32, 8))).sum()
+
+  shapes = jnp.zeros((3, 32, 32)), jnp.zeros((16, 32))
+  assert flops.count_gradient(loss, *shapes) == flops.count(jax.value_and_grad(loss), *shapes)
+  assert flops.count_gradient(loss, *shapes) < 3 * flops.count(loss, *shapes)
+
+
 @pytest.mark.parametrize(
   "depth, ears, gflop",
   [
