@@ -3,11 +3,15 @@
 Run: python -m benchmarks.figures ROW...
 
   flops    the model's FLOPs as they are counted for the MFU, against the products in the program
+  cold     seconds from the command to the end of the first step, without and with kept programs
   save     milliseconds that a save of a large state blocks, seconds to write and to restore it
 """
 
 import argparse
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 import time
 from typing import Any
@@ -21,6 +25,30 @@ from launch import estimate, hlo, hlo_cost, tasks
 from spatialv2a_jax import sharding
 from spatialv2a_jax.models import attention
 from spatialv2a_jax.training import checkpoint
+
+
+def _cold(folder: pathlib.Path) -> None:
+  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
+  values = [f"--config.data.path={tasks.SYNTHETIC}", "--config.every.log=1", "--config.steps=1"]
+  for name in ("without", "with"):
+    command = ["launch.train", "--config=configs/tiny.py", f"--workdir={folder / name}", *values]
+    began = time.monotonic()
+    with subprocess.Popen(
+      [sys.executable, "-m", *command],
+      cwd=pathlib.Path(__file__).parents[1],
+      env=environment,
+      stdout=subprocess.PIPE,
+      text=True,
+    ) as process:
+      assert process.stdout is not None
+      how = first = ""
+      for line in process.stdout:
+        if "step 1/1 " in line:
+          first = f"{time.monotonic() - began:.1f} s"
+        how = line.partition(";")[0] if line.startswith("traced") else how
+    if process.returncode or not first:
+      raise SystemExit(f"launch.train left with {process.returncode}")
+    print(f"first step {name} kept programs after {first}; {how}", flush=True)
 
 
 def _flops(_: pathlib.Path) -> None:
@@ -85,7 +113,7 @@ def _save(folder: pathlib.Path) -> None:
   )
 
 
-ROWS = {"flops": _flops, "save": _save}
+ROWS = {"cold": _cold, "flops": _flops, "save": _save}
 
 
 def main() -> None:
