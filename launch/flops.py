@@ -54,10 +54,14 @@ def _shape(variable: Any) -> tuple[int, ...]:
   return variable.aval.shape
 
 
+def _is_real(variable: Any) -> bool:
+  return jax.dtypes.issubdtype(variable.aval.dtype, np.inexact)
+
+
 def _equation(equation: core.JaxprEqn, needed: list[bool]) -> tuple[int, list[bool]]:
   name, parameters = equation.primitive.name, equation.params
   through = any(needed) and name != "stop_gradient"
-  out = [through and np.issubdtype(x.aval.dtype, np.inexact) for x in equation.outvars]
+  out = [through and _is_real(x) for x in equation.outvars]
   if name == "dot_general":
     (contracted, _), _ = parameters["dimension_numbers"]
     lhs = _shape(equation.invars[0])

@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -269,7 +269,7 @@ class Loop:
         self._save(step, state)
       self._leave(step)
 
-  def _leave(self, step: int) -> None:
+  def _leave(self, step: int) -> NoReturn:
     """Ends the process for a stop; the state of `step` was saved, or is that it began with."""
     with self.ledger.during("save"):
       self.checkpoints.wait()
