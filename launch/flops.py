@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -55,7 +56,7 @@ def _shape(variable: Any) -> tuple[int, ...]:
 
 
 def _is_real(variable: Any) -> bool:
-  return jax.dtypes.issubdtype(variable.aval.dtype, np.inexact)
+  return jnp.issubdtype(variable.aval.dtype, np.inexact)
 
 
 def _equation(equation: core.JaxprEqn, needed: list[bool]) -> tuple[int, list[bool]]:
