@@ -128,7 +128,7 @@ def with_grain(paths: dict[str, list[pathlib.Path]]) -> dict[str, Start]:
     "TFRecord, random": functools.partial(randomly, tfrecord.TFRecordSource(paths["tfrecord"])),
     "ArrayRecord, random": array("plain"),
     "ArrayRecord as by default (zstd), random": array("default"),
-    "training batches: random, parsed, float32": ours,
+    "training batches: random, parsed": ours,
   }
 
 
