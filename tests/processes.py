@@ -1,8 +1,11 @@
-"""Runs of the toy problem in processes of their own, one or several that work together."""
+"""Runs in processes of their own, one or several that work together: a toy, or a config."""
 
+import pathlib
 import socket
 import subprocess
+from collections.abc import Sequence
 
+from launch import local
 from tests import runner
 
 
@@ -29,10 +32,39 @@ def together(workdir, count: int, devices: int = 1, **options) -> list[subproces
   return [start(workdir, devices, join={**join, "index": i}, **options) for i in range(count)]
 
 
+def members(
+  arguments: Sequence[str], count: int, devices: int, programs: pathlib.Path
+) -> list[subprocess.Popen]:
+  """Starts the processes of one run of `launch.train`.
+
+  Args:
+    arguments: of `launch.train`.
+    count: of processes.
+    devices: of each.
+    programs: folder of compiled programs.
+  """
+  environment = {
+    **runner.environment(devices),
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "JAX_COMPILATION_CACHE_DIR": str(programs),
+  }
+  return [
+    subprocess.Popen(
+      command,
+      cwd=runner.ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for command in local.train_commands(count, arguments)
+  ]
+
+
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
   """Waits for the end; returns what it printed and its errors."""
   out, err = process.communicate(timeout=300)
-  assert process.returncode == code, err
+  assert process.returncode == code, out + err
   return out, err
 
 

@@ -1,8 +1,9 @@
 """The same bits whatever happens to a run, and the same curve whatever it runs on.
 
-Real processes train the toy problem on real shards.
+Real processes, on real shards: of `launch.train` with the two-ear flow network, and of a toy.
 """
 
+import functools
 import itertools
 import random
 import signal
@@ -12,14 +13,76 @@ import jax
 import numpy as np
 import pytest
 
-from data import pipeline, shards
-from spatialv2a_jax import logbook, sharding
+from data import captions, pipeline, shards
+from spatialv2a_jax import logbook, schema, sharding
 from spatialv2a_jax.training import checkpoint, recipe, train
 from tests import loader_shards
-from tests.processes import finish, start, together, wait_for
+from tests.processes import finish, members, start, together, wait_for
 from tests.training import test_train_step as toy
 
-STEPS = 40
+STEPS = 36
+
+
+def build(folder):
+  """Shards of noise that fit the smoke variant of `configs/tiny.py`, mirrored features and all."""
+  sizes = {"clip_dim": 64, "sync_dim": 64, "text_len": 8, "text_dim": 32}
+  shapes = schema.feature_shapes(0.64, schema.AUDIO["16k"], mirror=True, **sizes)
+  text = shapes.pop("text")
+
+  def record(item):
+    rng = np.random.default_rng(item.payload)
+    noise = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+    return noise | {"std": np.abs(noise["std"]), "caption": f"caption {item.payload % 5}"}
+
+  def encode(caption):
+    return np.random.default_rng(len(caption)).standard_normal(text).astype("f4")
+
+  items = [shards.Item(f"clip{i}", i) for i in range(14)]
+  shards.build(items, record, folder, shards=2, config={})
+  captions.build([f"caption {i}" for i in range(5)], encode, folder, config={}, storage="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+  """Starts the processes of a run of `STEPS` steps on four devices, from programs kept for all."""
+  folder = tmp_path_factory.mktemp("matrix")
+  build(folder / "shards")
+  started = []
+
+  def start(workdir, count=1, verify=False, **values):
+    options = {
+      "steps": STEPS,
+      "data.path": folder / "shards",
+      "data.eval": "",
+      "data.batch_size": 4,
+      "every.checkpoint": 3,
+    }
+    given = [f"--config.{name}={value}" for name, value in (options | values).items()]
+    config = ["--config=configs/tiny.py:smoke", f"--workdir={workdir}", *given]
+    arguments = [f"--verify={workdir}"] if verify else config
+    group = members(arguments, count, devices=4 // count, programs=folder / "programs")
+    started.extend(group)
+    return group
+
+  yield start
+  for process in started:
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def expected(launch, tmp_path_factory):
+  """Returns what a run ends with to which nothing happens; it goes on until somebody asks."""
+  workdir = tmp_path_factory.mktemp("whole")
+  (process,) = launch(workdir)
+
+  @functools.cache
+  def ask():
+    out, _ = finish(process)
+    assert ", compiled in" in out
+    return result(workdir)
+
+  return ask
 
 
 @pytest.fixture(scope="module")
@@ -44,40 +107,43 @@ def result(workdir):
 
 
 @pytest.mark.slow
-def test_kills_stops_and_workers_change_no_bit(tmp_path, folder):
-  options = {"steps": STEPS, "shards": folder, "log": 4, "checkpoint": 3}
-  finish(start(tmp_path / "whole", **options))
-  expected = result(tmp_path / "whole")
-  assert sorted(expected[0]) == list(range(4, STEPS + 1, 4))
+def test_kills_stops_and_workers_change_no_bit(tmp_path, launch, expected):
+  assert sorted(expected()[0]) == list(range(1, STEPS + 1))
 
-  rng, kills = random.Random(0), 0
-  while kills < 5:
-    process = start(tmp_path / "killed", pause=0.1, **options)
-    wait_for(process, "compiled")
-    time.sleep(rng.uniform(0.1, 0.7))
+  (stopped,) = launch(tmp_path / "stopped")
+  (workers,) = launch(tmp_path / "workers", **{"data.workers": 2})
+  wait_for(stopped, "step 8/")
+  stopped.send_signal(signal.SIGTERM)
+  finish(stopped, code=42)
+  (stopped,) = launch(tmp_path / "stopped", **{"data.workers": 1})
+
+  rng = random.Random(0)
+  for attempt in range(5):
+    (process,) = launch(tmp_path / "killed")
+    wait_for(process, "training to step")
+    # A line of step 7 tells that the checkpoint of step 3 is complete: the first to resume from.
+    for _ in range(rng.randrange(7) if attempt else 7):
+      wait_for(process, f"/{STEPS} ")
+    time.sleep(rng.uniform(0, 0.1))
     process.send_signal(signal.SIGKILL)
-    kills += process.wait() == -signal.SIGKILL
-  out, _ = finish(start(tmp_path / "killed", **options))
-  assert "resumed at step" in out
-  assert result(tmp_path / "killed") == expected
-
-  process = start(tmp_path / "stopped", pause=0.1, **options)
-  wait_for(process, "step 8/")
-  process.send_signal(signal.SIGTERM)
-  finish(process, code=42)
-  finish(start(tmp_path / "stopped", workers=1, **options))
-  assert result(tmp_path / "stopped") == expected
-  finish(start(tmp_path / "workers", workers=2, **options))
-  assert result(tmp_path / "workers") == expected
-
+    assert process.wait() == -signal.SIGKILL
+  (process,) = launch(tmp_path / "killed")
+  out, _ = finish(process)
+  assert "resumed at step" in out and "found compiled, read in" in out
+  assert result(tmp_path / "killed") == expected()
   ledger = [x for x in logbook.read_metrics(tmp_path / "killed") if "goodput" in x][-1]
   total = sum(x for name, x in ledger.items() if name.endswith("_s") and "wall" not in name
               and name.startswith("goodput/"))  # fmt: skip
   assert ledger["goodput/attempts"] == 6 and ledger["goodput/lost_s"] > 0
   assert abs(total - ledger["goodput/wall_s"]) < 0.01 * ledger["goodput/wall_s"]
 
-  told, _ = finish(start(tmp_path / "killed", verify=True, **options))
+  (process,) = launch(tmp_path / "killed", verify=True)
+  told, _ = finish(process)
   assert "the run repeats bit for bit" in told and "are equal, bit for bit" in told
+  finish(stopped)
+  assert result(tmp_path / "stopped") == expected()
+  finish(workers)
+  assert result(tmp_path / "workers") == expected()
 
 
 @pytest.mark.slow
