@@ -31,8 +31,9 @@ runs equal bit for bit, at some cost in speed (XLA's --xla_gpu_deterministic_ops
 Exit codes: 0 finished (or the replay agrees), 1 stopped by a fault (too many updates left out, a
 checkpoint that cannot be written, a replay that differs), 2 bad input, 3 missing data or weights,
 42 interrupted and saved, 43 hung (stacks of all threads are on standard error and in DIR/stacks) or
-another process is gone or did not come. After 42, 43 and death by a signal, which is also how JAX
-ends processes that lost another one: run it again.
+another process is gone or did not come, or a damaged checkpoint was set aside for several of them.
+After 42, 43 and death by a signal, which is also how JAX ends processes that lost another one: run
+it again.
 """
 
 import errno
