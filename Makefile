@@ -27,10 +27,10 @@ demo: $(VENV)/.train  ## scenes -> training -> held-out clips -> scores -> repor
 	$(BIN)/python -m launch.demo --out $(OUT)
 
 test: $(VENV)/.dev  ## the default tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(VENV)/.dev  ## also the slow tests and those that need a browser
-	$(BIN)/python -m pytest -n 2 --all
+	$(BIN)/python -m pytest -n 2 --dist worksteal --all
 
 lint: $(VENV)/.dev  ## style, types, direction of imports
 	$(BIN)/ruff check .
