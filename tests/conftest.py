@@ -3,7 +3,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling dominates: a fifth of the time without the emitters of fusions and optimisation.
+# Compiling dominates, and takes a fraction of the time without fusion emitters and optimisation.
 os.environ.setdefault(
   "XLA_FLAGS",
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

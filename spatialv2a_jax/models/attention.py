@@ -1,6 +1,6 @@
 """Softmax attention of the flow network.
 
-Axis letters: b batch, t query, s key, h head, k head width.
+Axis letters: b batch, t query, s key, h head, k head width, n group of queries.
 """
 
 import math
@@ -9,6 +9,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+SAFE_LOGIT = 70.0  # Between its negative and it, sums of exponentials are normal in float32.
 
 
 @jax.custom_vjp
@@ -66,6 +68,103 @@ def _attend_backward(saved, cotangents):
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+@jax.custom_vjp
+def attend_biased(
+  q_bthk: jax.Array,
+  k_bshk: jax.Array,
+  v_bshk: jax.Array,
+  group_tn: jax.Array,
+  bias_shn: jax.Array,
+  limit: jax.Array,
+) -> jax.Array:
+  """Softmax attention with group x bias added to the logits, for bfloat16 and many tokens.
+
+  The sum comes with the product that makes the logits, as further columns of what is multiplied:
+  a TPU multiplies 128 at a time, and heads are 64 wide. The largest logit of each query, which
+  takes a product of its own, is looked for and subtracted only if logits may exceed `SAFE_LOGIT`.
+
+  Args:
+    q_bthk: queries.
+    k_bshk: keys.
+    v_bshk: values.
+    group_tn: 0 or 1 for each query and group; receives no gradient.
+    bias_shn: what the logits of a group get, in float32; at most 10.
+    limit: no logit is larger without it, nor smaller than its negative; receives no gradient.
+
+  Returns:
+    Output [b, t, h, k].
+  """
+  return _biased_forward(q_bthk, k_bshk, v_bshk, group_tn, bias_shn, limit)[0]
+
+
+def _biased_forward(q_bthk, k_bshk, v_bshk, group_tn, bias_shn, limit):
+  more = jnp.concatenate([v_bshk, jnp.ones_like(v_bshk[..., :1])], axis=-1)
+  queries, keys = _columns(q_bthk, k_bshk, group_tn, bias_shn)
+  queries, keys, more = jax.lax.optimization_barrier((queries, keys, more))
+  b, t, h, _ = q_bthk.shape
+  peak_bht1 = jax.lax.cond(
+    limit <= SAFE_LOGIT,
+    lambda *_: jnp.zeros((b, h, t, 1), jnp.float32),
+    lambda *pair: _product(*pair).max(axis=-1, keepdims=True),
+    queries,
+    keys,
+  )
+  weight = jnp.exp(_product(queries, keys) - peak_bht1).astype(v_bshk.dtype)
+  # The product sums the weights by the way: one pass over them less.
+  out = jnp.einsum("bhts,bshk->bthk", weight, more, preferred_element_type=jnp.float32)
+  total_bth = out[..., -1]
+  out = (out[..., :-1] / total_bth[..., None]).astype(v_bshk.dtype)
+  lse_bth = jnp.log(total_bth) + peak_bht1.squeeze(-1).swapaxes(1, 2)
+  out, lse_bth = (checkpoint_name(x, "attention") for x in (out, lse_bth))
+  return out, (q_bthk, k_bshk, v_bshk, group_tn, bias_shn, limit, out, lse_bth)
+
+
+def _columns(q_bthk, k_bshk, group_tn, bias_shn):
+  """Returns two arrays whose product are the biased logits."""
+  (b, t, h, k), s = q_bthk.shape, k_bshk.shape[1]
+  dtype, n = q_bthk.dtype, group_tn.shape[-1]
+  group = jnp.broadcast_to(group_tn.astype(dtype)[None, :, None], (b, t, h, n))
+  high = bias_shn.astype(dtype)  # Two columns for the digits that one does not hold.
+  low = (bias_shn - high.astype(bias_shn.dtype)).astype(dtype)
+  biases = (jnp.broadcast_to(x[None], (b, s, h, n)) for x in (high, low))
+  return (
+    jnp.concatenate([q_bthk * (1 / math.sqrt(k)), group, group], axis=-1),
+    jnp.concatenate([k_bshk, *biases], axis=-1),
+  )
+
+
+def _product(a_bthk: jax.Array, b_bshk: jax.Array) -> jax.Array:
+  return jnp.einsum("bthk,bshk->bhts", a_bthk, b_bshk, preferred_element_type=jnp.float32)
+
+
+def _biased_backward(saved, d_out):
+  q_bthk, k_bshk, v_bshk, group_tn, bias_shn, limit, out, lse_bth = saved
+  dtype, width = v_bshk.dtype, q_bthk.shape[-1]
+  columns = _columns(q_bthk, k_bshk, group_tn, bias_shn)
+  queries, keys = jax.lax.optimization_barrier(columns)
+  weight = jnp.exp(_product(queries, keys) - lse_bth.swapaxes(1, 2)[..., None])
+  weight = jax.lax.optimization_barrier(weight.astype(dtype))
+  d_v = jnp.einsum("bhts,bthk->bshk", weight, d_out)
+  common = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+
+  def d_logits(d_out, v_bshk, common):
+    d_weight = _product(d_out, v_bshk)
+    return (weight * (d_weight - common.swapaxes(1, 2)[..., None])).astype(dtype)
+
+  # Made for each of the two products that read it, which takes less than to write it.
+  again = jax.lax.optimization_barrier((d_out, v_bshk, common))
+  d_q = jnp.einsum("bhts,bshk->bthk", d_logits(*again), k_bshk) / math.sqrt(width)
+  again = jax.lax.optimization_barrier(again)
+  groups = queries[..., : width + group_tn.shape[-1]]
+  d_k = jnp.einsum("bhts,bthk->bshk", d_logits(*again), groups)
+  d_bias = d_k[..., width:].astype(jnp.float32).sum(axis=0)
+  none = jnp.zeros_like(group_tn), jnp.zeros_like(limit)
+  return d_q.astype(dtype), d_k[..., :width], d_v, none[0], d_bias, none[1]
+
+
+attend_biased.defvjp(_biased_forward, _biased_backward)
 
 
 def fused(

@@ -5,6 +5,8 @@ any kind, d width, h head, k head width, c latent channel.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import flax.linen as nn
@@ -197,28 +199,31 @@ class JointBlock(nn.Module):
     mass_init, mass = layers.logical(layers.ones, "heads"), None
     if self.ears == 2:
       mass = self.param("cross_mass", mass_init, (self.heads,))
-    outs = []
-    for own, other in zip(audio_qkv, audio_qkv[::-1], strict=True):
-      queries, keys, values = (
-        jnp.concatenate(parts, axis=2) for parts in zip(own, context, strict=True)
-      )
-      if self.last:
-        queries = own[0]
-      out_b1nhk, lse_b1nh = attend(queries, keys, values)
-      if mass is not None:
-        _, other_keys, other_values = other
-        other_out, other_lse = attend(queries, other_keys, other_values)
-        out_b1nhk = merge_ears(out_b1nhk, lse_b1nh, other_out, other_lse, mass)
-      outs.append(out_b1nhk)
+    if mass is not None and not self.sealed and jnp.dtype(self.dtype) != jnp.float32:
+      limit = largest_logit(k, audio, clip, text)
+      outs, context_outs = attend_at_once(audio_qkv, context, mass, limit, last=self.last)
+    else:
+      outs, context_outs = [], []
+      for own, other in zip(audio_qkv, audio_qkv[::-1], strict=True):
+        queries, keys, values = (
+          jnp.concatenate(parts, axis=2) for parts in zip(own, context, strict=True)
+        )
+        if self.last:
+          queries = own[0]
+        out_b1nhk, lse_b1nh = attend(queries, keys, values)
+        if mass is not None:
+          _, other_keys, other_values = other
+          other_out, other_lse = attend(queries, other_keys, other_values)
+          out_b1nhk = merge_ears(out_b1nhk, lse_b1nh, other_out, other_lse, mass)
+        outs.append(out_b1nhk[:, :, :frames])
+        context_outs.append(out_b1nhk[:, :, frames:])
 
     def pin(x, ear):
       return self.constrain(x, "act_batch", ear, "act_time", "act_width")
 
-    x_ears = [
-      after(audio, x, out[:, :, :frames], audio_mods) for x, out in zip(x_ears, outs, strict=True)
-    ]
+    x_ears = [after(audio, x, out, audio_mods) for x, out in zip(x_ears, outs, strict=True)]
     if not self.last:
-      first, *rest = (out[:, :, frames:] for out in outs)
+      first, *rest = context_outs
       mean_b1nhk = sum(rest, first) / self.ears
       out_clip, out_text = jnp.split(mean_b1nhk, [clip_b1vd.shape[2]], axis=2)
       clip_b1vd = pin(after(clip, clip_b1vd, out_clip, clip_mods), None)
@@ -245,6 +250,60 @@ def _sealed_attend(q_benhk: jax.Array, k_benhk: jax.Array, v_benhk: jax.Array):
 
   y = layers.sealed(both)(q_benhk, k_benhk, v_benhk)
   return y[..., :-1].astype(v_benhk.dtype), y[..., -1]
+
+
+def largest_logit(head_dim: int, *streams: Stream) -> jax.Array:
+  """Returns a bound of all logits between tokens of streams: q and k are of known norm."""
+  q_scale, k_scale = (
+    jnp.stack([jnp.abs(nn.unbox(n.variables)["params"]["scale"]).max() for n in norms]).max()
+    for norms in ([s.q_norm for s in streams], [s.k_norm for s in streams])
+  )
+  return jax.lax.stop_gradient(q_scale * k_scale) * math.sqrt(head_dim)
+
+
+def attend_at_once(
+  audio_qkv: Sequence[Qkv],
+  context: Sequence[jax.Array],
+  mass_h: jax.Array,
+  limit: jax.Array,
+  *,
+  last: bool,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+  """Attention of both ears as one: all queries over all keys, the mass as a bias of the logits.
+
+  For a TPU faster than attention over two sets and `merge_ears`, by its compiler. For bfloat16: a
+  mass below e^-40 counts as that, whose share no digit of the result shows, yet gets its gradient.
+
+  Args:
+    audio_qkv: queries, keys and values [b, 1, t, h, k] of each ear.
+    context: those of the other tokens.
+    mass_h: see `merge_ears`.
+    limit: no logit is larger, nor smaller than its negative.
+    last: the other tokens ask nothing.
+
+  Returns:
+    The output for the tokens of each ear, and for the other tokens as each ear's copy has them.
+  """
+  (left, *left_kv), (right, *right_kv) = audio_qkv
+  frames, others = left.shape[2], context[0].shape[2]
+  asked = [left, right] if last else [left, right, context[0], context[0]]
+  parts = zip(left_kv, right_kv, context[1:], strict=True)
+  ear_t = np.repeat([0, 1, 0, 1][: len(asked)], [x.shape[2] for x in asked])
+  ear_s = np.repeat([0, 1, 2], [frames, frames, others])  # 2: of neither.
+  floor = math.exp(-40)
+  low_h = floor + (mass_h - jax.lax.stop_gradient(mass_h))
+  log_h = jnp.log(jnp.where(mass_h > floor, mass_h, low_h))
+  foreign_sn = np.stack([ear_s == 1, ear_s == 0], axis=-1)
+  out_bnhk = attention.attend_biased(
+    jnp.concatenate(asked, axis=2)[:, 0],
+    *(jnp.concatenate(part, axis=2)[:, 0] for part in parts),
+    jnp.asarray(ear_t[:, None] == np.arange(2), jnp.float32),
+    jnp.where(foreign_sn[:, None], log_h[None, :, None], 0),
+    limit,
+  )
+  ends = np.cumsum([x.shape[2] for x in asked])[:-1]
+  outs = jnp.split(out_bnhk[:, None], ends.tolist(), axis=2)
+  return outs[:2], outs[2:]
 
 
 def merge_ears(
