@@ -145,8 +145,9 @@ def test_latents_are_those_of_the_sound(media, tmp_path):
   batch = only_batch(tmp_path / "latents", shapes=shapes())
   schema.check_batch(batch, shapes())
   heard = only_batch(tmp_path / "clips", kind="audio")
+  audio_bep = schema.as_float32(heard["audio_bep"])
   params = model_folder.load_model(folder).params["vae"]
-  mean_betc, std_betc = jax.jit(codec.build({"width": 8}, AUDIO).encode)(params, heard["audio_bep"])
+  mean_betc, std_betc = jax.jit(codec.build({"width": 8}, AUDIO).encode)(params, audio_bep)
   np.testing.assert_allclose(batch["mean_betc"], mean_betc, atol=1e-4)
   np.testing.assert_allclose(batch["std_betc"], std_betc, rtol=2**-8)  # Stored as bfloat16.
 
