@@ -1,4 +1,4 @@
-"""Reads a TPU program before its machine code is made, which is nine tenths of the compiler's work.
+"""Reads a TPU program before its machine code is made, which takes longest.
 
 What is known by then: the optimised program (its products, loops and collectives) and where each
 array lies in memory. What is not: the compiler's estimate of the cycles.

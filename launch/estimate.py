@@ -4,7 +4,7 @@ python -m launch.estimate --config configs/NAME.py[:VARIANT] --topology CHIP:SHA
   [--config.KEY=VALUE ...] [--quick] [--out FILE.json] [--layout FILE] [--hlo FILE]
 
   --topology CHIP:SHAPE   v5e:16x16, v5p:4x4x4, v6e:16x16, h200:8 (h200:2x8 for two hosts), cpu:8
-  --quick                 TPU: a tenth of the time; all but step time and what follows from it
+  --quick                 TPU: half the time; all but step time and what follows from it
   --out FILE.json         gets all numbers
   --layout FILE           gets name, dtype, shape and split of every array of the state
   --hlo FILE              gets the compiled program
