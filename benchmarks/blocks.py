@@ -1,6 +1,6 @@
 """Compiles one kind of block for a chip that is not there: static time, forward and backward.
 
-Run: python -m benchmarks.blocks ear|joint --topology v5e:2x2 [--clips 32] [--remat products]
+Run: python -m benchmarks.blocks ear|joint --topology v5e:2x2 [--clips 32] [--remat convolutions]
      [--activations bfloat16] [--gemm] [--attention cudnn] [--width 448 --heads 7] [--layers 4]
      [--unroll 1] [--frames 250] [--hlo FILE]
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("kind", choices=("ear", "joint"))
   parser.add_argument("--topology", required=True)
   parser.add_argument("--clips", type=int, default=32)
-  parser.add_argument("--remat", default="products", choices=("", "products", "full"))
+  parser.add_argument("--remat", default="convolutions", choices=("", "convolutions", "full"))
   parser.add_argument("--activations", default="bfloat16", choices=("float32", "bfloat16"))
   parser.add_argument("--gemm", action="store_true")
   parser.add_argument("--width", type=int, default=448)

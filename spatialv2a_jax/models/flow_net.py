@@ -25,7 +25,8 @@ Params = dict[str, Any]
 
 # What `jax.checkpoint` saves of a block; None is nothing.
 POLICIES = {
-  "products": jax.checkpoint_policies.save_only_these_names("product", "attention"),
+  # Products with as few channels as the width take a TPU less time than to keep what they give.
+  "convolutions": jax.checkpoint_policies.save_only_these_names("convolution", "attention"),
   "full": None,
 }
 
@@ -51,7 +52,7 @@ class Config:
     unroll: unrolls the blocks instead of scanning them; None does so on the CPU, where convolution
       gradients inside a scan are about 30 times slower.
     remat: what the backward pass recomputes of each block: nothing ("" or False), all but the
-      results of its products and of attention ("products"), or everything ("full" or True).
+      results of convolutions and of attention ("convolutions"), or everything ("full" or True).
     dtype: of the matmuls.
     activations: dtype of what flows between blocks, the residual streams and the conditions;
       MMAudio's own training has bfloat16 there, as its matmuls. Norms and softmax stay float32.
@@ -73,7 +74,7 @@ class Config:
   spatial: bool = True
   ffn: int | None = None
   unroll: bool | None = None
-  remat: bool | Literal["", "products", "full"] = False
+  remat: bool | Literal["", "convolutions", "full"] = False
   dtype: str = "float32"
   activations: str = "float32"
   gemm: bool = False
@@ -181,6 +182,19 @@ def in_turn(block: Callable, params: Params, x_betd: jax.Array) -> jax.Array:
   ears = x_betd[:, 0], x_betd[:, 1]
   (right, left), _ = jax.lax.scan(turn, ears, (blocks, jnp.arange(2 * depth) == depth))
   return jnp.stack([left, right], axis=1)
+
+
+def lower(params: Params, dtype: str) -> Params:
+  """Returns parameters with kernels and biases in the type that the blocks multiply in.
+
+  Before a loop over blocks, since it stacks gradients in the type of what it loops over. Products
+  give them no more bits; in float32 a TPU writes twice as much, and copies all of it once more.
+  """
+
+  def one(path, x):
+    return x.astype(dtype) if path[-1].key in ("kernel", "bias") else x
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def unstack(params: Params) -> list[Params]:
@@ -316,6 +330,9 @@ def build(
       policy = POLICIES["full" if c.remat is True else c.remat]
       return jax.checkpoint(call, policy=policy, prevent_cse=unroll or not looped)
 
+    repeated = {name: params[name] for name in ("joint", "ears") if name in params}
+    if not unroll:
+      repeated = lower(repeated, c.dtype)
     kind = jnp.dtype(c.activations)
     time_bd = seal(plain(time_net))(params["time"], t_b)
     g_b1d = (time_bd + prepared["global_bd"]).astype(jnp.float32)[:, None]
@@ -343,7 +360,7 @@ def build(
       joint = apply(joint_net, looped=True)
       tokens, mids["joint"] = repeat(
         lambda p, x: joint(p, x, c_btd[:, None], g_b1d[:, None]),
-        params["joint"],
+        repeated["joint"],
         tokens,
         unroll=unroll,
       )
@@ -357,10 +374,10 @@ def build(
 
     if unroll or c.ears == 1:
       x_betd, mids["ears"] = per_ear(
-        lambda p, x_btd: repeat(one, p, x_btd, unroll=unroll), params["ears"], x_betd
+        lambda p, x_btd: repeat(one, p, x_btd, unroll=unroll), repeated["ears"], x_betd
       )
     else:
-      x_betd = in_turn(one, params["ears"], x_betd)
+      x_betd = in_turn(one, repeated["ears"], x_betd)
     return per_ear(lambda p, x_btd: final(p, x_btd, g_b1d), params["final"], x_betd), mids
 
   def velocity(params, x_betc, t_b, prepared):

@@ -113,7 +113,6 @@ class Linear(nn.Module):
     if self.bias:
       bias = self.param("bias", logical(bias_init, *self.axes[inputs:]), self.features)
       y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (fan_out,))
-    y = checkpoint_name(y, "product")
     return y.reshape(*x.shape[:-1], *self.features)
 
 
@@ -171,14 +170,14 @@ class ParallelLinear(nn.Module):
     y = product(x, kernel.reshape(*kernel.shape[: 1 + bool(self.taps)], -1), self.gemm)
     if bias is not None:
       y += bias.reshape((1,) * (y.ndim - 1) + (-1,))
-    return checkpoint_name(y, "product").reshape(*x.shape[:-1], *self.features)
+    return y.reshape(*x.shape[:-1], *self.features)
 
 
 def product(x: jax.Array, kernel: jax.Array, gemm: bool) -> jax.Array:
   """Multiplies [..., t, i] by a kernel [i, o], or convolves it with one [taps, i, o]."""
   if kernel.ndim == 2:
     return x @ kernel
-  return (convolve_by_product if gemm else convolve)(x, kernel)
+  return checkpoint_name((convolve_by_product if gemm else convolve)(x, kernel), "convolution")
 
 
 def convolve_by_product(x: jax.Array, kernel_tio: jax.Array) -> jax.Array:

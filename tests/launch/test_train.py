@@ -81,7 +81,7 @@ def test_the_44k_family_has_the_shapes_of_mmaudio(name, variant, ours):
   sizes = tasks.flow_config(config_of(name, variant))
   assert (sizes.width, sizes.heads, sizes.joint_depth, sizes.ear_depth, sizes.v2) == ours
   assert (sizes.latent_channels, sizes.ears, sizes.dtype) == (40, 2, "bfloat16")
-  assert (sizes.remat, sizes.activations) == ("products", "bfloat16")
+  assert (sizes.remat, sizes.activations) == ("convolutions", "bfloat16")
 
 
 def test_a_place_of_shards_is_a_folder_or_a_split_of_it(tmp_path, monkeypatch):

@@ -247,7 +247,7 @@ def test_scanning_blocks_and_batching_ears_changes_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"unroll": False, "remat": "products"}])
+@pytest.mark.parametrize("options", [{"unroll": False, "remat": "convolutions"}])
 def test_scan_and_remat_keep_gradients(options):
   params, x_betc = two_ear_params(), normal(4, CLIPS, 2, FRAMES, 4)
 
