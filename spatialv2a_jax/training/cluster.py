@@ -25,6 +25,7 @@ from spatialv2a_jax.errors import UserError
 
 EXIT_CODE = 43  # A process hangs, is gone, or did not come: start all of them again.
 _numbers = itertools.count()  # Processes ask in the same order.
+_WEEK_MS = 7 * 86_400_000
 _END = ""  # Value that ends a `Watch` without a message.
 # Of JAX: what a process alone meets with as well, and would meet with again.
 _OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
@@ -254,6 +255,16 @@ def total(name: str, count: int) -> int:
   if jax.process_index():
     return count
   return sum(int(value) for _, value in store.key_value_dir_get(f"total/{name}/"))
+
+
+def meet() -> None:
+  """Waits until all processes of the job have come here, for as long as the watchdog lets it.
+
+  Raises:
+    jax.errors.JaxRuntimeError: another process is gone.
+  """
+  if (store := client()) is not None:
+    store.wait_at_barrier(f"meet/{next(_numbers)}", _WEEK_MS)
 
 
 class Watch:

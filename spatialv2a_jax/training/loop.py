@@ -214,6 +214,8 @@ class Loop:
       traced = time.perf_counter()
       compiled = waiting.run(lowered.compile, self.stop.due)
       took = time.perf_counter() - traced
+      # A collective of CPUs waits 30 s for the others, which may take longer to compile.
+      waiting.run(cluster.meet, self.stop.due)
     except waiting.GivenUpError:
       self._leave(self.first)
     if self.stop.poll():

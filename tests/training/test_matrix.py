@@ -1,6 +1,6 @@
 """The same bits whatever happens to a run, and the same curve whatever it runs on.
 
-Real processes, on real shards: of `launch.train` with the two-ear flow network, and of a toy.
+Processes of `launch.train` train the two-ear flow network on real shards.
 """
 
 import functools
@@ -17,7 +17,7 @@ from data import captions, pipeline, shards
 from spatialv2a_jax import logbook, schema, sharding
 from spatialv2a_jax.training import checkpoint, recipe, train
 from tests import loader_shards
-from tests.processes import finish, members, start, together, wait_for
+from tests.processes import finish, members, wait_for
 from tests.training import test_train_step as toy
 
 STEPS = 36
@@ -107,6 +107,18 @@ def result(workdir):
 
 
 @pytest.mark.slow
+def test_four_devices_are_the_same_in_one_two_or_four_processes(tmp_path, launch, expected):
+  """A job of one process reduces over the network as well, and so in the same order."""
+  four = launch(tmp_path, count=4)
+  wait_for(four[0], f"step {STEPS // 2}/")
+  four[3].send_signal(signal.SIGTERM)
+  assert "and saved" in [finish(process, code=42)[0] for process in four][0]
+  two = launch(tmp_path, count=2)
+  assert "changed since then: machine.processes 4 -> 2" in [finish(x)[0] for x in two][0]
+  assert result(tmp_path) == expected()
+
+
+@pytest.mark.slow
 def test_kills_stops_and_workers_change_no_bit(tmp_path, launch, expected):
   assert sorted(expected()[0]) == list(range(1, STEPS + 1))
 
@@ -144,27 +156,6 @@ def test_kills_stops_and_workers_change_no_bit(tmp_path, launch, expected):
   assert result(tmp_path / "stopped") == expected()
   finish(workers)
   assert result(tmp_path / "workers") == expected()
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_with_as_many_devices(tmp_path, folder):
-  options = {"shards": folder, "checkpoint": 10, "shape": (2, 1, 1)}
-  finish(start(tmp_path / "one", devices=2, steps=24, **options))
-  for process in together(tmp_path / "both", 2, steps=12, **options):
-    finish(process)
-  finish(start(tmp_path / "both", devices=2, steps=24, **options))
-  assert result(tmp_path / "both") == result(tmp_path / "one")
-
-
-@pytest.mark.slow
-def test_four_devices_are_the_same_in_one_two_or_four_processes(tmp_path, folder):
-  """A job of one process reduces over the network as well, and so in the same order."""
-  options = {"shards": folder, "checkpoint": 10, "shape": (4, 1, 1), "steps": 12}
-  for count in (1, 2, 4):
-    for process in together(tmp_path / str(count), count, devices=4 // count, **options):
-      finish(process)
-  first, *others = (result(tmp_path / str(count)) for count in (1, 2, 4))
-  assert sorted(first[0]) == list(range(1, 13)) and others == [first, first]
 
 
 def fit(workdir, folder, shape, steps, seen, checkpoint_every=100):
