@@ -37,6 +37,7 @@ from launch import tasks
 from spatialv2a_jax import schema, sharding
 from spatialv2a_jax.training import recipe, train
 
+CLIPS, LISTED = 256, 800  # So many clips, each so many times: as many records as VGGSound has.
 SHARES = (1, 8)  # Divisors of `--clips`: two sizes of batch.
 
 
@@ -77,13 +78,14 @@ class Idle(recipe.Recipe):
     )
 
 
-def noise(config: Mapping[str, Any], folder: pathlib.Path, clips: int) -> pathlib.Path:
+def noise(config: Mapping[str, Any], folder: pathlib.Path) -> None:
   """Writes shards of noise that fit a config: features in 16 bits, means in 32.
+
+  Their manifest lists each shard many times: Grain shuffles few records at many times the cost.
 
   Args:
     config: of a flow network.
     folder: of the shards.
-    clips: their number.
   """
   sizes = {name: config["features"][name] for name in ("clip_dim", "sync_dim", "text_len")}
   shapes = schema.feature_shapes(
@@ -103,9 +105,11 @@ def noise(config: Mapping[str, Any], folder: pathlib.Path, clips: int) -> pathli
       for name, shape in shapes.items()
     }
 
-  items = [shards.Item(f"clip{i:05d}", i) for i in range(clips)]
+  items = [shards.Item(f"clip{i:05d}", i) for i in range(CLIPS)]
   shards.build(items, record, folder, shards=4, config={})
-  return folder
+  manifest = folder / "manifest.json"
+  listed = json.loads(manifest.read_text())
+  manifest.write_text(json.dumps(listed | {"shards": LISTED * listed["shards"]}))
 
 
 def config_of(folder: str, clips: int) -> dict[str, Any]:
@@ -208,7 +212,7 @@ def main() -> None:
   print(f"{os.cpu_count()}-core {platform.machine()} CPU, features of 8 s clips")
   with tempfile.TemporaryDirectory() as folder:
     config = config_of(folder, args.clips)
-    noise(config, pathlib.Path(folder), 256)
+    noise(config, pathlib.Path(folder))
     read(folder, args.clips, 8)  # Brings the files into the cache.
     rates = [read(folder, args.clips, args.steps) for _ in range(args.rounds)]
     rate, per_clip = max(rate for rate, _ in rates), min(spent for _, spent in rates)

@@ -1,7 +1,7 @@
 """From shards to batches: one global order of clips, of which a step number is the whole state.
 
-Grain makes the order (shuffle, repeat, batch) on record *numbers*, which are cheap; a host then
-reads only its rows of each global batch. So the batch of a step is a function of (seed, step) alone
+Grain makes the order (shuffle, repeat) of record *numbers*; a host looks up and reads only its rows
+of each global batch. So the batch of a step is a function of (seed, step) alone
 and neither the number of hosts nor of worker processes changes it. Fields keep the 16 bits of the
 records (`schema.widen` is for the devices), and are copied once. Imports no jax.
 
@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -40,14 +41,16 @@ EARS = ("mean", "std", "audio")  # Fields whose first axis is the ear.
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Reads the rows of one host out of a global batch of record numbers. Pickled to workers."""
+  """Reads the rows that one host has of a global batch. Pickled to workers."""
 
   source: tfrecord.TFRecordSource
+  order: Any  # grain.MapDataset: record numbers by position, endless.
   fields: Mapping[str, str]  # Name in the records -> name in the batch.
   layouts: Mapping[str, Mapping[str, tfrecord.Tensor]]  # Folder -> fields of its records.
   tables: Mapping[str, captions.Table]  # Folder -> text features of its captions.
   dtypes: Mapping[str, str]  # Name in the batch -> what all folders can be in.
   seed: int
+  batch_size: int
   first: int
   last: int
   total: int | None
@@ -56,15 +59,15 @@ class Rows:
   offset: int = 0
   memory: Memory = dataclasses.field(default_factory=Memory)
 
-  def __call__(self, step: int, records_b: np.ndarray) -> dict[str, np.ndarray]:
+  def __call__(self, step: int) -> dict[str, np.ndarray]:
     """Returns this host's rows of the batch of a step."""
-    start, rows = self.offset + step * len(records_b), self.last - self.first
+    start, rows = self.offset + step * self.batch_size, self.last - self.first
     batch: dict[str, np.ndarray] = {}
     bad: list[int] = []
     room = np.empty(self.source.longest, np.uint8)
     for row in range(rows):
       position = start + self.first + row
-      record = int(records_b[self.first + row])
+      record = self.order[position]
       example, skipped = self._read(record, position // len(self.source), room)
       example["weight_b"] = np.asarray(self.total is None or position < self.total, np.float32)
       if not batch:
@@ -249,13 +252,18 @@ def loader(
   rows = batch_size // hosts
   total = None if epochs is None else epochs * len(source)
   max_bad = max(5, len(source) // 100) if max_bad is None else max_bad
+  order = grain.MapDataset.range(len(source))
+  if seed is not None:
+    order = order.seed(seed).shuffle()
   read = reader(
     source=source,
+    order=order.repeat(),
     fields=fields,
     layouts=layouts,
     tables=tables,
     dtypes=_dtypes(fields, layouts, tables, mirror),
     seed=seed or 0,
+    batch_size=batch_size,
     first=host * rows,
     last=(host + 1) * rows,
     total=total,
@@ -263,13 +271,9 @@ def loader(
     max_bad=max_bad,
     offset=offset,
   )
-  order = grain.MapDataset.range(len(source))
-  if seed is not None:
-    order = order.seed(seed).shuffle()
-  steps = None if total is None else -(-(total - offset) // batch_size)
-  # Batches are formed before `to_iter_dataset`: only then are they the same for any `workers`.
-  batches = order.repeat()[offset:].batch(batch_size, drop_remainder=True)
-  batches = batches.map_with_index(read)[start_step:steps]
+  steps = sys.maxsize if total is None else -(-(total - offset) // batch_size)
+  # A batch is one element, whatever the number of workers among which `to_iter_dataset` deals them.
+  batches = grain.MapDataset.range(start_step, max(start_step, steps)).map(read)
   stream = batches.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads))
   if workers:
     if not flags.FLAGS.is_parsed():  # Grain's worker options are absl flags.
