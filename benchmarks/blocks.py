@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("kind", choices=("ear", "joint"))
   parser.add_argument("--topology", required=True)
   parser.add_argument("--clips", type=int, default=32)
-  parser.add_argument("--remat", default="convolutions", choices=("", "convolutions", "full"))
+  parser.add_argument("--remat", default="convolutions", choices=("", *flow_net.POLICIES))
   parser.add_argument("--activations", default="bfloat16", choices=("float32", "bfloat16"))
   parser.add_argument("--gemm", action="store_true")
   parser.add_argument("--width", type=int, default=448)

@@ -25,8 +25,9 @@ Params = dict[str, Any]
 
 # What `jax.checkpoint` saves of a block; None is nothing.
 POLICIES = {
-  # Products with as few channels as the width take a TPU less time than to keep what they give.
+  # A v5e or v6e multiplies by as few channels as the width faster than it keeps the result.
   "convolutions": jax.checkpoint_policies.save_only_these_names("convolution", "attention"),
+  "products": jax.checkpoint_policies.save_only_these_names("convolution", "dense", "attention"),
   "full": None,
 }
 
@@ -52,7 +53,8 @@ class Config:
     unroll: unrolls the blocks instead of scanning them; None does so on the CPU, where convolution
       gradients inside a scan are about 30 times slower.
     remat: what the backward pass recomputes of each block: nothing ("" or False), all but the
-      results of convolutions and of attention ("convolutions"), or everything ("full" or True).
+      results of products, convolutions and attention ("products"), dense products as well
+      ("convolutions"), or everything ("full" or True).
     dtype: of the matmuls.
     activations: dtype of what flows between blocks, the residual streams and the conditions;
       MMAudio's own training has bfloat16 there, as its matmuls. Norms and softmax stay float32.
@@ -74,7 +76,7 @@ class Config:
   spatial: bool = True
   ffn: int | None = None
   unroll: bool | None = None
-  remat: bool | Literal["", "convolutions", "full"] = False
+  remat: bool | Literal["", "products", "convolutions", "full"] = False
   dtype: str = "float32"
   activations: str = "float32"
   gemm: bool = False

@@ -176,7 +176,7 @@ class ParallelLinear(nn.Module):
 def product(x: jax.Array, kernel: jax.Array, gemm: bool) -> jax.Array:
   """Multiplies [..., t, i] by a kernel [i, o], or convolves it with one [taps, i, o]."""
   if kernel.ndim == 2:
-    return x @ kernel
+    return checkpoint_name(x @ kernel, "dense")
   return checkpoint_name((convolve_by_product if gemm else convolve)(x, kernel), "convolution")
 
 
