@@ -103,7 +103,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
 
 
 def member(port, rank, workdir, steps):
-  """One of two processes of a run, slow enough for a signal to reach it."""
+  """One of two processes of a run, slow enough for a signal to reach it; returns its exit code."""
   jax.distributed.initialize(f"localhost:{port}", 2, rank)
 
   def batches(start):
@@ -112,6 +112,7 @@ def member(port, rank, workdir, steps):
       yield {name: x[4 * rank : 4 * rank + 4] for name, x in toy.toy_batch(index).items()}
 
   fit(pathlib.Path(workdir), steps=steps, batches=batches, shape=(2, 1, 1))
+  return 0
 
 
 @pytest.fixture
@@ -124,9 +125,13 @@ def pair(tmp_path):
       probe.bind(("localhost", 0))
       port = probe.getsockname()[1]
     for rank in range(2):
-      call = f"t.member({port}, {rank}, {str(tmp_path)!r}, {steps})"
+      # Leaves as a run does: the thread that reads ahead may be in JAX still.
+      call = f"run_process(lambda: t.member({port}, {rank}, {str(tmp_path)!r}, {steps}))"
+      code = (
+        f"from launch.train import run_process\nfrom tests.training import test_train as t\n{call}"
+      )
       process = subprocess.Popen(
-        [sys.executable, "-c", f"from tests.training import test_train as t; {call}"],
+        [sys.executable, "-c", code],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         cwd=pathlib.Path(__file__).parents[2],
         stdout=subprocess.PIPE,
