@@ -1,15 +1,14 @@
 """What one training step of `small_16k` costs the host, and what its loader can deliver.
 
-Run: python -m benchmarks.host [--clips 32] [--steps 60] [--rounds 3] [--estimate FILE.json ...]
+Run: python -m benchmarks.host [--estimate FILE.json ...] [--clips 32] [--steps 40] [--rounds 3]
 
 The real loop of `launch.train` reads, checks and parses real shards with the shapes of `small_16k`,
 hands over the batches, dispatches steps, fetches their metrics and writes the log. Its step takes
 and returns all arrays of `small_16k` (with next to no width) and computes nothing: what is left is
-the host's work. JAX's CPU takes a batch as it lies; other devices take a copy, which is timed
-apart and added. Processor time, the least of some rounds, so that other programs count little; two
-sizes of batch tell what a step costs from what a clip costs.
-
-`--estimate` takes files that `launch.estimate --out` wrote and relates both to their chips.
+the host's work. Batches come at the pace of a chip, and of its size, by each of the files that
+`launch.estimate --out` wrote; without one, as fast as they can. JAX's CPU takes a batch as it lies;
+other devices take a copy, which is timed apart and added. Processor time, the least of some rounds,
+so that other programs count little.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import pathlib
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +37,6 @@ from spatialv2a_jax import schema, sharding
 from spatialv2a_jax.training import recipe, train
 
 CLIPS, LISTED = 256, 800  # So many clips, each so many times: as many records as VGGSound has.
-SHARES = (1, 8)  # Divisors of `--clips`: two sizes of batch.
 
 
 class Cost(NamedTuple):
@@ -122,12 +120,18 @@ def config_of(folder: str, clips: int) -> dict[str, Any]:
   return config
 
 
-def loop(folder: str, clips: int, steps: int) -> Cost:
-  """Returns what a step of the loop costs, reading included."""
+def loop(folder: str, clips: int, seconds: float, steps: int) -> Cost:
+  """Returns what a step costs the host, reading included, that takes the device so long."""
   config = config_of(folder, clips)
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   task, real = tasks.recipe(config, mesh)
   parts: dict[str, Any] = {x.name: getattr(real, x.name) for x in dataclasses.fields(real)}
+
+  def paced(start: int) -> Iterator[Any]:
+    for batch in real.batches(start):
+      time.sleep(seconds)  # A callback in the step would cost the loop's thread 5 ms.
+      yield batch
+
   marks: list[tuple[int, float, float]] = []
 
   def say(line: str) -> None:
@@ -138,10 +142,10 @@ def loop(folder: str, clips: int, steps: int) -> Cost:
   with tempfile.TemporaryDirectory() as workdir:
     train.fit(
       workdir,
-      Idle(**{**parts, "values": None}),
+      Idle(**{**parts, "values": None, "batches": paced}),
       kind="flow",
       config=config,
-      steps=3 * steps,
+      steps=2 * steps,
       every=train.Every(log=steps, checkpoint=10 * steps),
       tokens_per_clip=task.tokens,
       say=say,
@@ -175,35 +179,11 @@ def read(folder: str, clips: int, steps: int) -> tuple[float, float]:
   return steps * clips / wall, 1e3 * used / (steps * clips)
 
 
-def show(costs: Mapping[int, Cost], reports: Sequence[Mapping[str, Any]], rate: float) -> None:
-  """Prints what the measurements mean for chips."""
-  (few, small), (many, large) = sorted(costs.items())
-  clip = Cost(*((b - a) / (many - few) for a, b in zip(small, large, strict=True)))
-  step = Cost(*(a - few * b for a, b in zip(small, clip, strict=True)))
-  print(
-    f"per step {step.loop:.2f} ms of the loop's thread ({step.whole:.2f} of all), per clip "
-    f"{clip.loop:.3f} ms ({clip.whole:.3f} of all)"
-  )
-  for report in reports:
-    chips, seconds = report["chips"], report["seconds"]
-    clips = report["batch_size"] / chips
-    loop, whole = (a + clips * b for a, b in zip(step, clip, strict=True))
-    cores = ", ".join(
-      f"{n} chips {n * clips / seconds:,.0f} clips/s = {n * clips / seconds / rate:.2f} cores"
-      for n in (8, 64)
-    )
-    print(
-      f"{report['topology']}, {clips:g} clips a chip in {1e3 * seconds:.1f} ms "
-      f"({report['seconds_from']}): the loop's thread takes {0.1 * loop / seconds:.2f} % of the "
-      f"step, all threads {0.1 * whole / seconds:.2f} % of one core; {cores}"
-    )
-
-
 def main() -> None:
   """Prints the costs."""
   parser = argparse.ArgumentParser(description="What a training step costs the host.")
-  parser.add_argument("--clips", type=int, default=32, help="of the larger batch; a multiple of 8")
-  parser.add_argument("--steps", type=int, default=60, help="of each measurement")
+  parser.add_argument("--clips", type=int, default=32, help="a step, without --estimate")
+  parser.add_argument("--steps", type=int, default=40, help="of each measurement")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--estimate", nargs="*", default=[], metavar="FILE.json")
   args = parser.parse_args()
@@ -211,22 +191,31 @@ def main() -> None:
   reports = [json.loads(pathlib.Path(path).read_text()) for path in args.estimate]
   print(f"{os.cpu_count()}-core {platform.machine()} CPU, features of 8 s clips")
   with tempfile.TemporaryDirectory() as folder:
-    config = config_of(folder, args.clips)
-    noise(config, pathlib.Path(folder))
+    noise(config_of(folder, args.clips), pathlib.Path(folder))
     read(folder, args.clips, 8)  # Brings the files into the cache.
     rates = [read(folder, args.clips, args.steps) for _ in range(args.rounds)]
     rate, per_clip = max(rate for rate, _ in rates), min(spent for _, spent in rates)
     print(f"loader alone: {rate:,.0f} clips/s, {per_clip:.3f} ms of processor per clip")
-    costs = {}
-    for share in SHARES:
-      clips = args.clips // share
-      rounds = [loop(folder, clips, args.steps) for _ in range(args.rounds)]
-      costs[clips] = min(rounds, key=lambda cost: cost.whole)
-      print(
-        f"{clips} clips a step: {costs[clips].loop:.2f} ms of the loop's thread, "
-        f"{costs[clips].whole:.2f} ms of all threads"
+    for report in reports or [None]:
+      clips = report["batch_size"] // report["chips"] if report else args.clips
+      seconds = report["seconds"] if report else 0.0
+      costs = [loop(folder, clips, seconds, args.steps) for _ in range(args.rounds)]
+      cost = min(costs, key=lambda cost: cost.whole)
+      line = (
+        f"{clips} clips a step: {cost.loop:.2f} ms of the loop's thread, {cost.whole:.2f} of all"
       )
-    show(costs, reports, 1e3 / per_clip)
+      if report:
+        cores = ", ".join(
+          f"{n} chips {n * clips / seconds:,.0f} clips/s = "
+          f"{n * clips / seconds * per_clip / 1e3:.2f} cores"
+          for n in (8, 64)
+        )
+        line = (
+          f"{report['topology']}, {1e3 * seconds:.1f} ms ({report['seconds_from']}) with {line} "
+          f"({0.1 * cost.loop / seconds:.2f} and {0.1 * cost.whole / seconds:.2f} % of a core); "
+          f"{cores}"
+        )
+      print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,7 +143,7 @@ class Rows:
 
   def folder(self, record: int) -> str:
     """Returns the folder of a record's shard, which names its layout."""
-    return str(pathlib.Path(self.source.locate(record)[0]).parent)
+    return os.path.dirname(self.source.locate(record)[0])  # A tenth of the time of `pathlib`.
 
 
 class Loader(Iterator[dict[str, np.ndarray]]):
@@ -238,7 +239,7 @@ def loader(
     raise UserError(f"no records in {', '.join(source.paths[:3]) or 'the list of shards'}")
   folders: dict[str, str] = {}  # Each with its first shard.
   for path in source.paths:
-    folders.setdefault(str(pathlib.Path(path).parent), path)
+    folders.setdefault(os.path.dirname(path), path)
   layouts = {folder: layout.read_features(folder) for folder in folders}
   tables = {
     folder: captions.Table(folder)
