@@ -283,10 +283,17 @@ def value_of(raw: memoryview, tensor: Tensor) -> np.ndarray | str:
   """
   if tensor.dtype == "text":
     return bytes(raw).decode()
-  dtype = np.dtype(tensor.dtype)
-  if len(raw) != math.prod(tensor.shape) * dtype.itemsize:
+  dtype, size = _kind(tensor)
+  if len(raw) != size:
     raise ValueError(f"{len(raw)} bytes, but features.json says {tensor.dtype} {tensor.shape}")
   return np.frombuffer(raw, dtype).reshape(tensor.shape)
+
+
+@functools.lru_cache
+def _kind(tensor: Tensor) -> tuple[np.dtype, int]:
+  """Returns the dtype of a tensor and its bytes; looking them up takes as long as the rest."""
+  dtype = np.dtype(tensor.dtype)
+  return dtype, math.prod(tensor.shape) * dtype.itemsize
 
 
 def tensor_of(value: np.ndarray | str) -> Tensor:
