@@ -5,8 +5,8 @@ Run: python -m benchmarks.host [--estimate FILE.json ...] [--clips 32] [--steps 
 The real loop of `launch.train` reads, checks and parses real shards with the shapes of `small_16k`,
 hands over the batches, dispatches steps, fetches their metrics and writes the log. Its step takes
 and returns all arrays of `small_16k` (with next to no width) and computes nothing: what is left is
-the host's work. Batches come at the pace of a chip, and of its size, by each of the files that
-`launch.estimate --out` wrote; without one, as fast as they can. JAX's CPU takes a batch as it lies;
+the host's work. A step waits as long as it takes a chip, with as many clips, by each of the files
+that `launch.estimate --out` wrote; without one, not at all. JAX's CPU takes a batch as it lies;
 other devices take a copy, which is timed apart and added. Processor time, the least of some rounds,
 so that other programs count little.
 """
@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import small_16k
-from data import pipeline, shards
+from data import captions, pipeline, shards
 from launch import tasks
 from spatialv2a_jax import schema, sharding
 from spatialv2a_jax.training import recipe, train
@@ -51,8 +51,33 @@ class Cost(NamedTuple):
   whole: float
 
 
+class _Paced:
+  """A step that keeps its caller waiting, as a device would; in it, a callback would cost 5 ms."""
+
+  def __init__(self, stage: Any, seconds: float):
+    self._stage, self._seconds = stage, seconds
+
+  def lower(self, *arguments: Any) -> "_Paced":
+    return _Paced(self._stage.lower(*arguments), self._seconds)
+
+  def compile(self) -> "_Paced":
+    return _Paced(self._stage.compile(), self._seconds)
+
+  def __call__(self, *arguments: Any) -> Any:
+    results = self._stage(*arguments)
+    time.sleep(self._seconds)
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
 class Idle(recipe.Recipe):
-  """A recipe whose step has the arguments and results of the real one and computes nothing."""
+  """A recipe whose step has the arguments and results of the real one and only waits.
+
+  Attributes:
+    seconds: that a step takes.
+  """
+
+  seconds: float = 0.0
 
   def step(self, layout: Any) -> Any:
     """Returns the jitted `step(state, batch)`, which donates `state`."""
@@ -67,17 +92,18 @@ class Idle(recipe.Recipe):
         name: done.get(name, jnp.zeros(x.shape, x.dtype)) for name, x in metrics.items()
       }
 
-    return jax.jit(
+    jitted = jax.jit(
       idle,
       in_shardings=(layout, NamedSharding(self.mesh, self.rules.spec("act_batch"))),
       out_shardings=(layout, NamedSharding(self.mesh, P())),
       donate_argnums=0,
       keep_unused=True,
     )
+    return _Paced(jitted, self.seconds)
 
 
 def noise(config: Mapping[str, Any], folder: pathlib.Path) -> None:
-  """Writes shards of noise that fit a config: features in 16 bits, means in 32.
+  """Writes shards of noise that fit a config: features in 16 bits, means in 32, a caption a clip.
 
   Their manifest lists each shard many times: Grain shuffles few records at many times the cost.
 
@@ -96,13 +122,21 @@ def noise(config: Mapping[str, Any], folder: pathlib.Path) -> None:
   def record(item: shards.Item) -> shards.Record:
     rng = np.random.default_rng(item.payload)
     whole = ("mean", "spatial")
-    return {
+    return {"caption": f"caption {item.payload}"} | {
       name: rng.standard_normal(shape, np.float32).astype(
         "float32" if name in whole else "bfloat16"
       )
       for name, shape in shapes.items()
     }
 
+  text = shapes.pop(captions.FIELD)
+  captions.build(
+    [f"caption {i}" for i in range(CLIPS)],
+    lambda caption: np.full(text, len(caption), np.float32),
+    folder,
+    config={},
+    storage="bfloat16",
+  )
   items = [shards.Item(f"clip{i:05d}", i) for i in range(CLIPS)]
   shards.build(items, record, folder, shards=4, config={})
   manifest = folder / "manifest.json"
@@ -126,12 +160,6 @@ def loop(folder: str, clips: int, seconds: float, steps: int) -> Cost:
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   task, real = tasks.recipe(config, mesh)
   parts: dict[str, Any] = {x.name: getattr(real, x.name) for x in dataclasses.fields(real)}
-
-  def paced(start: int) -> Iterator[Any]:
-    for batch in real.batches(start):
-      time.sleep(seconds)  # A callback in the step would cost the loop's thread 5 ms.
-      yield batch
-
   marks: list[tuple[int, float, float]] = []
 
   def say(line: str) -> None:
@@ -142,7 +170,7 @@ def loop(folder: str, clips: int, seconds: float, steps: int) -> Cost:
   with tempfile.TemporaryDirectory() as workdir:
     train.fit(
       workdir,
-      Idle(**{**parts, "values": None, "batches": paced}),
+      Idle(**{**parts, "values": None}, seconds=seconds),
       kind="flow",
       config=config,
       steps=2 * steps,

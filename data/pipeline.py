@@ -1,9 +1,9 @@
 """From shards to batches: one global order of clips, of which a step number is the whole state.
 
 Grain makes the order (shuffle, repeat) of record *numbers*; a host looks up and reads only its rows
-of each global batch. So the batch of a step is a function of (seed, step) alone
-and neither the number of hosts nor of worker processes changes it. Fields keep the 16 bits of the
-records (`schema.widen` is for the devices), and are copied once. Imports no jax.
+of each global batch. So the batch of a step is a function of (seed, step) alone and neither the
+number of hosts nor of worker processes changes it. Fields keep the 16 bits of the records
+(`schema.widen` is for the devices), and are copied once. Imports no jax.
 
 Axes: b clip, e ear (0 left, 1 right); the others as in `spatialv2a_jax.schema`.
 """

@@ -1,5 +1,7 @@
 import itertools
+import json
 import pathlib
+import pickle
 import shutil
 
 import pytest
@@ -71,6 +73,20 @@ def test_a_damaged_text_ends_the_run(paths):
   with pytest.raises(UserError, match=f"{table}: record 2 is damaged") as error:
     list(pipeline.loader(paths, batch_size=CLIPS, seed=0, epochs=1))
   assert not isinstance(error.value, tfrecord.CorruptRecordError)
+
+
+def test_texts_stay_in_memory_as_they_were_read(paths, monkeypatch):
+  monkeypatch.setattr(captions, "KEPT", 2)
+  table = captions.Table(paths[0].parent)
+  before = table["caption 2"]
+  assert not before.flags.writeable
+  (shard,) = shards.paths(paths[0].parent / "text")
+  damage(shard, json.loads(shards.sidecar(shard).read_text())["ids"].index("caption 2"))
+  assert table["caption 2"] is before
+  table["caption 0"], table["caption 1"]
+  for other in (table, pickle.loads(pickle.dumps(table))):  # No longer, and never kept.
+    with pytest.raises(UserError, match="is damaged"):
+      other["caption 2"]
 
 
 def test_the_table_of_texts_must_know_every_caption(paths):
