@@ -8,19 +8,26 @@
 set -u
 told=0
 child=0
-trap 'told=1; [ "$child" -eq 0 ] || kill -TERM "$child" 2>/dev/null' TERM INT
+early=0 # Told while the command had no number yet: it must hear of it once, and only once.
+hear() {
+  told=1
+  heard=1
+  if [ "$child" -eq 0 ]; then early=1; else kill -TERM "$child" 2>/dev/null; fi
+}
+trap hear TERM INT
 
 left=${RESTARTS:-100}
 while true; do
   "$@" &
   child=$!
-  wait "$child"
-  code=$?
-  # A signal ends `wait` early, while the command still saves.
-  while kill -0 "$child" 2>/dev/null; do
+  [ "$early" -eq 0 ] || kill -TERM "$child" 2>/dev/null
+  heard=1
+  while [ "$heard" -eq 1 ]; do # A signal ends `wait` early, while the command still saves.
+    heard=0
     wait "$child"
     code=$?
   done
+  child=0
   case $code in
     42 | 43) ;;
     *) [ "$code" -gt 128 ] || exit "$code" ;;
@@ -33,5 +40,6 @@ while true; do
   sleep "${PAUSE:-5}" &
   child=$!
   wait "$child"
+  child=0
   [ "$told" -eq 0 ] || exit "$code"
 done

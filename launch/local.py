@@ -35,12 +35,10 @@ class Job:
 
   Attributes:
     processes: by their number.
-    told: whether they were asked to stop.
   """
 
   def __init__(self, commands: Sequence[Sequence[str]], environment: dict[str, str]):
     """Starts one process per command."""
-    self.told = False
     self.processes = [
       subprocess.Popen(
         command,
@@ -64,9 +62,8 @@ class Job:
     for line in process.stdout:
       print(f"[{number}] {line}", end="", flush=True)
 
-  def stop(self, *_: object) -> None:
+  def stop(self) -> None:
     """Asks all processes to save and leave."""
-    self.told = True
     self._send(signal.SIGTERM)
 
   def _send(self, number):
@@ -105,21 +102,35 @@ def run(
     restarts: how often the job may be started again.
     grace: seconds between the first process that leaves and the end of the others.
   """
-  while True:
-    job = Job(commands(), environment)
-    handlers = {n: signal.signal(n, job.stop) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
+  job: Job | None = None
+  told = early = False
+
+  def stop(*_: object) -> None:
+    nonlocal told, early
+    told = True
+    if job is None:
+      early = True  # They must hear of it once, and only once.
+    else:
+      job.stop()
+
+  handlers = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    while True:
+      job = Job(commands(), environment)
+      if early:
+        job.stop()
       code = job.wait(grace)
-    finally:
-      for number, handler in handlers.items():
-        signal.signal(number, handler)
-      for process in job.processes:
-        process.kill()
-    code = 128 - code if code < 0 else code  # As a shell tells of a death by a signal.
-    if job.told or restarts == 0 or not (code in AGAIN or code > 128):
-      return code
-    restarts -= 1
-    print(f"launch.local: left with {code}; starting again, {restarts} restarts left", flush=True)
+      job = None
+      code = 128 - code if code < 0 else code  # As a shell tells of a death by a signal.
+      if told or restarts == 0 or not (code in AGAIN or code > 128):
+        return code
+      restarts -= 1
+      print(f"launch.local: left with {code}; starting again, {restarts} restarts left", flush=True)
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+    for process in job.processes if job else ():
+      process.kill()
 
 
 def train_commands(processes: int, arguments: Sequence[str]) -> list[list[str]]:

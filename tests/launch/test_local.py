@@ -127,6 +127,18 @@ time.sleep(600)
   assert len(list(tmp_path.glob("told-*"))) == 2
 
 
+def test_told_to_stop_while_it_starts_them_it_tells_them_and_does_not_start_again(tmp_path):
+  file = tmp_path / "attempts"
+
+  def commands():
+    os.kill(os.getpid(), signal.SIGTERM)
+    file.write_text(file.read_text() + "x" if file.exists() else "x")
+    return script("time.sleep(600)", file)()
+
+  assert local.run(commands, dict(os.environ), restarts=9) == 128 + signal.SIGTERM
+  assert attempts(file) == 1
+
+
 def test_processes_of_a_run_meet_at_one_port():
   first, second = local.train_commands(2, ["--config=c", "--workdir=w"])
   assert first[1:5] == ["-m", "launch.train", "--config=c", "--workdir=w"]

@@ -84,6 +84,37 @@ def test_again_hands_a_signal_on_and_lets_the_command_save(tmp_path):
   assert saved.exists()
 
 
+@pytest.mark.parametrize(
+  "strikes",
+  [
+    {"child=$!": "kill -TERM $$"},  # It does not know yet whom it has started.
+    {'[ "$early" -eq 0 ]': "kill -TERM $$"},
+    # The command ends between the signal and the next wait.
+    {'wait "$child"': "{ sleep 0.2; kill -TERM $$; } &", "code=$?": "sleep 0.5"},
+  ],
+)
+def test_again_hands_a_signal_on_once_whenever_it_comes(tmp_path, strikes):
+  """What a key does happens before the first command of the script that reads like it."""
+  hook, told, ready = (tmp_path / name for name in ("hook", "told", "ready"))
+  cases = "\n".join(f"{shlex.quote(when)}) {then} ;;" for when, then in strikes.items())
+  hook.write_text(f"""
+strike() {{
+  case $seen in *"<$1>"*) return ;; esac
+  seen="$seen<$1>"
+  [ "$1" != 'child=$!' ] || until [ -e {ready} ]; do sleep 0.05; done
+  case $1 in
+    {cases}
+  esac
+}}
+seen=
+trap 'strike "$BASH_COMMAND"' DEBUG
+""")
+  text = f"trap 'echo told >>{told}; exit 42' TERM; touch {ready}; while :; do sleep 0.05; done"
+  done = bash(LAUNCH / "again.sh", "bash", "-c", text, env={"BASH_ENV": str(hook)})
+  assert done.returncode == 42, done.stderr
+  assert told.read_text() == "told\n"
+
+
 @pytest.fixture
 def slurm(tmp_path):
   """Runs the batch script where `srun` is a shell and `scontrol` keeps notes."""
