@@ -116,7 +116,7 @@ def with_grain(paths: dict[str, list[pathlib.Path]]) -> dict[str, Start]:
     return _spread(stream.map(_bytes).batch(BATCH), workers)
 
   def ours(workers: int) -> Iterator[Any]:
-    options: dict[str, Any] = {"batch_size": BATCH, "seed": 0, "threads": THREADS}
+    options: dict[str, Any] = {"batch_size": BATCH, "seed": 0}
     return pipeline.loader(paths["tfrecord"], workers=workers, **options)
 
   def array(name: str) -> Start:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import soxr
 
-from data import filters, layout, shards, stages, tfrecord
+from data import filters, layout, shards, stages, tf_example, tfrecord
 from spatialv2a_jax import io, schema
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, analysis, stats
@@ -112,8 +112,8 @@ class Build:
 
   def record(self, place: tuple[str, int]) -> dict[str, Any]:
     """Returns the fields of a record; UserError if it is damaged."""
-    raw = tfrecord.decode_example(self._sources[place[0]][place[1]])
-    return {name: tfrecord.value_of(raw[name], self._fields[name]) for name in raw}
+    raw = tf_example.decode(self._sources[place[0]][place[1]])
+    return {name: tf_example.value_of(raw[name], self._fields[name]) for name in raw}
 
   def clips(self, advance: Callable[[], None] = lambda: None) -> Clips:
     """Reads every record once; `advance` is called after each."""

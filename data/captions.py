@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data import layout, shards, tfrecord
+from data import layout, shards, tf_example, tfrecord
 from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
 
@@ -115,10 +115,10 @@ class Table:
     if caption not in self._place:
       raise UserError(f"{self.folder}: it has no caption {caption!r}; encode the clips again")
     try:
-      raw = tfrecord.decode_example(self._source[self._place[caption]])
+      raw = tf_example.decode(self._source[self._place[caption]])
     except tfrecord.CorruptRecordError as error:
       raise UserError(str(error)) from error  # No neighbour can stand in for it.
-    return np.asarray(tfrecord.value_of(raw[FIELD], self.tensor))
+    return np.asarray(tf_example.value_of(raw[FIELD], self.tensor))
 
 
 @dataclasses.dataclass(frozen=True)

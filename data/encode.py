@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data import captions, layout, media, shards, tfrecord
+from data import captions, layout, media, shards, tf_example, tfrecord
 from spatialv2a_jax import schema
 
 ENCODED = {
@@ -244,7 +244,7 @@ class _Features:
 @dataclasses.dataclass(frozen=True)
 class _Latents:
   codec: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-  fields: Mapping[str, tfrecord.Tensor]
+  fields: Mapping[str, tf_example.Tensor]
   batch: int
 
   def __call__(self, items: Sequence[shards.Item]) -> Iterable[shards.Record | Exception]:
@@ -252,8 +252,8 @@ class _Latents:
 
   def _read(self, item: shards.Item) -> dict[str, np.ndarray | str]:
     path, place = item.payload
-    raw = tfrecord.decode_example(tfrecord.TFRecordSource([path])[place])
-    record = {name: tfrecord.value_of(raw[name], self.fields[name]) for name in raw}
+    raw = tf_example.decode(tfrecord.TFRecordSource([path])[place])
+    record = {name: tf_example.value_of(raw[name], self.fields[name]) for name in raw}
     if record.pop("id") != item.id:
       raise shards.BadClipError(f"{path}: record {place} is another clip")
     return record

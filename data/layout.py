@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data import tfrecord
+from data import tf_example
 from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
 
@@ -22,7 +22,7 @@ def shard_name(name: str, split: str, number: int, count: int) -> str:
   return f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}"
 
 
-def write_features(folder: str | pathlib.Path, fields: Mapping[str, tfrecord.Tensor]) -> None:
+def write_features(folder: str | pathlib.Path, fields: Mapping[str, tf_example.Tensor]) -> None:
   """Writes `features.json`, from which readers know the shapes and dtypes of all records."""
   features: dict[str, Any] = {}
   for name, (dtype, shape) in sorted(fields.items()):
@@ -44,7 +44,7 @@ def write_features(folder: str | pathlib.Path, fields: Mapping[str, tfrecord.Ten
   )
 
 
-def read_features(folder: str | pathlib.Path) -> dict[str, tfrecord.Tensor]:
+def read_features(folder: str | pathlib.Path) -> dict[str, tf_example.Tensor]:
   """Reads `features.json`.
 
   Raises:
@@ -54,9 +54,9 @@ def read_features(folder: str | pathlib.Path) -> dict[str, tfrecord.Tensor]:
   try:
     features = json.loads(path.read_text())["featuresDict"]["features"]
     return {
-      name: tfrecord.Tensor("text")
+      name: tf_example.Tensor("text")
       if "text" in feature
-      else tfrecord.Tensor(
+      else tf_example.Tensor(
         feature["tensor"]["dtype"],
         tuple(int(size) for size in feature["tensor"]["shape"].get("dimensions", ())),
       )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import layout, shards, tfrecord
+from data import layout, shards, tf_example, tfrecord
 from spatialv2a_jax import io, schema
 from spatialv2a_jax.errors import UserError
 
@@ -62,9 +62,9 @@ class Record:
   def read(self, sample_rate: int) -> Clip:
     """Reads the clip, whose sound is stored at that rate."""
     fields = _fields(str(pathlib.Path(self.shard).parent))
-    raw = tfrecord.decode_example(tfrecord.TFRecordSource([self.shard])[self.place])
-    audio_ep = np.asarray(tfrecord.value_of(raw["audio"], fields["audio"]))
-    about = {name: tfrecord.value_of(raw[name], fields[name]) for name in COMMON if name in raw}
+    raw = tf_example.decode(tfrecord.TFRecordSource([self.shard])[self.place])
+    audio_ep = np.asarray(tf_example.value_of(raw["audio"], fields["audio"]))
+    about = {name: tf_example.value_of(raw[name], fields[name]) for name in COMMON if name in raw}
     return Clip(schema.as_float32(audio_ep), self.videos / str(about["video"]), about)
 
 

@@ -30,6 +30,7 @@ EDGE, APART = 0.03, 0.15  # Of columns: from the sides of the picture, and from 
 SPREAD_DB = 6.0  # Levels of sources differ by up to twice as much.
 CONTEXT = 512  # Samples before and after a window, so that filters ring in it from its beginning.
 SEAM = 0.04  # Width of a seam, of columns.
+THREADS = 4  # Decoding and filtering, most of the work, leave the interpreter to others.
 LIGHT = 0.3  # Brightness and saturation vary by up to this share.
 
 _Place = Callable[[np.ndarray, float], np.ndarray]
@@ -166,4 +167,4 @@ def loader(
   """
   ways.load(spatializer, schema.PAIR_RATE)  # Refused before workers start.
   reader = functools.partial(Rows, spatializer=spatializer)
-  return pipeline.loader(paths, kind="pairs", reader=reader, **options)
+  return pipeline.loader(paths, kind="pairs", reader=reader, threads=THREADS, **options)

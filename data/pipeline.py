@@ -22,7 +22,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from data import captions, layout, shards, tfrecord
+from data import captions, layout, shards, tf_example, tfrecord
 from data.memory import Memory
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
@@ -37,6 +37,7 @@ MIRRORED = {  # Stored beside the field they replace.
   "sync": "sync_mirror",
   "spatial": "spatial_mirror",
 }
+AHEAD = 4  # Batches that are ready before they are asked for, if reading is fast enough.
 EARS = ("mean", "std", "audio")  # Fields whose first axis is the ear.
 
 
@@ -47,7 +48,7 @@ class Rows:
   source: tfrecord.TFRecordSource
   order: Any  # grain.MapDataset: record numbers by position, endless.
   fields: Mapping[str, str]  # Name in the records -> name in the batch.
-  layouts: Mapping[str, Mapping[str, tfrecord.Tensor]]  # Folder -> fields of its records.
+  layouts: Mapping[str, Mapping[str, tf_example.Tensor]]  # Folder -> fields of its records.
   tables: Mapping[str, captions.Table]  # Folder -> text features of its captions.
   dtypes: Mapping[str, str]  # Name in the batch -> what all folders can be in.
   seed: int
@@ -66,9 +67,10 @@ class Rows:
     batch: dict[str, np.ndarray] = {}
     bad: list[int] = []
     room = np.empty(self.source.longest, np.uint8)
-    for row in range(rows):
-      position = start + self.first + row
-      record = self.order[position]
+    positions = range(start + self.first, start + self.last)
+    records = [self.order[position] for position in positions]
+    self.source.advise(records)
+    for row, (position, record) in enumerate(zip(positions, records, strict=True)):
       example, skipped = self._read(record, position // len(self.source), room)
       example["weight_b"] = np.asarray(self.total is None or position < self.total, np.float32)
       if not batch:
@@ -118,7 +120,7 @@ class Rows:
   def raw(self, record: int, payload: bytes | memoryview) -> tuple[str, dict[str, memoryview]]:
     """Returns the id and the bytes of each field of a record; UserError if it is none."""
     try:
-      raw = tfrecord.decode_example(payload)
+      raw = tf_example.decode(payload)
       return bytes(raw["id"]).decode(), raw
     except (ValueError, KeyError) as error:
       path, place = self.source.locate(record)
@@ -128,13 +130,13 @@ class Rows:
     self,
     record: int,
     raw: Mapping[str, memoryview],
-    fields: Mapping[str, tfrecord.Tensor],
+    fields: Mapping[str, tf_example.Tensor],
     field: str,
   ) -> np.ndarray | str:
     """Returns a field of a record; UserError if it is missing or has another size."""
     try:
       if field in raw:
-        return tfrecord.value_of(raw[field], fields[field])
+        return tf_example.value_of(raw[field], fields[field])
       problem = f" has no field {field}, only {sorted(raw)}"
     except ValueError as error:
       problem = f", field {field}: {error}"
@@ -195,7 +197,7 @@ def loader(
   host: int = 0,
   hosts: int = 1,
   workers: int = 0,
-  threads: int = 4,
+  threads: int = 1,
   epochs: int | None = None,
   mirror: bool = False,
   max_bad: int | None = None,
@@ -219,7 +221,8 @@ def loader(
     hosts: number of hosts.
     workers: reading processes; 0 reads in threads of this one, which is faster unless parsing
       dominates. Their number changes no batch.
-    threads: batches read at a time, in each process.
+    threads: batches read at a time, in each process. More than one pay where making a batch leaves
+      the interpreter; where it does not, they take it from each other at twice the processor time.
     epochs: passes over the data; None: endless.
     mirror: mirrors left and right of half of the clips, drawn from (seed, epoch, clip).
     max_bad: distinct damaged records to replace by their successors before giving up; None: the
@@ -275,7 +278,8 @@ def loader(
   steps = sys.maxsize if total is None else -(-(total - offset) // batch_size)
   # A batch is one element, whatever the number of workers among which `to_iter_dataset` deals them.
   batches = grain.MapDataset.range(start_step, max(start_step, steps)).map(read)
-  stream = batches.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads))
+  reading = grain.ReadOptions(threads, prefetch_buffer_size=max(AHEAD, threads))
+  stream = batches.to_iter_dataset(reading)
   if workers:
     if not flags.FLAGS.is_parsed():  # Grain's worker options are absl flags.
       flags.FLAGS.mark_as_parsed()
@@ -306,7 +310,7 @@ def is_mirrored(seed: int, epoch: int, clip: str) -> bool:
 
 def _dtypes(
   fields: Mapping[str, str],
-  layouts: Mapping[str, Mapping[str, tfrecord.Tensor]],
+  layouts: Mapping[str, Mapping[str, tf_example.Tensor]],
   tables: Mapping[str, captions.Table],
   mirror: bool,
 ) -> dict[str, str]:
@@ -327,7 +331,7 @@ def _dtypes(
 
 def _check_layouts(
   folders: Mapping[str, str],
-  layouts: Mapping[str, Mapping[str, tfrecord.Tensor]],
+  layouts: Mapping[str, Mapping[str, tf_example.Tensor]],
   tables: Mapping[str, captions.Table],
   wanted: dict[str, tuple[int, ...] | None],
   mirror: bool,

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from data import layout, tfrecord
+from data import layout, tf_example, tfrecord
 from spatialv2a_jax import io
 from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
 
@@ -269,7 +269,7 @@ def make_shard(job: Job, make: Maker) -> dict[str, Any]:
   ids: list[str] = []
   captions: list[str] = []
   bad: dict[str, str] = {}
-  fields: dict[str, tfrecord.Tensor] = {}
+  fields: dict[str, tf_example.Tensor] = {}
 
   def payloads() -> Iterator[bytes]:
     for item, made in zip(job.items, make(job.items), strict=True):
@@ -284,10 +284,10 @@ def make_shard(job: Job, make: Maker) -> dict[str, Any]:
         bad[item.id] = _reason(error)
         _check_bad(bad, job.max_bad)
         continue
-      fields.update({name: tfrecord.tensor_of(value) for name, value in record.items()})
+      fields.update({name: tf_example.tensor_of(value) for name, value in record.items()})
       ids.append(item.id)
       captions.append(str(record.get("caption", "")))
-      yield tfrecord.encode_example(record)
+      yield tf_example.encode(record)
 
   digest = tfrecord.write(job.path, payloads())
   info = {
@@ -336,7 +336,7 @@ def _finish(
       wrong = sorted(name for name in {*fields, *others} if fields.get(name) != others.get(name))
       raise UserError(f"{path} and {first.name} differ in {', '.join(wrong)}; delete the wrong one")
   layout.write_features(
-    out, {name: tfrecord.Tensor(dtype, tuple(shape)) for name, (dtype, shape) in fields.items()}
+    out, {name: tf_example.Tensor(dtype, tuple(shape)) for name, (dtype, shape) in fields.items()}
   )
   splits: dict[str, list[dict[str, Any]]] = {}
   for job, info in made:
@@ -361,14 +361,16 @@ def _finish(
 
 
 def _check_record(
-  record: Record, fields: Mapping[str, tfrecord.Tensor], unknown: Collection[str]
+  record: Record, fields: Mapping[str, tf_example.Tensor], unknown: Collection[str]
 ) -> None:
   """Raises BadClipError for a value that is not finite or not shaped as in earlier records."""
   for name, value in record.items():
     if not isinstance(value, str) and name not in unknown and not np.isfinite(value).all():
       raise BadClipError(f"field {name} holds NaN or infinity")
-    if fields and fields.get(name) != tfrecord.tensor_of(value):
-      raise BadClipError(f"field {name} is {tfrecord.tensor_of(value)}, others {fields.get(name)}")
+    if fields and fields.get(name) != tf_example.tensor_of(value):
+      raise BadClipError(
+        f"field {name} is {tf_example.tensor_of(value)}, others {fields.get(name)}"
+      )
   if fields and fields.keys() - record.keys():
     raise BadClipError(f"without {sorted(fields.keys() - record.keys())}")
 

@@ -22,7 +22,7 @@ _ROOT = str(pathlib.Path(__file__).resolve().parents[2])
 if _ROOT not in sys.path:  # `tfds build` imports this file by its path.
   sys.path.insert(0, _ROOT)
 
-from data import layout, shards, tfrecord  # noqa: E402
+from data import layout, shards, tf_example, tfrecord  # noqa: E402
 
 FOLDERS = {"raw": "raw", "features_16k": "latents", "text": "latents/text"}
 
@@ -100,8 +100,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     stored, fields = layout.read_features(folder), _fields(self._config)
     source = tfrecord.TFRecordSource(shards.paths(folder, split))
     for place in range(len(source)):
-      raw = tfrecord.decode_example(source[place])
-      values = {name: tfrecord.value_of(raw[name], stored[name]) for name in fields}
+      raw = tf_example.decode(source[place])
+      values = {name: tf_example.value_of(raw[name], stored[name]) for name in fields}
       yield (
         str(values["id"]),
         {

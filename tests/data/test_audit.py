@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import audit, audit_page, layout, shards, stages, tfrecord
+from data import audit, audit_page, layout, shards, stages, tf_example, tfrecord
 from launch import data as command
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, stats
@@ -52,9 +52,9 @@ def edit(folder: pathlib.Path, change) -> pathlib.Path:
     source = tfrecord.TFRecordSource([folder / "raw" / shard["file"]])
     records = []
     for place in range(len(source)):
-      raw = tfrecord.decode_example(source[place])
-      record = {name: tfrecord.value_of(raw[name], fields[name]) for name in raw}
-      records.append(tfrecord.encode_example({**record, **change(record)}))
+      raw = tf_example.decode(source[place])
+      record = {name: tf_example.value_of(raw[name], fields[name]) for name in raw}
+      records.append(tf_example.encode({**record, **change(record)}))
     shard["sha256"] = tfrecord.write(folder / "raw" / shard["file"], records)
   layout.write_json(folder / "raw" / "manifest.json", manifest)
   return folder

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import captions, pipeline, shards, tfrecord
+from data import captions, pipeline, shards, tf_example, tfrecord
 from spatialv2a_jax.errors import UserError
 from tests.loader_shards import CLIPS, build, damage, numbers, stream, text
 
@@ -29,7 +29,7 @@ def test_damaged_records_are_replaced_by_their_successor_and_named(paths):
   place = len(tfrecord.read_index(paths[1])) - 1
   before = tfrecord.TFRecordSource(paths)
   record_number = len(tfrecord.read_index(paths[0])) + place
-  ids = [bytes(tfrecord.decode_example(before[i])["id"]).decode() for i in range(CLIPS)]
+  ids = [bytes(tf_example.decode(before[i])["id"]).decode() for i in range(CLIPS)]
   lost, successor = ids[record_number], ids[record_number + 1]
   clean = stream(paths, 11)
   damage(paths[1], place)

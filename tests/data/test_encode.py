@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from data import captions, layout, pipeline, shards, tfrecord
+from data import captions, layout, pipeline, shards, tf_example
 from data import encode as stage
 from data import media as sources
 from spatialv2a_jax import schema
@@ -98,7 +98,7 @@ def test_from_media_to_batches(media, tmp_path, storage, audio):
   assert stage.encode_latents(clips, latents, codec, config={"vae": 1})["clips_out"] == 6
   fields = layout.read_features(latents)
   assert {fields[name].dtype for name in ("clip", "sync")} == {storage}
-  assert captions.Table(latents).tensor == tfrecord.Tensor(storage, (3, 2))
+  assert captions.Table(latents).tensor == tf_example.Tensor(storage, (3, 2))
   assert {fields[name].dtype for name in ("mean", "spatial")} == {"float32"}
   assert fields["std"].dtype == "bfloat16"
   assert not {"audio", "heat", "text"} & fields.keys()
@@ -133,7 +133,7 @@ def test_mirrored_features_are_stored(media, tmp_path):
 
   features(media, tmp_path / "clips", Encoder(both))
   fields = layout.read_features(tmp_path / "clips")
-  assert fields["clip_mirror"] == fields["clip"] == tfrecord.Tensor("bfloat16", (5, 2))
+  assert fields["clip_mirror"] == fields["clip"] == tf_example.Tensor("bfloat16", (5, 2))
 
 
 def test_sound_beyond_full_scale_clips_in_16_bits(media, tmp_path):

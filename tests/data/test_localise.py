@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from data import layout, localise, shards, stages, tfrecord
+from data import layout, localise, shards, stages, tf_example, tfrecord
 from launch import data as command
 from spatialv2a_jax import features, io, model_folder, tokenizer
 from spatialv2a_jax.encoders import Encoders
@@ -119,8 +119,8 @@ def localise_anew() -> None:
 def tracks(out: pathlib.Path) -> dict[str, np.ndarray]:
   fields = layout.read_features(out / "raw")
   source = tfrecord.TFRecordSource(shards.paths(out / "raw"))
-  records = (tfrecord.decode_example(source[i]) for i in range(len(source)))
-  value = functools.partial(tfrecord.value_of)
+  records = (tf_example.decode(source[i]) for i in range(len(source)))
+  value = functools.partial(tf_example.value_of)
   return {
     str(value(raw["id"], fields["id"])): np.asarray(value(raw["azimuth"], fields["azimuth"]))
     for raw in records

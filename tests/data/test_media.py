@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from data import encode, media, shards, tfrecord
+from data import encode, media, shards, tf_example, tfrecord
 from spatialv2a_jax.errors import UserError
 
 RATE, SAMPLES = 16_000, 320
@@ -61,7 +61,7 @@ def test_splits_come_through_both_steps(raw, tmp_path):
     source = tfrecord.TFRecordSource(paths)
     found = {}
     for i in range(len(source)):
-      fields = tfrecord.decode_example(source[i])
+      fields = tf_example.decode(source[i])
       mean = np.frombuffer(fields["mean"], np.float32)
       seen = np.frombuffer(fields["clip"], "u2")
       assert len(set(mean)) == len(set(seen)) == 1

@@ -120,7 +120,7 @@ def test_sound_is_where_the_picture_is_and_normalised():
 
 
 def batches(out, count=2, **options):
-  options = {"batch_size": 4, "seed": 1, "threads": 1} | options
+  options = {"batch_size": 4, "seed": 1} | options
   stream = pairs.loader(shards.paths(out), "sphere", **options)
   return [next(stream) for _ in range(count)]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import captions, layout, pipeline, shards, tfrecord
+from data import captions, layout, pipeline, shards, tf_example, tfrecord
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
 from tests.loader_shards import CLIPS, SHAPES, build, damage, numbers, record, stream, text
@@ -136,7 +136,7 @@ def test_evaluation_pads_the_last_batch_with_weight_zero(built, hosts, epochs):
   assert collections.Counter(counted) == {n: epochs for n in range(CLIPS)}
   assert all(weight == (position < epochs * CLIPS) for position, _, weight in rows)
   source = tfrecord.TFRecordSource(built)  # Without a seed: the order of the shards.
-  stored = [bytes(tfrecord.decode_example(source[i])["id"]).decode() for i in range(CLIPS)]
+  stored = [bytes(tf_example.decode(source[i])["id"]).decode() for i in range(CLIPS)]
   assert [f"clip{n}" for n in counted] == stored * epochs
 
 
@@ -215,7 +215,7 @@ def edit_features(folder: pathlib.Path, edit) -> None:
     (lambda fields: fields.pop("id"), "field id is missing"),
     (lambda fields: fields.pop("clip_mirror"), "field clip_mirror is missing, which mirror needs"),
     (
-      lambda fields: fields.update(mean=tfrecord.Tensor("float32", (2, 5, 3))),
+      lambda fields: fields.update(mean=tf_example.Tensor("float32", (2, 5, 3))),
       r"field mean is \[2, 5, 3\], this run needs \[2, 4, 3\]",
     ),
   ],
@@ -227,7 +227,7 @@ def test_wrong_layouts_are_named_before_the_first_step(paths, edit, message):
 
 
 def test_folders_of_different_layout_do_not_mix(built, paths):
-  edit_features(paths[0].parent, lambda f: f.update(sync=tfrecord.Tensor("float16", (7, 2))))
+  edit_features(paths[0].parent, lambda f: f.update(sync=tf_example.Tensor("float16", (7, 2))))
   with pytest.raises(UserError, match=rf"{paths[0].parent}.*field sync is \[7, 2\]"):
     pipeline.loader([*built, *paths], batch_size=4, seed=0)
 
@@ -236,7 +236,7 @@ def test_folders_of_different_layout_do_not_mix(built, paths):
 def test_records_that_contradict_their_layout_are_named(paths, workers):
   raw = tfrecord.TFRecordSource(paths[:1])
   fields = {
-    name: np.frombuffer(value, np.uint8) for name, value in tfrecord.decode_example(raw[0]).items()
+    name: np.frombuffer(value, np.uint8) for name, value in tf_example.decode(raw[0]).items()
   }
   for change, message in (
     ({"sync": fields["sync"][:-2]}, "record 1, field sync: 22 bytes"),
@@ -244,7 +244,7 @@ def test_records_that_contradict_their_layout_are_named(paths, workers):
     ({"id": None}, "record 1 cannot be read"),
   ):
     wrong = {name: v for name, v in {**fields, **change}.items() if v is not None}
-    tfrecord.write(paths[0], [raw[0], tfrecord.encode_example(wrong)])
+    tfrecord.write(paths[0], [raw[0], tf_example.encode(wrong)])
     with pytest.raises(UserError, match=f"{paths[0].name}: {message}"):
       next(pipeline.loader(paths[:1], batch_size=2, seed=None, workers=workers))
     tfrecord.write(paths[0], [raw[0]])

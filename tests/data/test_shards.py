@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from data import layout, shards, tfrecord
+from data import layout, shards, tf_example, tfrecord
 from spatialv2a_jax.errors import MissingAssetError, UserError
 
 ITEMS = [shards.Item(f"clip{i}", i) for i in range(20)]
@@ -60,7 +60,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 def ids(folder: pathlib.Path) -> list[str]:
   source = tfrecord.TFRecordSource(shards.paths(folder))
-  return [bytes(tfrecord.decode_example(source[i])["id"]).decode() for i in range(len(source))]
+  return [bytes(tf_example.decode(source[i])["id"]).decode() for i in range(len(source))]
 
 
 def test_each_clip_once_where_its_hash_says(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import captions, layout, shards, tfrecord
+from data import captions, layout, shards, tf_example, tfrecord
 from launch import data as command
 from tests.data import clips
 
@@ -131,10 +131,10 @@ def test_every_field_of_a_real_build_goes_through(tmp_path):
   builder = prepare(out, tmp_path / "tfds", "raw")
   example = examples(pathlib.Path(str(builder.data_dir)), "train")["a"]
   fields = layout.read_features(out / "raw")
-  raw = tfrecord.decode_example(tfrecord.TFRecordSource(shards.paths(out / "raw"))[0])
+  raw = tf_example.decode(tfrecord.TFRecordSource(shards.paths(out / "raw"))[0])
   assert example.keys() == fields.keys()
   for name in fields:
-    stored = tfrecord.value_of(raw[name], fields[name])
+    stored = tf_example.value_of(raw[name], fields[name])
     if isinstance(stored, str):
       assert example[name].decode() == stored
     else:

@@ -1,4 +1,5 @@
 import concurrent.futures
+import os
 import pathlib
 import pickle
 import struct
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import tfrecord
+from data import tf_example, tfrecord
 from spatialv2a_jax.errors import UserError
 
 PAYLOADS = [b"", b"123456789", b"\x00" * 32]
@@ -53,9 +54,9 @@ def test_example_is_protobufs_encoding():
   # Written by protobuf, keys in its unordered mode; ours are sorted.
   id_, x = b"\n\r\n\x02id\x12\x07\n\x05\n\x03abc", b"\n\x0d\n\x01x\x12\x08\n\x06\n\x04\x80?\x00@"
   fields = {"x": np.array([1, 2], ml_dtypes.bfloat16), "id": "abc"}
-  assert tfrecord.encode_example(fields) == b"\n\x1e" + id_ + x
+  assert tf_example.encode(fields) == b"\n\x1e" + id_ + x
   for order in (id_ + x, x + id_):
-    decoded = tfrecord.decode_example(b"\n\x1e" + order)
+    decoded = tf_example.decode(b"\n\x1e" + order)
     assert {name: bytes(raw) for name, raw in decoded.items()} == {
       "id": b"abc",
       "x": b"\x80?\x00@",
@@ -69,7 +70,7 @@ def test_example_agrees_with_the_protobuf_library():
     "a": "é",
     "c" * 200: np.zeros((0, 3), np.int16),
   }
-  ours = tfrecord.encode_example(fields)
+  ours = tf_example.encode(fields)
   theirs = pb2.Example()
   for name, value in fields.items():
     raw = value.encode() if isinstance(value, str) else value.tobytes()
@@ -84,17 +85,17 @@ def test_example_agrees_with_the_protobuf_library():
 )
 def test_example_round_trip(sizes, dtype):
   fields = {name: np.arange(size).astype(np.dtype(dtype)) for name, size in sizes.items()}
-  raw = tfrecord.decode_example(tfrecord.encode_example(fields))
+  raw = tf_example.decode(tf_example.encode(fields))
   assert raw.keys() == fields.keys()
   for name, value in fields.items():
-    decoded = tfrecord.value_of(raw[name], tfrecord.tensor_of(value))
+    decoded = tf_example.value_of(raw[name], tf_example.tensor_of(value))
     np.testing.assert_array_equal(decoded, value)
 
 
 @pytest.mark.parametrize("junk", [b"\x08\x01", b"\n\x05ab", b"\n", b"\n\x80", b"hello world"])
 def test_what_is_no_example_raises_value_error(junk):
   with pytest.raises(ValueError, match="tf.train.Example"):
-    tfrecord.decode_example(junk)
+    tf_example.decode(junk)
 
 
 def test_float_list_is_refused():
@@ -102,7 +103,7 @@ def test_float_list_is_refused():
   entry = b"\n\x01x\x12" + bytes([len(feature)]) + feature
   features = b"\n" + bytes([len(entry)]) + entry
   with pytest.raises(ValueError, match="'x' is not a bytes_list"):
-    tfrecord.decode_example(b"\n" + bytes([len(features)]) + features)
+    tf_example.decode(b"\n" + bytes([len(features)]) + features)
 
 
 def test_random_access_across_shards(tmp_path):
@@ -129,6 +130,26 @@ def test_threads_share_a_source_with_few_open_files(tmp_path, monkeypatch):
   order = np.random.default_rng(0).permutation(120).tolist() * 10
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     assert list(pool.map(source.__getitem__, order)) == [bytes([i // 20, i % 20]) for i in order]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_advice_covers_records_to_their_last_byte(tmp_path, monkeypatch):
+  monkeypatch.setattr(tfrecord, "ADVICE", 100)
+  payloads = [b"a" * 250, b"b" * 30, b"c" * 100]
+  tfrecord.write(tmp_path / "s", payloads)
+  source = tfrecord.TFRecordSource([tmp_path / "s"])
+  heard = set()
+
+  def listen(descriptor: int, start: int, length: int, how: int) -> None:
+    assert os.fstat(descriptor).st_ino == (tmp_path / "s").stat().st_ino and length <= 100
+    assert how == os.POSIX_FADV_WILLNEED
+    heard.update(range(start, start + length))
+
+  monkeypatch.setattr(os, "posix_fadvise", listen)
+  source.advise([2, 0])
+  ends = np.cumsum([len(payload) + 16 for payload in payloads]).tolist()
+  assert heard >= {*range(ends[0]), *range(ends[1], ends[2])}
+  assert len(heard - {*range(ends[0]), *range(ends[1], ends[2])}) < 200  # Rounded up, no more.
 
 
 @pytest.mark.parametrize("damage", ["missing", "garbage", "stale"])
@@ -228,22 +249,22 @@ def test_records_of_one_length_are_told_apart(lengths):
     fields = {"a": "x" * a, "b": "y" * b, "c": "z" * (600 - a - b)}
     for names in (("a", "b", "c"), ("c", "a", "b")):
       renamed = dict(zip(names, fields.values(), strict=True))
-      decoded = tfrecord.decode_example(tfrecord.encode_example(renamed))
+      decoded = tf_example.decode(tf_example.encode(renamed))
       assert {name: bytes(raw).decode() for name, raw in decoded.items()} == renamed
 
 
 def test_a_broken_record_is_not_taken_for_one_of_its_length():
-  whole = tfrecord.encode_example({"a": "x" * 9, "b": "y" * 200})
-  tfrecord.decode_example(whole)
+  whole = tf_example.encode({"a": "x" * 9, "b": "y" * 200})
+  tf_example.decode(whole)
   values = set()
-  for raw in tfrecord.decode_example(whole).values():
+  for raw in tf_example.decode(whole).values():
     start = whole.index(bytes(raw))
     values |= set(range(start, start + len(raw)))
   for place in set(range(len(whole))) - values:
     broken = bytearray(whole)
     broken[place] ^= 0x40
     try:
-      found = tfrecord.decode_example(bytes(broken))
+      found = tf_example.decode(bytes(broken))
     except ValueError:
       continue
-    assert found != tfrecord.decode_example(whole)
+    assert found != tf_example.decode(whole)

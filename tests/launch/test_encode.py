@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from data import captions, layout, pipeline, shards, tfrecord
+from data import captions, layout, pipeline, shards, tf_example, tfrecord
 from launch import data as launch_data
 from launch import tasks
 from spatialv2a_jax import codec, features, io, model_folder, schema
@@ -80,8 +80,8 @@ def records(folder: pathlib.Path) -> list[dict[str, np.ndarray | str]]:
   fields, found = layout.read_features(folder), []
   source = tfrecord.TFRecordSource(shards.paths(folder))
   for place in range(len(source)):
-    raw = tfrecord.decode_example(source[place])
-    found.append({name: tfrecord.value_of(raw[name], fields[name]) for name in raw})
+    raw = tf_example.decode(source[place])
+    found.append({name: tf_example.value_of(raw[name], fields[name]) for name in raw})
   return found
 
 
@@ -199,9 +199,9 @@ def test_trained_networks_fill_the_shards(media, tmp_path, capsys, monkeypatch):
 
   fields, table = layout.read_features(tmp_path / "latents"), captions.Table(tmp_path / "latents")
   wanted = schema.feature_shapes(SECONDS, AUDIO, clip_dim=16, sync_dim=24, text_len=77, text_dim=16)
-  assert table.tensor == tfrecord.Tensor("bfloat16", wanted["text"])
+  assert table.tensor == tf_example.Tensor("bfloat16", wanted["text"])
   for name, dtype in STORED.items():
-    assert fields[name] == tfrecord.Tensor(dtype, wanted[name.removesuffix("_mirror")])
+    assert fields[name] == tf_example.Tensor(dtype, wanted[name.removesuffix("_mirror")])
   assert "text" not in fields and "audio" not in fields
   (shard,) = shards.paths(tmp_path / "latents" / "text")
   texts = json.loads(shards.sidecar(shard).read_text())["ids"]

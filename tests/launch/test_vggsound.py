@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import filters, layout, pipeline, shards, stages, tfrecord
+from data import filters, layout, pipeline, shards, stages, tf_example, tfrecord
 from launch import data as command
 from tests.data import clips
 from tests.data.clips import RATE
@@ -66,8 +66,8 @@ def out(videos, tmp_path_factory) -> pathlib.Path:
 def records(out: pathlib.Path, split: str = "train") -> dict[str, dict[str, Any]]:
   fields = layout.read_features(out / "raw")
   source = tfrecord.TFRecordSource(shards.paths(out / "raw", split))
-  decoded = (tfrecord.decode_example(source[i]) for i in range(len(source)))
-  rows = [{name: tfrecord.value_of(raw[name], fields[name]) for name in raw} for raw in decoded]
+  decoded = (tf_example.decode(source[i]) for i in range(len(source)))
+  rows = [{name: tf_example.value_of(raw[name], fields[name]) for name in raw} for raw in decoded]
   return {str(row["id"]): row for row in rows}
 
 
@@ -205,11 +205,11 @@ def test_features_follow_on_demand(videos, out, tmp_path, capsys):
   assert {"clip", "sync", "spatial", "audio", "caption"} <= set(fields)
   for split, names in {"train": {"left", "middle"}, "test": {"right"}}.items():
     source = tfrecord.TFRecordSource(shards.paths(copy / "clips", split))
-    encoded = [tfrecord.decode_example(source[i]) for i in range(len(source))]
+    encoded = [tf_example.decode(source[i]) for i in range(len(source))]
     assert {bytes(raw["id"]).decode() for raw in encoded} == names
     for raw in encoded:
       name = bytes(raw["id"]).decode()
-      heard = tfrecord.value_of(raw["audio"], fields["audio"])
+      heard = tf_example.value_of(raw["audio"], fields["audio"])
       np.testing.assert_array_equal(heard, records(copy, split)[name]["audio"][:, :samples])
       assert bytes(raw["caption"]).decode() == f"{name} label"
 
