@@ -3,7 +3,8 @@ r"""Says what a training run needs and how long it takes, without the chips it i
 python -m launch.estimate --config configs/NAME.py[:VARIANT] --topology CHIP:SHAPE \
   [--config.KEY=VALUE ...] [--quick] [--out FILE.json] [--layout FILE] [--hlo FILE]
 
-  --topology CHIP:SHAPE   v5e:16x16, v5p:4x4x4, v6e:16x16, h200:8 (h200:2x8 for two hosts), cpu:8
+  --topology CHIP:SHAPE   v5e:16x16, v5p:4x4x4, v6e:16x16, h200:8, cpu:8; v5e:4x16x16
+                          is four slices, h200:2x8 two hosts
   --quick                 TPU: half the time; all but step time and what follows from it
   --out FILE.json         gets all numbers
   --layout FILE           gets name, dtype, shape and split of every array of the state
@@ -108,6 +109,7 @@ def estimate(
     "mesh": dict(mesh.shape),
     "batch_size": config["data"]["batch_size"],
     "accumulate": config["accumulate"],
+    "remat": config["model"].get("remat", "full"),
     "steps": config["steps"],
     "parameters": parameters(prog.state.params),
     "state_bytes": {
@@ -186,41 +188,42 @@ def work(
   module: hlo.Module, target: targets.Target, rows: int, flops_per_clip: float | None
 ) -> dict[str, Any]:
   """Returns FLOPs and collectives of one step of an optimised program."""
-  found = hlo_cost.collectives(module)
-  # A ring moves what is reduced twice, what is gathered once.
-  turns = {"all-reduce": 2.0}
-  wire = sum(turns.get(c.kind, 1.0) * c.bytes for c in found.values())
+  chip, near = target.chip, target.count // target.parts if target.parts > 1 else None
+  found = hlo_cost.collectives(module, near)
+  seconds = hlo_cost.collective_seconds(found.values(), chip.interconnect, chip.network)
   return {
     "flops": {
       "model_per_clip": flops_per_clip,
-      "model_per_chip": (flops_per_clip or np.nan) * rows / target.count,
+      "model_per_chip": flops_per_clip and flops_per_clip * rows / target.count,
       "compiled_per_chip": hlo_cost.flops(module),
     },
-    "collectives": {c.kind: {"count": c.count, "bytes": c.bytes} for c in found.values()},
-    "collective_seconds": wire / target.chip.interconnect,
+    "collectives": {kind: {"count": c.count, "bytes": c.bytes} for kind, c in found.items()},
+    "collective_seconds": seconds,
     "host_transfers": hlo_cost.host_transfers(module),
     "unknown_loops": hlo.unknown_loops(module),
   }
 
 
 def times(
-  module: hlo.Module, target: targets.Target, rows: int, useful_flops: float
+  module: hlo.Module, target: targets.Target, rows: int, useful_flops: float | None
 ) -> dict[str, Any]:
   """Returns the times of one step of a compiled program, and the rates that follow from them."""
   chip, cycles = target.chip, hlo_cost.cycles(module)
   if chip.clock:
     seconds, source = sum(cycles.values()) / chip.clock, "compiler's cycles"
     matrix = cycles["matrix"] / max(sum(cycles.values()), 1)
+    optional = hlo_cost.optional_cycles(module) / chip.clock
     scopes = [(name, n / chip.clock) for name, n in hlo_cost.cycles_by_scope(module)]
   else:
     seconds = hlo_cost.roofline_seconds(module, chip.peak_flops, chip.bandwidth)
-    source, matrix, scopes = "bound by peak and memory", None, []
+    source, matrix, optional, scopes = "bound by peak and memory", None, 0.0, []
   return {
     "seconds": seconds,
     "seconds_from": source,
+    "seconds_optional": optional,
     "matrix_share": matrix,
     "scopes": scopes,
-    "mfu": useful_flops / (seconds * chip.peak_flops),
+    "mfu": useful_flops and useful_flops / (seconds * chip.peak_flops),
     "clips_per_s": rows / seconds,
   }
 
@@ -243,7 +246,8 @@ def advice(report: Mapping[str, Any]) -> list[str]:
       lines.append(
         f"activations are too large: process the batch in parts, --config.accumulate={more}"
       )
-    lines.append("recompute more in the backward pass: --config.model.remat=full")
+    if report.get("remat", "full") != "full":
+      lines.append("recompute more in the backward pass: --config.model.remat=full")
   elif per_chip < 8:
     lines.append(
       f"{per_chip:g} clips a chip leave much of the step to the optimiser: use fewer chips, or a "
@@ -295,9 +299,14 @@ def show(report: Mapping[str, Any]) -> str:
       + ("" if share is None else f"; {100 * share:.0f} % of it with the matrix unit at work")
       + "), collectives apart"
     )
+    if report["seconds_optional"]:
+      lines.append(f"             {1e3 * report['seconds_optional']:.1f} ms of it if need be only")
     lines += [f"             {1e3 * s:8.2f} ms  {name}" for name, s in report["scopes"]]
+    mfu = "unknown" if report["mfu"] is None else f"{100 * report['mfu']:.1f} %"
+    whole = report["seconds"] + report["collective_seconds"]
     lines.append(
-      f"rate         MFU {100 * report['mfu']:.1f} %, {report['clips_per_s']:,.0f} clips/s, "
+      f"rate         MFU {mfu}, {report['clips_per_s']:,.0f} clips/s "
+      f"({report['batch_size'] / whole:,.0f} if nothing hides the collectives), "
       f"{report['days']:.2f} days for {report['steps']:,} steps"
     )
   fits = memory["peak"] / memory["available"]
@@ -310,7 +319,9 @@ def _size(count: float) -> str:
   return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"
 
 
-def _count(number: float) -> str:
+def _count(number: float | None) -> str:
+  if number is None:
+    return "unknown"
   for power, prefix in ((12, "T"), (9, "G"), (6, "M")):
     if number >= 10**power:
       return f"{number / 10**power:.1f} {prefix}"
@@ -348,9 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except UserError as error:
     print(f"launch.estimate: {error}", file=sys.stderr)
     return error.exit_code
-  print(show(report))
   if given["out"]:
     _write(given["out"], json.dumps(report, indent=2) + "\n")
+  print(show(report))
   return 0 if report["fits"] else 1
 
 

@@ -19,8 +19,8 @@ _CALLS = {
   "fusion": r"calls=%([\w.\-]+)",
   "async-start": r"calls=%([\w.\-]+)",
   "call": r"to_apply=%([\w.\-]+)",
-  "conditional": r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%([\w.\-]+))",
 }
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%[\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,8 @@ def _closing(text: str, start: int) -> int:
 def walk(module: Module, name: str = "") -> Iterator[Op]:
   """Yields every instruction that runs, with how often it does, from the computation `name`.
 
-  Loops whose trip count nothing tells count once; `unknown_loops` names them.
+  Loops whose trip count nothing tells count once; `unknown_loops` names them. Of a conditional's
+  branches, the one that takes longest runs.
   """
   yield from _walk(module, name or module.entry, 1, ())
 
@@ -182,21 +183,40 @@ def _walk(module: Module, name: str, times: int, inside: tuple[str, ...]) -> Ite
       assert body is not None
       count = trip_count(module, computation, instruction)
       yield from _walk(module, body, times * (1 if count is None else count), inside)
-    elif instruction.opcode in _CALLS:
-      deeper = instruction.opcode in ("fusion", "async-start")
-      for groups in re.findall(_CALLS[instruction.opcode], instruction.attributes):
-        text = groups if isinstance(groups, str) else "".join(groups)
-        for callee in re.findall(r"[\w.\-]+", text):
-          yield from _walk(module, callee, times, (*inside, instruction.name) if deeper else inside)
+    elif instruction.opcode == "conditional":
+      yield from _walk(module, branches(module, instruction)[0], times, inside)
+    elif callee := instruction.attribute(_CALLS.get(instruction.opcode, "(?!)")):
+      deeper = instruction.opcode != "call"
+      yield from _walk(module, callee, times, (*inside, instruction.name) if deeper else inside)
+
+
+def branches(module: Module, conditional: Instruction) -> list[str]:
+  """Returns the names of a conditional's branches, the one that takes longest first.
+
+  By the compiler's cycles, or where it gives none by the bytes that come into being.
+  """
+
+  def cost(name: str) -> tuple[int, int]:
+    ops = list(walk(module, name))
+    made = sum(op.times * op.instruction.bytes for op in ops)
+    return sum(op.times * cycles(op.instruction) for op in ops if not op.inside), made
+
+  found = [name for groups in _BRANCHES.findall(conditional.attributes) for name in groups]
+  return sorted(_NAME.findall(" ".join(found)), key=cost, reverse=True)
+
+
+def cycles(instruction: Instruction) -> int:
+  """Returns the compiler's estimate for one run of an instruction, 0 where it gives none."""
+  return int(instruction.attribute(r'estimated_cycles":"(\d+)"') or 0)
 
 
 def unknown_loops(module: Module) -> list[str]:
   """Returns the names of the loops whose trip count is unknown."""
   return [
-    op.instruction.name
-    for op in walk(module)
-    if op.instruction.opcode == "while"
-    and trip_count(module, op.computation, op.instruction) is None
+    instruction.name
+    for computation in module.computations.values()
+    for instruction in computation.values()
+    if instruction.opcode == "while" and trip_count(module, computation, instruction) is None
   ]
 
 

@@ -35,32 +35,87 @@ class Collective:
 
   Attributes:
     kind: such as "all-reduce".
+    sharers: number of devices that share what goes to other slices, or other hosts of GPUs, by
+      the network; 0 where nothing does.
     count: how often one runs.
     bytes: sum of their payloads: what goes in, or for an all-gather what comes out.
   """
 
   kind: str
+  sharers: int
   count: int
   bytes: int
 
 
-def collectives(module: Module) -> dict[str, Collective]:
+def collectives(module: Module, near: int | None = None) -> dict[str, Collective]:
   """Returns the collectives of a step by kind, asynchronous and fused ones included.
 
   A `-start` counts, its `-done` does not; so does one inside a fusion, once per run of the fusion.
   An all-reduce that a fusion turns into a reduce-scatter counts as one.
+
+  Args:
+    module: the program, whose devices are numbered slice by slice or host by host.
+    near: devices of a slice or a host; None: all are near each other.
   """
   found: dict[str, Collective] = {}
   for op in hlo.walk(module):
-    kind = op.instruction.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES:
+    kind, sharers = op.instruction.opcode.removesuffix("-start"), 0
+    if kind == "send" and (between := op.instruction.attribute(r'megascale_transfer_type="(\w+)"')):
+      # What TPU slices exchange has become this: a chip sends its part of what its slice made.
+      kind, sharers = between.lower().replace("_", "-"), 1
+      payload = op.computation[op.instruction.operands[0]].bytes
+    elif kind in COLLECTIVES:
+      payload = _payload(op, kind)
+      sharers = near if near and _is_far(op.instruction, near) else 0
+    else:
       continue
-    payload = _payload(op, kind)
     if kind == "all-reduce" and any("all-reduce-scatter" in name for name in op.inside):
       kind = "reduce-scatter"
-    old = found.get(kind, Collective(kind, 0, 0))
-    found[kind] = Collective(kind, old.count + op.times, old.bytes + op.times * payload)
+    name = f"{kind} by network" if sharers else kind
+    old = found.get(name, Collective(kind, sharers, 0, 0))
+    found[name] = Collective(kind, sharers, old.count + op.times, old.bytes + op.times * payload)
   return dict(sorted(found.items()))
+
+
+def _is_far(instruction: Instruction, near: int) -> bool:
+  """Returns whether devices of different slices or hosts take part in one collective."""
+  text = instruction.attribute(r"(?:replica_groups|source_target_pairs)=(\{\{.*?\}\})")
+  if text:
+    groups = [
+      [int(n) for n in re.findall(r"\d+", one)] for one in re.findall(r"\{([\d,]+)\}", text)
+    ]
+  elif text := instruction.attribute(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"):
+    shape, source, turned = ([int(n) for n in one.split(",") if n] for one in _iota(text))
+    number = np.arange(math.prod(source)).reshape(source)
+    groups = number.transpose(turned or range(len(source))).reshape(shape)
+  else:
+    return True  # No groups: all devices.
+  return any(len({int(device) // near for device in group}) > 1 for group in groups)
+
+
+def _iota(text: str) -> tuple[str, str, str]:
+  """Returns the numbers of "[2,8]<=[8,2]T(1,0)"."""
+  found = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+  assert found is not None
+  return found.group(1), found.group(2), found.group(3) or ""
+
+
+def collective_seconds(found: Iterable[Collective], interconnect: float, network: float) -> float:
+  """Returns the time of collectives that nothing hides.
+
+  A ring moves what is reduced twice, what is gathered once.
+
+  Args:
+    found: what a device takes part in.
+    interconnect: bytes/s of a device to those of its slice or host.
+    network: bytes/s of a device to those beyond.
+  """
+  seconds = 0.0
+  for one in found:
+    moved = (2.0 if one.kind == "all-reduce" else 1.0) * one.bytes
+    seconds += moved / (one.sharers * network) if one.sharers else 0.0
+    seconds += moved / interconnect if one.sharers != 1 else 0.0
+  return seconds
 
 
 def _payload(op: Op, kind: str) -> int:
@@ -76,12 +131,12 @@ def _payload(op: Op, kind: str) -> int:
 def host_transfers(module: Module) -> list[str]:
   """Returns the instructions that talk to the host while a step runs, callbacks included."""
   found = []
-  for op in hlo.walk(module):
-    i = op.instruction
+  everything = (i for computation in module.computations.values() for i in computation.values())
+  for i in everything:
     target = i.attribute(r'custom_call_target="([^"]*)"') or ""
     talks = (
       i.opcode in ("infeed", "outfeed")
-      or "is_host_transfer=true" in i.attributes
+      or ("is_host_transfer=true" in i.attributes and "megascale" not in i.attributes)
       or "callback" in target
       or target in ("MoveToHost", "MoveToDevice")
     )
@@ -208,6 +263,19 @@ def cycles(module: Module) -> dict[str, int]:
   return total
 
 
+def optional_cycles(module: Module) -> int:
+  """Returns how many of them are spared where no conditional takes its longest branch."""
+  spared = 0
+  for op in hlo.walk(module):
+    if op.instruction.opcode == "conditional":
+      costs = [
+        sum(inner.times * hlo.cycles(inner.instruction) for inner in hlo.walk(module, name))
+        for name in hlo.branches(module, op.instruction)
+      ]
+      spared += op.times * (max(costs) - min(costs))
+  return spared
+
+
 def cycles_by_scope(module: Module, depth: int = 12) -> list[tuple[str, int]]:
   """Returns the estimated cycles of the parts of the source, dearest first."""
   total: dict[str, int] = {}
@@ -228,8 +296,8 @@ def scope_name(scope: str) -> str:
 
 def _estimated(module: Module) -> Iterator[tuple[Op, int]]:
   for op in hlo.walk(module):
-    if not op.inside and (text := op.instruction.attribute(r'estimated_cycles":"(\d+)"')):
-      yield op, int(text)
+    if not op.inside and (estimate := hlo.cycles(op.instruction)):
+      yield op, estimate
 
 
 def _multiplies(module: Module, instruction: Instruction) -> bool:

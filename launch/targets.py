@@ -1,7 +1,8 @@
 """Chips that a run can be compiled for without having them, and how to name some of them.
 
 Peaks and memory are the vendors' (cloud.google.com/tpu/docs, the data sheet of the NVIDIA H200),
-interconnects those of "How to Scale Your Model" (jax-ml.github.io/scaling-book).
+interconnects those of "How to Scale Your Model" (jax-ml.github.io/scaling-book). Networks: 2 x 100
+Gbit/s for the 8 chips of a v5e host, 200 for the 4 of v5p, 4 x 200 for the 8 of v6e, 400 an H200.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ class Chip:
     memory: bytes that a program may use; what the runtime reserves is taken off.
     bandwidth: bytes/s of its memory.
     interconnect: bytes/s between chips of one slice or host, over all links together.
+    network: bytes/s of a chip's share of its host's network, to other slices or hosts.
     clock: cycles/s of the compiler's estimates; None where it gives none.
   """
 
@@ -38,6 +40,7 @@ class Chip:
   memory: float
   bandwidth: float
   interconnect: float
+  network: float
   clock: float | None = None
 
 
@@ -45,14 +48,17 @@ GIB = 2.0**30
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip("v5e", "tpu", meter.PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 1.8e11, 1.5e9),
-    Chip("v5p", "tpu", meter.PEAK_FLOPS["TPU v5p"], 95.73 * GIB, 2.8e12, 5.4e11, 1.75e9),
-    Chip("v6e", "tpu", meter.PEAK_FLOPS["TPU v6e"], 31.24 * GIB, 1.6e12, 3.6e11, 1.75e9),
-    Chip("h200", "cuda", meter.PEAK_FLOPS["H200"], 0.95 * 150.7e9, 4.8e12, 4.5e11),
+    Chip("v5e", "tpu", meter.PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 1.8e11, 3.1e9, 1.5e9),
+    Chip("v5p", "tpu", meter.PEAK_FLOPS["TPU v5p"], 95.73 * GIB, 2.8e12, 5.4e11, 6.2e9, 1.75e9),
+    Chip("v6e", "tpu", meter.PEAK_FLOPS["TPU v6e"], 31.24 * GIB, 1.6e12, 3.6e11, 1.25e10, 1.75e9),
+    Chip("h200", "cuda", meter.PEAK_FLOPS["H200"], 0.95 * 150.7e9, 4.8e12, 4.5e11, 5e10),
     # One core of a common server, so that the columns can be read; not a promise.
-    Chip("cpu", "cpu", 1e11, 4 * GIB, 1e10, 1e10),
+    Chip("cpu", "cpu", 1e11, 4 * GIB, 1e10, 1e10, 1e9),
   )
 }
+
+# Numbers of sizes that a shape has: the larger one with the number of slices or hosts.
+DIMS = {"v5p": (3, 4), "v5e": (2, 3), "v6e": (2, 3), "h200": (1, 2), "cpu": (1,)}
 
 # What XLA must know of a GPU to compile for it; the numbers are those of NVIDIA's data sheets.
 _H200 = """
@@ -97,7 +103,8 @@ class Target:
   Attributes:
     text: as on the command line, such as "v5e:16x16".
     chip: their kind.
-    shape: of a slice (TPU), or hosts and devices of each (GPU).
+    shape: of a slice, after the number of slices if there are several (TPU); devices of a host,
+      after the number of hosts (GPU).
   """
 
   text: str
@@ -109,9 +116,16 @@ class Target:
     """Number of devices."""
     return math.prod(self.shape)
 
+  @property
+  def parts(self) -> int:
+    """Number of slices, or of hosts of GPUs."""
+    return self.shape[0] if len(self.shape) == max(DIMS[self.chip.name]) > 1 else 1
+
 
 def parse(text: str) -> Target:
-  """Returns the target that "CHIP:SHAPE" names: v5e:16x16, v5p:4x4x4, h200:8, h200:2x8, cpu:8.
+  """Returns the target that "CHIP:SHAPE" names: v5e:16x16, v5p:4x4x4, h200:8, cpu:8.
+
+  A size more comes first and says how many slices or hosts: v5e:4x16x16, h200:2x8.
 
   Raises:
     UserError: for an unknown chip or a shape it cannot have.
@@ -122,9 +136,9 @@ def parse(text: str) -> Target:
       f"--topology {text!r} is not CHIP:SHAPE with one of {', '.join(CHIPS)}, such as v5e:16x16"
     )
   chip, shape = CHIPS[found.group(1)], tuple(map(int, found.group(2).split("x")))
-  dims = {"v5p": (3,), "v5e": (2,), "v6e": (2,), "h200": (1, 2), "cpu": (1,)}[chip.name]
+  dims = DIMS[chip.name]
   if len(shape) not in dims or 0 in shape:
-    wanted = "x".join("ABC"[: dims[-1]])
+    wanted = " or ".join("x".join("ABCD"[:n]) for n in dims)
     raise UserError(f"--topology {text!r}: the shape of {chip.name} is {wanted}")
   return Target(text, chip, shape)
 
@@ -171,9 +185,12 @@ def devices(target: Target) -> list[Any]:
     return jax.devices()[: target.count]
   try:
     if target.chip.platform == "tpu":
-      name = "x".join(map(str, target.shape))
+      one = target.shape[-min(DIMS[target.chip.name]) :]
+      several = {"num_slices": target.parts} if target.parts > 1 else {}
       topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{target.chip.name}:{name}"
+        platform="tpu",
+        topology_name=f"{target.chip.name}:{'x'.join(map(str, one))}",
+        **several,
       )
     else:
       hosts, per_host = (1, *target.shape)[-2:]

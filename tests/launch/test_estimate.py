@@ -1,5 +1,6 @@
 """The estimate against closed forms, and against what a step really takes on this machine."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -37,12 +38,20 @@ def report(**changes):
 
 
 @pytest.mark.parametrize(
-  "text, chip, count",
-  [("v5e:16x16", "v5e", 256), ("v5p:4x4x4", "v5p", 64), ("h200:8", "h200", 8), ("cpu:8", "cpu", 8)],
+  "text, chip, count, parts",
+  [
+    ("v5e:16x16", "v5e", 256, 1),
+    ("v6e:4x16x16", "v6e", 1024, 4),
+    ("v5p:4x4x4", "v5p", 64, 1),
+    ("v5p:2x8x8x8", "v5p", 1024, 2),
+    ("h200:8", "h200", 8, 1),
+    ("h200:2x8", "h200", 16, 2),
+    ("cpu:8", "cpu", 8, 1),
+  ],
 )
-def test_topologies_are_named(text, chip, count):
+def test_topologies_are_named(text, chip, count, parts):
   target = targets.parse(text)
-  assert (target.chip.name, target.count) == (chip, count)
+  assert (target.chip.name, target.count, target.parts) == (chip, count, parts)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +114,10 @@ def test_memory_that_runs_out_is_a_verdict(monkeypatch):
 
 def test_advice_names_what_to_change():
   full = {"temporaries": 30 * GIB, "peak": 40 * GIB, "available": 15.75 * GIB}
+  for remat, told in (("convolutions", True), ("full", False)):
+    lines = estimate.advice(report(memory=full, remat=remat, fits=False))
+    assert told == any("remat=full" in line for line in lines)
+  assert not any("remat" in line for line in estimate.advice(report(memory=full, fits=False)))
   lines = estimate.advice(report(memory=full, fits=False))
   assert any("--config.accumulate=4" in line for line in lines)
   state = {"params": 5 * GIB, "opt": 10 * GIB, "averages": 5 * GIB}
@@ -144,6 +157,30 @@ ENTRY %main (p1: bf16[64,256], k: bf16[256,128]) -> bf16[64,128] {{
   assert times["seconds"] == pytest.approx(1e-3)
   assert times["mfu"] == pytest.approx(1e10 * 512 / 16 / 1e-3 / 197e12)
   assert times["clips_per_s"] == pytest.approx(512_000)
+
+
+@pytest.mark.parametrize("name", ["vae_tiny", "mono2binaural:tiny"])
+def test_every_kind_of_network_has_its_estimate(name, monkeypatch, tmp_path, capsys):
+  """Also of one whose work is not counted; compiled is another program, for time's sake."""
+
+  class Step:
+    def lower(self, *_):
+      return jax.jit(lambda x: 2 * x).lower(jax.ShapeDtypeStruct((8,), "float32"))
+
+  real = estimate.program
+
+  def program(config, devices):
+    return dataclasses.replace(real(config, devices), step=Step())
+
+  monkeypatch.setattr(estimate, "program", program)
+  out = tmp_path / "out.json"
+  path, _, variant = name.partition(":")
+  config = f"--config=configs/{path}.py" + (f":{variant}" if variant else "")
+  size = "--config.data.batch_size=8"
+  assert estimate.main(["launch.estimate", config, "--topology=cpu:8", f"--out={out}", size]) == 0
+  found = json.loads(out.read_text())
+  assert found["flops"]["model_per_clip"] is found["mfu"] is None
+  assert "MFU unknown" in capsys.readouterr().out
 
 
 MESHES = [(8, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)]

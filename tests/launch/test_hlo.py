@@ -168,6 +168,92 @@ def test_what_is_no_program_is_refused():
     hlo.parse("HloModule nothing")
 
 
+BRANCHES = """\
+HloModule m
+
+%long (a: f32[8,8]) -> f32[8,8] {
+  %a = f32[8,8]{1,0} parameter(0)
+  ROOT %d = f32[8,8]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}, backend_config={"estimated_cycles":"1000"}
+}
+
+%short (b: f32[8,8]) -> f32[8,8] {
+  ROOT %b = f32[8,8]{1,0} parameter(0)
+}
+
+ENTRY %main (p: pred[], x: f32[8,8]) -> f32[8,8] {
+  %p = pred[] parameter(0)
+  %x = f32[8,8]{1,0} parameter(1)
+  ROOT %c = f32[8,8]{1,0} conditional(%p, %x, %x), BRANCHED
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+  "branched",
+  [
+    "true_computation=%long, false_computation=%short",
+    "true_computation=%short, false_computation=%long",
+    "branch_computations={%short, %long, %short}",
+    "branch_computations={%long, %long}",
+  ],
+)
+def test_a_conditional_takes_one_branch(branched):
+  module = hlo.parse(BRANCHES.replace("BRANCHED", branched))
+  assert hlo_cost.flops(module) == 2 * 8 * 8 * 8
+  assert hlo_cost.cycles(module) == {"matrix": 1000, "other": 0}
+  assert hlo_cost.optional_cycles(module) == (1000 if "short" in branched else 0)
+
+
+REDUCTION = """\
+HloModule m, num_partitions=16
+
+ENTRY %main (x: f32[256]) -> f32[256] {
+  %x = f32[256]{0} parameter(0)
+  ROOT %r = f32[256]{0} all-reduce(%x), channel_id=1, GROUPS, use_global_device_ids=true
+}
+"""
+
+
+@pytest.mark.parametrize(
+  "groups, far",
+  [
+    ("replica_groups={{0,1,2,3,4,5,6,7},{8,9,10,11,12,13,14,15}}", False),
+    ("replica_groups={{0,8},{1,9}}", True),
+    ("replica_groups=[2,8]<=[16]", False),
+    ("replica_groups=[8,2]<=[2,8]T(1,0)", True),
+    ("replica_groups=[1,16]<=[16]", True),
+    ("replica_groups={}", True),
+  ],
+)
+def test_what_leaves_a_slice_goes_by_the_network(groups, far):
+  module = hlo.parse(REDUCTION.replace("GROUPS", groups))
+  (near,) = hlo_cost.collectives(module).values()
+  (found,) = hlo_cost.collectives(module, 8).values()
+  assert (near.sharers, found.sharers) == (0, 8 if far else 0)
+  assert hlo_cost.collective_seconds([near], 1e3, 1e2) == pytest.approx(2 * 1024 / 1e3)
+  more = 2 * 1024 / (8 * 1e2) if far else 0
+  assert hlo_cost.collective_seconds([found], 1e3, 1e2) == pytest.approx(2 * 1024 / 1e3 + more)
+
+
+def test_what_slices_of_a_tpu_exchange_is_a_chips_part():
+  line = (
+    "%s = (f32[16]{0}, u32[], token[]) send(%part, %t), channel_id=2, is_host_transfer=true, "
+    'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}'
+  )
+  module = hlo.parse(f"""HloModule m
+
+ENTRY %main (part: f32[16]) -> f32[16] {{
+  %t = token[] after-all()
+  {line}
+  ROOT %part = f32[16]{{0}} parameter(0)
+}}
+""")
+  (found,) = hlo_cost.collectives(module, 8).items()
+  assert found == ("all-reduce by network", hlo_cost.Collective("all-reduce", 1, 1, 64))
+  assert hlo_cost.collective_seconds([found[1]], 1e3, 1e2) == pytest.approx(2 * 64 / 1e2)
+  assert not hlo_cost.host_transfers(module)
+
+
 def test_sizes_of_types():
   printed = "(f32[2,3]{1,0}, pred[5], bf16[4], /*index=3*/s32[], f8e4m3fn[8], u4[3], token[])"
   sizes = [hlo.size(leaf) for leaf in hlo.leaves(printed)]
