@@ -211,10 +211,14 @@ def flow_flops(
   """
   plain = {"dtype": "float32", "activations": "float32", "attention": "xla", "gemm": False}
   net = flow_net.build(dataclasses.replace(sizes, unroll=False, remat=False, **plain))
-  loss = functools.partial(flow.loss, net=net, config=objective)
-  params = sharding.unboxed(jax.eval_shape(net.init, jax.random.key(0)))
-  batch = schema.synthetic_batch(shapes, 1, seed=0)
-  return float(flops.count_gradient(loss, params, net.init_stats(), batch, jax.random.key(0)))
+  params = dict(sharding.unboxed(jax.eval_shape(net.init, jax.random.key(0))))
+  constants = params.pop("frozen")  # Nobody needs their gradient.
+
+  def loss(params, constants, *arguments):
+    return flow.loss({**params, "frozen": constants}, *arguments, net=net, config=objective)
+
+  batch, key = schema.synthetic_batch(shapes, 1, seed=0), jax.random.key(0)
+  return float(flops.count_gradient(loss, params, constants, net.init_stats(), batch, key))
 
 
 def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import figures
+from configs import tiny
 from launch import flops, tasks
 from spatialv2a_jax import flow, schema
 from spatialv2a_jax.models import flow_net
@@ -43,6 +45,12 @@ def test_a_gradient_has_the_products_that_are_needed():
   shapes = jnp.zeros((3, 32, 32)), jnp.zeros((16, 32))
   assert flops.count_gradient(loss, *shapes) == flops.count(jax.value_and_grad(loss), *shapes)
   assert flops.count_gradient(loss, *shapes) < 3 * flops.count(loss, *shapes)
+
+
+@pytest.mark.slow
+def test_what_is_counted_is_what_the_train_step_multiplies():
+  counted, once, repeated = figures.flops_of(tiny.get_config("smoke").to_dict())
+  assert counted == pytest.approx(once, rel=0.01) and once < repeated
 
 
 @pytest.mark.parametrize(
