@@ -49,8 +49,9 @@ def test_a_gradient_has_the_products_that_are_needed():
 
 @pytest.mark.slow
 def test_what_is_counted_is_what_the_train_step_multiplies():
-  counted, once, repeated = figures.flops_of(tiny.get_config("smoke").to_dict())
-  assert counted == pytest.approx(once, rel=0.01) and once < repeated
+  counted, once, repeated = figures.flops_of(tiny.get_config().to_dict())
+  # The program leaves out what convolutions multiply beyond the ends of a clip.
+  assert once < counted < 1.01 * once < repeated
 
 
 @pytest.mark.parametrize(
