@@ -154,6 +154,13 @@ def test_values_of_the_command_line_replace_those_of_the_file():
   assert config["optim"]["steps"] == 7  # The schedule ends with the run.
 
 
+def test_the_schedule_of_the_paper_may_be_a_cosine_of_the_run():
+  config = config_of("small_16k", "paper", **{"optim.decay": "cosine", "steps": 2_000})
+  rate = optim.schedule(tasks.optimizer_of(config))
+  rates = [float(rate(step)) for step in (1_000, 1_500, 2_000)]
+  np.testing.assert_allclose(rates, [1e-4, 5e-5, 0], rtol=1e-5, atol=1e-12)
+
+
 @pytest.mark.parametrize(
   "name, variant", [*VARIANTS, *(("mono2binaural", x) for x in ("tiny", "smoke", "paper"))]
 )
@@ -197,6 +204,8 @@ def test_a_mistake_in_a_config_is_one_line(options, message):
     ("mesh", "dta", 1, "config.mesh: "),
     ("rules", "widht", "fsdp", "config.rules: "),
     ("ema", "decai", 0.9, "config.ema: "),
+    ("optim", "clip", -1.0, "config.optim: clip=-1.0 is not 0 or more"),
+    ("optim", "lrr", 1.0, "optim has no ['lrr'], have: "),
     ("guard", "kap", 3, "config.guard: "),
     (None, "accumulate", 0, "does not divide by accumulate 0"),
   ],
