@@ -222,13 +222,14 @@ def adamw(config: Config, params: Any) -> Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Ema:
-  """Exponential moving average of the parameters.
+  """Exponential moving averages of the parameters.
 
   Attributes:
     decay: of the plain average, reached through the warm-up (1 + n) / (10 + n) at update n.
-    sigma_rel: if set, the power-function average of this relative width (EDM2, arXiv 2312.02696)
-      replaces the plain one; MMAudio ships 0.05.
-    beside: more such widths, tracked so that any other can be made after the run (`averages`).
+    sigma_rel: which average is evaluated and exported: the power-function one of this relative
+      width (EDM2, arXiv 2312.02696; MMAudio ships 0.05), or the plain one for 0 or None.
+    beside: more averages that are tracked, likewise: of two power-function widths any other can be
+      made after the run (`averages`), 0 is the plain one. Each costs the memory of the parameters.
   """
 
   decay: float = 0.9999
@@ -238,27 +239,25 @@ class Ema:
   def __post_init__(self):
     if not 0 <= self.decay < 1:
       raise UserError(f"ema.decay={self.decay} is not in [0, 1)")
-    if self.beside and self.sigma_rel is None:
-      raise UserError("ema.beside tracks more widths than ema.sigma_rel, which is not set")
     if len(set(self.widths)) < len(self.widths):
       raise UserError(f"ema tracks a width twice: {self.widths}")
     for width in self.widths:
-      if not 0 < width < 0.28:
-        raise UserError(f"ema width {width} is not in (0, 0.28)")
+      if not 0 <= width < 0.28:
+        raise UserError(f"ema width {width} is not in (0, 0.28), nor 0 for the plain average")
 
   @property
   def widths(self) -> tuple[float, ...]:
-    """Relative widths that are tracked, that of the state's `ema` first."""
-    return () if self.sigma_rel is None else (self.sigma_rel, *self.beside)
+    """Relative widths that are tracked, that of the state's `ema` first; 0 is the plain average."""
+    return (self.sigma_rel or 0.0, *self.beside)
 
   def all(self) -> tuple["Ema", ...]:
     """Returns this average and those that are tracked beside it."""
-    return (self, *(Ema(sigma_rel=width) for width in self.beside))
+    return (self, *(Ema(self.decay, width) for width in self.beside))
 
   def take(self, update: Any) -> Any:
     """Returns the weight of the new parameters in update number `update`, counted from 1."""
     n = jnp.asarray(update, jnp.float32)
-    if self.sigma_rel is None:
+    if not self.sigma_rel:
       return 1 - jnp.minimum(self.decay, (1 + n) / (10 + n))
     power = (1 + power_gamma(self.sigma_rel)) / 2
     # 1 - ((1 - 1/(n+1)) (1 - 1/(n+2)))^power, which late in a run would be rounding in float32.
