@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -152,7 +153,40 @@ def test_flags_of_the_compiler_are_part_of_the_machine(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", before_flags)
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536")
   assert train.machine(mesh) != before
-  assert {"jax", "jaxlib"} < train.versions().keys()
+  wanted = {
+    "spatialv2a_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "grain",
+  }
+  assert wanted <= train.versions().keys()
+
+
+def test_another_commit_is_told_and_must_give_the_same_bits(finished, monkeypatch):
+  """Another library, which may compute otherwise, need not."""
+  versions = train.versions()
+  monkeypatch.setattr(train, "versions", lambda: {**versions, "commit": "0123"})
+  agreed, told = verify(finished, monkeypatch)
+  assert agreed and "the run repeats bit for bit" in told
+  assert "differs from the run: run.versions.commit " in told and "-> '0123'" in told
+  monkeypatch.setattr(train, "versions", lambda: {**versions, "optax": "9"})
+  agreed, told = verify(finished, monkeypatch)
+  assert agreed and "times the root of the steps" in told
+  assert f"differs from the run: run.versions.optax {versions['optax']!r} -> '9'" in told
+
+
+def test_a_checkout_names_its_commit():
+  root = pathlib.Path(train.__file__).parents[2]
+  if not (root / ".git").exists():
+    pytest.skip("no checkout")
+  head = subprocess.run(
+    ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+  )
+  assert train.versions()["commit"].removesuffix("-dirty") == head.stdout.strip()
 
 
 def test_a_row_without_a_number_of_the_replay_is_no_agreement(finished, monkeypatch, tmp_path):
