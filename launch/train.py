@@ -155,6 +155,9 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
     return 0 if agreed else 1
   for line in tasks.optimizer_of(config).remarks(config["steps"]):
     _say(line)
+  peak, kind = meter.peak_flops(), jax.devices()[0].device_kind
+  if peak is None and jax.devices()[0].platform != "cpu":
+    _say(f"no mfu is logged: the peak FLOP/s of {kind!r} are not in meter.PEAK_FLOPS")
   state = train.fit(
     workdir,
     recipe,
@@ -164,7 +167,7 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
     every=every,
     limits=config.get("limits"),
     evaluate=task.evaluate,
-    flops_per_clip=task.flops() if meter.peak_flops() else None,
+    flops_per_clip=task.flops() if peak else None,
     tokens_per_clip=task.tokens,
     ledger=ledger,
     say=_say,

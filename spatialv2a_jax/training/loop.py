@@ -54,8 +54,11 @@ class Every:
     for name, least in {"log": 1, "eval": 0, "checkpoint": 1, "keep": 0, "average": 0}.items():
       if getattr(self, name) < least:
         raise UserError(f"every.{name}={getattr(self, name)} is less than {least}")
-    if len(self.profile) != 2:
-      raise UserError(f"every.profile={self.profile} is not (first step, last step)")
+    steps = tuple(self.profile)
+    if len(steps) != 2 or not (steps == (0, 0) or 1 <= steps[0] <= steps[1]):
+      raise UserError(
+        f"every.profile={self.profile} is not (first step, last step), from 1 on, or (0, 0)"
+      )
 
   def evaluates(self, step: int, steps: int) -> bool:
     """Returns whether the evaluation hook is called after `step`."""
