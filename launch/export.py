@@ -53,7 +53,8 @@ def export(
       have = ", ".join(f"{width:g}" for width in widths)
       raise UserError(f"{run} tracks no average {average:g}, have: {have} (0 is the plain one)")
     if place := widths.index(average):
-      params = checkpoint.load_params(run, "beside", step)[0][place - 1]
+      beside: Any = checkpoint.load_params(run, "beside", step)[0]
+      params = beside[place - 1]
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   task = tasks.build(config, mesh, sharding.Rules())
   state: Any = types.SimpleNamespace(ema=params, stats=stats)

@@ -266,7 +266,7 @@ def load_params(
 
   Args:
     folder: working directory of the run, or its `checkpoints`.
-    which: "ema", "params", or "beside" for all further averages in their order.
+    which: "ema", "params", or "beside" for a list of all further averages in their order.
     step: the newest complete checkpoint by default.
 
   Raises:

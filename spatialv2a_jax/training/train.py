@@ -186,7 +186,8 @@ def machine(mesh: Mesh) -> dict[str, Any]:
     "axes": {name: int(size) for name, size in mesh.shape.items()},
     "device": kind,
     "processes": jax.process_count(),
-    "threefry_partitionable": bool(jax.config.jax_threefry_partitionable),  # Changes draws.
+    # Draws hang on it.
+    "threefry_partitionable": bool(jax.config.jax_threefry_partitionable),  # pyright: ignore
     "runtime": mesh.devices.flat[0].client.platform_version,
     "xla_flags": sorted(x for x in flags.split() if not x.startswith("--xla_dump")),
   }

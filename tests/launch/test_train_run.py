@@ -21,7 +21,7 @@ def test_a_run_in_bfloat16_logs_its_utilisation_and_repeats_here_and_elsewhere(
 ):
   monkeypatch.setitem(meter.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
   argv = ["launch.train", f"--config={ROOT}/configs/tiny.py:smoke", f"--workdir={tmp_path}"]
-  more = ["model.dtype=bfloat16", "model.activations=bfloat16", "data.eval=", "data.batch_size=8"]
+  more = ["model.dtype=bfloat16", "data.eval=", "data.batch_size=8"]
   assert train.main([*argv, *(f"--config.{x}" for x in more)]) == 0
   path = tmp_path / "metrics.jsonl"
   rows = [json.loads(line) for line in path.read_text().splitlines()]
