@@ -156,14 +156,17 @@ def _sounds(folder: pathlib.Path) -> list[dict[str, Any]]:
   newest: dict[str, tuple[int, str]] = {}
   end = math.inf  # What an attempt wrote from the step on at which a later one began is void.
   for path in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
-    began = end
+    began, here = end, {}
     for step, tag, kind, data in _events(path):
       if kind == _BEGIN:
         began = min(began, step)
       elif step < end:
         tag = re.sub(r"[^-/\w.]", "_", tag)  # As tensorboardX does to those of pictures alone.
-        if tag not in newest or newest[tag][0] <= step:
-          newest[tag] = step, webpage.data_uri(kind, data)
+        if tag not in here or here[tag][0] <= step:
+          here[tag] = step, webpage.data_uri(kind, data)
+    for tag, found in here.items():  # Of what two attempts made at one step, that of the later.
+      if tag not in newest or newest[tag][0] < found[0]:
+        newest[tag] = found
     end = began
   heard = {tag: value for tag, value in newest.items() if value[1].startswith("data:audio")}
   last = max((step for step, _ in heard.values()), default=0)

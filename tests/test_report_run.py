@@ -118,10 +118,15 @@ def test_what_a_run_wrote_before_it_was_resumed_at_an_earlier_step_is_void(tmp_p
   assert len(paths) == 2 and begins == [1, 101]
   got = report_run.read(tmp_path)
   assert got is not None and [one["step"] for one in got["sounds"]] == [120]
+  before = report_run._sounds(tmp_path)
   with logbook.Logbook(tmp_path, 101):  # Killed again, before it had evaluated.
     pass
-  got = report_run.read(tmp_path)
-  assert got is not None and [one["step"] for one in got["sounds"]] == [100]
+  (first,) = report_run._sounds(tmp_path)
+  assert first["step"] == 100
+  with logbook.Logbook(tmp_path, 101) as book:  # The evaluation of step 100 is done again.
+    book.audio(100, "clip", 2 * tone, 16000)
+  (again,) = report_run._sounds(tmp_path)
+  assert again["step"] == 100 and again["audio"] not in (first["audio"], before[0]["audio"])
 
 
 def test_an_event_file_cut_short_is_read_as_far_as_it_goes(run, tmp_path):
