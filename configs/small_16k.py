@@ -71,6 +71,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     decay="step",
     milestones=(240_000, 270_000),  # Counted after the warm-up: steps 241,000 and 271,000.
     gamma=0.1,
+    steps=c.get_ref("steps"),  # Of "cosine", which needs no milestones,
+    final=0.0,  # and the share of the rate at which it ends.
     betas=(0.9, 0.95),
     eps=1e-6,  # MMAudio's in bfloat16; float32 would allow 1e-8.
     weight_decay=1e-6,
@@ -80,7 +82,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     lr_scale=((".*", 1.0),),
     decay_scale=((".*", 1.0),),
   )
-  # Any other width than these two: `spatialv2a average`; `decay` counts without sigma_rel.
+  # Any other width than these two: `spatialv2a average`. 0 is the plain average, of `decay`, in
+  # place of one or beside them, such as `beside=(0.1, 0.0)`.
   c.ema = dict(decay=0.9999, sigma_rel=0.05, beside=(0.1,))
   c.accumulate = 1
 
@@ -89,7 +92,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
   # 7 heads split over 1 or 7 devices only: prefer `fsdp`.
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
   c.rules = dict(width="fsdp", heads="tensor", ffn="tensor", zero="data")
-  c.every = dict(log=50, eval=5_000, checkpoint=1_000, keep=50_000, average=10_000, profile=(0, 0))
+  c.every = dict(log=50, eval=5_000, checkpoint=1_000, keep=50_000, average=5_000, profile=(0, 0))
 
   # Updates that are not finite, or spike, are left out; more than `cap` of them stop the run.
   c.guard = dict(sigma=6.0, window=128, warmup=64, cap=10)

@@ -26,6 +26,8 @@ def task(config: tasks.Config, mesh: Mesh, rules: sharding.Rules) -> tasks.Task:
   """Returns what `train.fit` needs; the model folder has one network, `mono2binaural`."""
   if config["audio"] != AUDIO:
     raise UserError(f"config.audio={config['audio']!r}: this network works at {AUDIO}")
+  if config["data"]["mirror"]:
+    raise UserError("config.data.mirror=True: sources are mirrored as they are cut, leave it False")
   sizes = tasks.checked(mono2binaural.Config, "model", config["model"])
   objective = tasks.checked(binauralizer.LossConfig, "loss", config["loss"])
   net = mono2binaural.build(sizes, sharding.constrainer(mesh, rules))

@@ -33,7 +33,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 
 from launch import command, early, hlo, hlo_cost, targets, tasks
 from spatialv2a_jax import compile_cache, sharding
@@ -118,7 +117,7 @@ def estimate(
       "averages": sharding.bytes_per_device((prog.state.ema, prog.state.beside)),
     },
   }
-  report["zero_whole"] = zero_whole(prog.state.opt, mesh, config["rules"].get("zero"))
+  report["zero_whole"] = sharding.zero_whole(prog.state.opt, mesh, config["rules"].get("zero"))
   lowered = prog.step.lower(prog.state, prog.batch)
   start = time.perf_counter()
   try:
@@ -154,19 +153,6 @@ def parameters(params: Any) -> dict[str, int]:
     module = sharding.parameter_name(path).split("/")[0]
     counts[module] = counts.get(module, 0) + x.size
   return counts | {"total": sum(counts.values())}
-
-
-def zero_whole(opt: Any, mesh: Mesh, axes: str | Sequence[str] | None) -> float:
-  """Returns the share of the optimiser's bytes that `rules.zero` does not split, 0 without it."""
-  wanted = {axis for axis in ([axes] if isinstance(axes, str) else axes or ()) if axis}
-  if not any(mesh.shape[axis] > 1 for axis in wanted):
-    return 0.0
-  whole = total = 0
-  for x in jax.tree.leaves(opt):
-    used = {axis for entry in x.sharding.spec if entry for axis in np.atleast_1d(entry)}
-    total += x.size * x.dtype.itemsize
-    whole += 0 if used & wanted else x.size * x.dtype.itemsize
-  return whole / max(total, 1)
 
 
 def memory_of(compiled: Any) -> dict[str, float]:
@@ -253,12 +239,7 @@ def advice(report: Mapping[str, Any]) -> list[str]:
       f"{per_chip:g} clips a chip leave much of the step to the optimiser: use fewer chips, or a "
       "larger --config.data.batch_size"
     )
-  if report.get("zero_whole", 0) > 0.1:
-    lines.append(
-      f"rules.zero leaves {100 * report['zero_whole']:.0f} % of the optimiser whole, as few sizes "
-      "divide by so many devices: give mesh.fsdp a size that divides the width, and "
-      "--config.rules.zero=fsdp --config.rules.width="
-    )
+  lines += sharding.zero_remarks(report.get("zero_whole", 0.0))
   if report.get("unknown_loops"):
     lines.append(f"loops of unknown length count once: {', '.join(report['unknown_loops'])}")
   if report.get("host_transfers"):

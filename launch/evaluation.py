@@ -69,7 +69,7 @@ class Evaluation:
     if self.step is None:
       step: Any = train_step.make_eval_step(
         self.loss,
-        key=jax.random.key(self.config["seed"]),
+        key=jax.random.key(self.config["seed"], impl="threefry2x32"),
         mesh=self.mesh,
         rules=self.rules,
         layout=_averages(jax.tree.map(lambda x: x.sharding, state)),

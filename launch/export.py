@@ -1,10 +1,12 @@
 """Writes the model folder of a run from one of its checkpoints, such as while it still trains.
 
-python -m launch.export --run DIR --out FOLDER [--step N]
+python -m launch.export --run DIR --out FOLDER [--step N] [--average WIDTH]
 
   --run DIR     working directory of `launch.train`
   --out FOLDER  gets the averaged weights, as DIR/model does when the run is finished
   --step N      checkpoint to take; by default the newest
+  --average W   which of the averages that the run tracks: a relative width, or 0 for the plain
+                one; by default that of config.ema.sigma_rel
 
 Exit codes: 0 written, 2 bad input, 3 no such checkpoint.
 """
@@ -21,22 +23,38 @@ import jax
 from launch import tasks
 from spatialv2a_jax import sharding
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.training import checkpoint
+from spatialv2a_jax.training import checkpoint, optim
 
 
-def export(run: str | pathlib.Path, out: str | pathlib.Path, step: int | None = None) -> None:
+def export(
+  run: str | pathlib.Path,
+  out: str | pathlib.Path,
+  step: int | None = None,
+  average: float | None = None,
+) -> None:
   """Writes a model folder; touches nothing of the run.
 
   Args:
     run: working directory.
     out: model folder to write.
     step: of the checkpoint; the newest by default.
+    average: which of `optim.Ema.widths`; the first by default.
 
   Raises:
     MissingAssetError: if there is no such checkpoint.
-    UserError: if it cannot be read.
+    UserError: if it cannot be read, or does not hold that average.
   """
+  if step is None:  # Both reads must take the same one.
+    step = max(checkpoint.saved_runs(run), default=None)
   params, stats, config = checkpoint.load_params(run, "ema", step)
+  if average is not None:
+    widths = optim.Ema(**config["ema"]).widths
+    if average not in widths:
+      have = ", ".join(f"{width:g}" for width in widths)
+      raise UserError(f"{run} tracks no average {average:g}, have: {have} (0 is the plain one)")
+    if place := widths.index(average):
+      beside: Any = checkpoint.load_params(run, "beside", step)[0]
+      params = beside[place - 1]
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   task = tasks.build(config, mesh, sharding.Rules())
   state: Any = types.SimpleNamespace(ema=params, stats=stats)
@@ -54,9 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--run", required=True, metavar="DIR")
   parser.add_argument("--out", required=True, metavar="FOLDER")
   parser.add_argument("--step", type=int, metavar="N")
+  parser.add_argument("--average", type=float, metavar="W")
   args = parser.parse_args(argv)
   try:
-    export(args.run, args.out, args.step)
+    export(args.run, args.out, args.step, args.average)
   except UserError as error:
     print(f"launch.export: {error}", file=sys.stderr)
     return error.exit_code

@@ -73,7 +73,8 @@ class Listener:
         latent_len=frames,
         guidance=self.settings["guidance"],
       )
-      keys_b = flow.clip_keys(jax.random.key(0), jnp.asarray(rows["id_b"]))
+      key = jax.random.key(0, impl="threefry2x32")
+      keys_b = flow.clip_keys(key, jnp.asarray(rows["id_b"]))
       noise_betc = jax.vmap(
         lambda key: flow.ear_noise(key, frames, channels, ears=ears, correlation=self.correlation)
       )(keys_b)

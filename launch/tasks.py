@@ -96,7 +96,7 @@ def recipe(config: Config, mesh: Mesh) -> tuple[Task, Recipe]:
     init=task.init,
     stats=task.stats,
     values=task.values,
-    optimizer=optim.adamw(optim.from_mapping(config["optim"]), shapes),
+    optimizer=optim.adamw(optimizer_of(config), shapes),
     mesh=mesh,
     rules=rules,
     ema=checked(optim.Ema, "ema", config["ema"]),
@@ -104,6 +104,11 @@ def recipe(config: Config, mesh: Mesh) -> tuple[Task, Recipe]:
     accumulate=config["accumulate"],
     guard=checked(guard.Config, "guard", config.get("guard", {})),
   )
+
+
+def optimizer_of(config: Config) -> optim.Config:
+  """Returns the numbers of the optimiser."""
+  return checked(lambda **values: optim.from_mapping(values), "optim", config["optim"])
 
 
 def flow_config(config: Config) -> flow_net.Config:
@@ -331,8 +336,13 @@ class Source:
       if self.kind == "features":
         batch = schema.synthetic_batch(self.shapes, size, seed=seed)
       else:
-        noise = np.random.default_rng(seed).standard_normal((size, *self.shapes["audio"]))
-        batch = {"audio_bep": 0.1 * noise.astype(np.float32), "weight_b": np.ones(size, np.float32)}
+        rng = np.random.default_rng(seed)
+        noise = rng.standard_normal((size, *self.shapes["audio"]))
+        batch = {
+          "audio_bep": 0.1 * noise.astype(np.float32),
+          "id_b": rng.integers(0, 2**32, size, dtype=np.uint32),
+          "weight_b": np.ones(size, np.float32),
+        }
       yield {name: array[first:last] for name, array in schema.narrow(batch).items()}
 
 

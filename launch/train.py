@@ -10,8 +10,9 @@ python -m launch.train --verify DIR [--start STEP] [--steps K]
                             out, stacks/ after a hang, profile/ for config.every.profile=(N,M)
 
   --verify DIR              replays steps of the run in DIR, with the config that its checkpoint
-                            holds, and compares losses and arrays bit for bit (1e-5 on another
-                            mesh or machine); writes nothing
+                            holds, and compares losses and arrays bit for bit; on another mesh
+                            or machine losses alone, to 1e-5 (1e-3 for networks in bfloat16) times
+                            the root of the steps since the checkpoint; writes nothing
   --config.KEY=VALUE        may be added for KEY of another place: mesh.*, rules.*, data.path,
                             data.workers, vae, init_from
   --start STEP              checkpoint to begin with; by default the last but one; 0: the beginning
@@ -142,9 +143,21 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
   every = tasks.checked(train.Every, "every", config["every"])
   task, recipe = tasks.recipe(config, tasks.mesh_of(config))
   if arguments.verify:
-    span = {"start": arguments.start, "steps": arguments.steps}
-    agreed = replay.verify(workdir, recipe, log=every.log, config=config, **span, say=_say)
+    types = [config["model"].get(name) for name in ("dtype", "activations")]
+    options = {
+      "log": every.log,
+      "dtype": "bfloat16" if "bfloat16" in types else "float32",
+      "config": config,
+      "start": arguments.start,
+      "steps": arguments.steps,
+    }
+    agreed = replay.verify(workdir, recipe, **options, say=_say)
     return 0 if agreed else 1
+  for line in tasks.optimizer_of(config).remarks(config["steps"]):
+    _say(line)
+  peak, kind = meter.peak_flops(), jax.devices()[0].device_kind
+  if peak is None and jax.devices()[0].platform != "cpu":
+    _say(f"no mfu is logged: the peak FLOP/s of {kind!r} are not in meter.PEAK_FLOPS")
   state = train.fit(
     workdir,
     recipe,
@@ -154,7 +167,7 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
     every=every,
     limits=config.get("limits"),
     evaluate=task.evaluate,
-    flops_per_clip=task.flops() if meter.peak_flops() else None,
+    flops_per_clip=task.flops() if peak else None,
     tokens_per_clip=task.tokens,
     ledger=ledger,
     say=_say,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from spatialv2a_jax import mel
+from spatialv2a_jax import flow, mel
 from spatialv2a_jax import phase as phases
 from spatialv2a_jax.models import vae
 from spatialv2a_jax.schema import AudioSpec
@@ -59,7 +59,7 @@ class Codec(NamedTuple):
     init: key -> boxed VAE parameters.
     encode: (params, audio_bep) -> mean_betc, std_betc of the posterior.
     decode: (params, z_betc) -> log_mel_bemn with n = 2 t.
-    loss: (params, {"audio_bep"}, key) -> (value, metrics); see `vae_loss`.
+    loss: (params, {"audio_bep", "id_b", "weight_b"}, key) -> (value, metrics); see `vae_loss`.
     waveform: (params, z_etc) of one clip -> audio_ep (NumPy), with shared phase.
   """
 
@@ -111,30 +111,40 @@ def vae_loss(
     spec: front end.
     config: weights of the terms.
     params: of the VAE; `frozen/` gets no gradient.
-    batch: "audio_bep" [b, 2, p] in -1..1.
-    key: of the excerpt and of the posterior sample.
+    batch: "audio_bep" [b, 2, p] in -1..1, `id_b` and `weight_b` (0 marks padding).
+    key: of the excerpt and of the posterior sample; each clip draws by its id.
 
   Returns:
-    The loss and metrics: "l1" (normalised units), "mel_db" (mean absolute error), "ild_db" (of the
-    level difference per frame), "kl" (nats per latent value), "std" and "mean_rms" (posterior).
+    The loss and metrics, means over real clips: "l1" (normalised units), "mel_db" (mean absolute
+    error), "ild_db" (of the level difference per frame), "kl" (nats per latent value), "std" and
+    "mean_rms" (posterior).
   """
-  place_key, noise_key = jax.random.split(key)
-  audio_bep, length = batch["audio_bep"], config.excerpt * spec.hop
+  audio_bep, weight_b, length = batch["audio_bep"], batch["weight_b"], config.excerpt * spec.hop
+  keys_bd = jax.vmap(jax.random.split)(flow.clip_keys(key, batch["id_b"]))
   if 0 < length < audio_bep.shape[-1]:
-    start = jax.random.randint(place_key, (), 0, audio_bep.shape[-1] - length + 1)
-    audio_bep = jax.lax.dynamic_slice_in_dim(audio_bep, start, length, axis=-1)
+
+    def excerpt(key, audio_ep):
+      start = jax.random.randint(key, (), 0, audio_ep.shape[-1] - length + 1)
+      return jax.lax.dynamic_slice_in_dim(audio_ep, start, length, axis=-1)
+
+    audio_bep = jax.vmap(excerpt)(keys_bd[:, 0], audio_bep)
   target = jax.lax.stop_gradient(even_mel(audio_bep, spec))
-  mean, std = net.encode(params, _merge(target))
-  z = mean + std * jax.random.normal(noise_key, mean.shape, mean.dtype)
-  error = _split(net.decode(params, z)) - target
+  mean, std = (_split(x) for x in net.encode(params, _merge(target)))
+  noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys_bd[:, 1])
+  error = _split(net.decode(params, _merge(mean + std * noise))) - target
+
+  def clip_mean(x):
+    """Returns the mean over all values of real clips."""
+    return (weight_b * x.mean(tuple(range(1, x.ndim)))).sum() / jnp.maximum(weight_b.sum(), 1)
+
   scale = jax.lax.stop_gradient(params["frozen"]["data_std"]).reshape(1, 1, -1, 1)
   scaled = error / scale
-  l1 = jnp.abs(scaled).mean()
-  slope = jnp.abs(jnp.diff(scaled, axis=-1)).mean() + jnp.abs(jnp.diff(scaled, axis=-2)).mean()
-  interaural = jnp.abs(scaled[:, 0] - scaled[:, 1]).mean()
-  kl = 0.5 * (jnp.square(mean) + jnp.square(std) - 1 - 2 * jnp.log(std)).mean()
-  square = jnp.square(scaled).mean()
-  ild_db = jnp.abs(frame_ild_db(target + error, spec) - frame_ild_db(target, spec)).mean()
+  l1 = clip_mean(jnp.abs(scaled))
+  slope = sum(clip_mean(jnp.abs(jnp.diff(scaled, axis=axis))) for axis in (-1, -2))
+  interaural = clip_mean(jnp.abs(scaled[:, 0] - scaled[:, 1]))
+  kl = 0.5 * clip_mean(jnp.square(mean) + jnp.square(std) - 1 - 2 * jnp.log(std))
+  square = clip_mean(jnp.square(scaled))
+  ild_db = clip_mean(jnp.abs(frame_ild_db(target + error, spec) - frame_ild_db(target, spec)))
   value = (
     l1
     + config.square * square
@@ -145,11 +155,11 @@ def vae_loss(
   )
   metrics = {
     "l1": l1,
-    "mel_db": jnp.abs(error).mean() * mel.db_per_unit(spec),
+    "mel_db": clip_mean(jnp.abs(error)) * mel.db_per_unit(spec),
     "ild_db": ild_db,
     "kl": kl,
-    "std": std.mean(),
-    "mean_rms": jnp.sqrt(jnp.square(mean).mean()),
+    "std": clip_mean(std),
+    "mean_rms": jnp.sqrt(clip_mean(jnp.square(mean))),
   }
   return value, metrics
 

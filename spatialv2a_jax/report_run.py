@@ -33,14 +33,16 @@ _FIGURES = (
   ("Gradient norm", "", ("grad_norm",), False),
   ("Learning rate", "", ("lr",), True),
   ("Clips per second", "", ("clips_per_s",), True),
+  ("Tokens per second", "", ("tokens_per_s",), True),
   ("Share of time waiting for data", "", ("data_wait",), True),
   ("Share of the devices' peak FLOP/s", "", ("mfu",), True),
   ("Memory in use at most", "GiB", ("memory/device_peak_gib", "memory/host_peak_gib"), True),
   ("Share of all time spent in steps", "", ("goodput",), True),
 )
+_BEGIN = "begin"  # In place of a media type.
 _SHOWN = {name for _, _, names, _ in _FIGURES for name in names}
 # Said elsewhere on the page, or nothing to draw.
-_APART = re.compile(r"step|time|goodput/.*|memory/device_gib|checkpoint_age_s|tokens_per_s")
+_APART = re.compile(r"step|time|goodput/.*|memory/device_gib|checkpoint_age_s")
 
 
 def read(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -152,11 +154,20 @@ def _skipped(folder: pathlib.Path) -> list[dict[str, Any]]:
 def _sounds(folder: pathlib.Path) -> list[dict[str, Any]]:
   """Sound and spectrograms of the newest evaluation that TensorBoard was given."""
   newest: dict[str, tuple[int, str]] = {}
-  for path in sorted(folder.glob("events.out.tfevents.*")):
+  end = math.inf  # What an attempt wrote from the step on at which a later one began is void.
+  for path in sorted(folder.glob("events.out.tfevents.*"), reverse=True):
+    began, here = end, {}
     for step, tag, kind, data in _events(path):
-      tag = re.sub(r"[^-/\w.]", "_", tag)  # As tensorboardX does to those of pictures alone.
-      if tag not in newest or newest[tag][0] <= step:
-        newest[tag] = step, webpage.data_uri(kind, data)
+      if kind == _BEGIN:
+        began = min(began, step)
+      elif step < end:
+        tag = re.sub(r"[^-/\w.]", "_", tag)  # As tensorboardX does to those of pictures alone.
+        if tag not in here or here[tag][0] <= step:
+          here[tag] = step, webpage.data_uri(kind, data)
+    for tag, found in here.items():  # Of what two attempts made at one step, that of the later.
+      if tag not in newest or newest[tag][0] < found[0]:
+        newest[tag] = found
+    end = began
   heard = {tag: value for tag, value in newest.items() if value[1].startswith("data:audio")}
   last = max((step for step, _ in heard.values()), default=0)
   # What is written once, such as the truth to compare with, stays beside what is new.
@@ -174,7 +185,10 @@ def _sounds(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _events(path: pathlib.Path) -> Iterator[tuple[int, str, str, bytes]]:
-  """Yields step, tag, media type and bytes of the sound and pictures in an event file."""
+  """Yields step, tag, media type and bytes of the sound and pictures in an event file.
+
+  Of type `_BEGIN` is the step from which on the file replaces what files before it hold.
+  """
   from tensorboardX.proto import event_pb2  # Slow to import, and only runs with sound need it.
 
   with path.open("rb") as file:
@@ -184,6 +198,8 @@ def _events(path: pathlib.Path) -> Iterator[tuple[int, str, str, bytes]]:
       if len(body) < size + 4:
         return  # Cut short by a crash.
       event = event_pb2.Event.FromString(body[:size])  # pyright: ignore[reportAttributeAccessIssue]
+      if event.HasField("session_log") and event.session_log.status == event.session_log.START:
+        yield event.step, "", _BEGIN, b""
       for value in event.summary.value:
         if value.HasField("audio"):
           yield event.step, value.tag, "audio/wav", value.audio.encoded_audio_string

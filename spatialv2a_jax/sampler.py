@@ -23,7 +23,8 @@ from spatialv2a_jax.models.flow_net import FlowNet
 
 def clip_key(seed: int, sha256: str) -> jax.Array:
   """Returns the key of a clip's noise: of the seed and the video's content."""
-  key = jax.random.fold_in(jax.random.key(seed), schema.clip_id("noise"))
+  key = jax.random.key(seed, impl="threefry2x32")  # JAX's default may be set from outside.
+  key = jax.random.fold_in(key, schema.clip_id("noise"))
   return jax.random.fold_in(key, int(sha256[:8], 16))
 
 

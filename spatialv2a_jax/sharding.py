@@ -218,6 +218,30 @@ def check_split(params: Any, layout: Any, mesh: Mesh, rules: Rules, *, share: fl
     )
 
 
+def zero_whole(opt: Any, mesh: Mesh, axes: Axes) -> float:
+  """Returns the share of the optimiser's bytes that `rules.zero` does not split, 0 without it."""
+  wanted = set(_mesh_axes(axes))
+  if not any(mesh.shape[axis] > 1 for axis in wanted):
+    return 0.0
+  whole = total = 0
+  for x in jax.tree.leaves(opt):
+    used = {axis for entry in x.sharding.spec for axis in _mesh_axes(entry)}
+    total += x.size * x.dtype.itemsize
+    whole += 0 if used & wanted else x.size * x.dtype.itemsize
+  return whole / max(total, 1)
+
+
+def zero_remarks(whole: float) -> list[str]:
+  """Returns what to set where `zero_whole` is more than a tenth, as one line or none."""
+  if whole <= 0.1:
+    return []
+  return [
+    f"rules.zero leaves {100 * whole:.0f} % of the optimiser whole, as few sizes divide by so many "
+    "devices: give mesh.fsdp a size that divides the width, such as 64, and "
+    "--config.rules.zero=fsdp --config.rules.width="
+  ]
+
+
 def table(tree: Any) -> list[str]:
   """Returns one line per leaf of a tree of arrays or shapes: name, shape, dtype, spec."""
 

@@ -25,6 +25,15 @@ def tiny():
   return net, codec.with_statistics(params, *codec.statistics([audio], SPEC)), audio
 
 
+def batch_of(audio, ids=(3, 4, 5, 6), weights=(1, 1, 1, 1)):
+  rows = len(audio)
+  return {
+    "audio_bep": jnp.asarray(audio),
+    "id_b": jnp.asarray(ids[:rows], jnp.uint32),
+    "weight_b": jnp.asarray(weights[:rows], jnp.float32),
+  }
+
+
 def test_shapes_and_exchange_of_ears(tiny):
   net, params, audio = tiny
   encode = jax.jit(net.encode)
@@ -46,7 +55,7 @@ def test_statistics_are_those_of_all_clips(tiny):
 
 def test_frozen_statistics_get_no_gradient(tiny):
   net, params, audio = tiny
-  loss = lambda frozen: net.loss({**params, "frozen": frozen}, {"audio_bep": audio}, key)[0]  # noqa: E731
+  loss = lambda frozen: net.loss({**params, "frozen": frozen}, batch_of(audio), key)[0]  # noqa: E731
   key = jax.random.key(0)
   grads = jax.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, params["frozen"]))
   jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), grads)
@@ -62,7 +71,7 @@ def test_frame_ild_is_the_level_difference(tiny):
 @pytest.mark.slow
 def test_training_lowers_the_loss_and_leaves_the_statistics(tiny):
   net, params, audio = tiny
-  batch = {"audio_bep": jnp.asarray(audio)}
+  batch = batch_of(audio)
 
   @jax.jit
   def step(params, key):
@@ -91,7 +100,31 @@ def test_the_waveform_is_that_of_the_decoded_mels(tiny):
 def test_an_excerpt_is_shorter_and_moves(tiny):
   _, params, audio = tiny
   short = codec.build({"width": 4}, SPEC, codec.LossConfig(excerpt=8))
-  loss = jax.jit(lambda key: short.loss(params, {"audio_bep": jnp.asarray(audio)}, key)[0])
+  loss = jax.jit(lambda key: short.loss(params, batch_of(audio), key)[0])
   assert float(loss(jax.random.key(0))) != float(loss(jax.random.key(1)))
-  shapes = str(jax.make_jaxpr(short.loss)(params, {"audio_bep": audio}, jax.random.key(0)))
+  shapes = str(jax.make_jaxpr(short.loss)(params, batch_of(audio), jax.random.key(0)))
   assert "f32[4,8,80]" in shapes and "f32[4,32,80]" not in shapes
+
+
+def test_a_clip_draws_by_its_id_and_counts_by_its_weight(tiny):
+  """Wherever it stands in the batch, and whatever pads it."""
+  _, params, audio = tiny
+  short = codec.build({"width": 4}, SPEC, codec.LossConfig(excerpt=8))
+  loss = jax.jit(lambda batch: short.loss(params, batch, jax.random.key(3)))
+  four = np.concatenate([audio, audio[::-1] * 0.5])
+  whole, metrics = loss(batch_of(four))
+  order = np.array([2, 0, 3, 1])
+  moved = {name: x[order] for name, x in batch_of(four).items()}
+  np.testing.assert_allclose(loss(moved)[0], whole, rtol=1e-5)
+  # Parts of a batch draw what the whole one draws.
+  parts = [loss({k: x[i : i + 2] for k, x in batch_of(four).items()}) for i in (0, 2)]
+  np.testing.assert_allclose(np.mean([value for value, _ in parts]), whole, rtol=1e-5)
+  for name in ("l1", "mel_db", "ild_db", "kl", "std"):
+    mean = np.mean([part[name] for _, part in parts])
+    np.testing.assert_allclose(mean, metrics[name], rtol=1e-5)
+  padded = batch_of(four, weights=(1, 1, 1, 0))
+  other = {**padded, "audio_bep": padded["audio_bep"].at[3].set(0.3)}
+  assert float(loss(padded)[0]) == float(loss(other)[0]) != float(whole)
+  same = np.stack([audio[0], audio[0]])
+  alike, unlike = (loss(batch_of(same, ids=ids))[1]["l1"] for ids in ((7, 7), (7, 8)))
+  assert float(alike) != float(unlike)  # Equal clips, other draws.

@@ -1,9 +1,11 @@
 """The page of a training run: what it reads, and what it does with runs that left less."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
+from tensorboardX import event_file_writer
 
 from spatialv2a_jax import cli, goodput, logbook, report_run
 from spatialv2a_jax.errors import UserError
@@ -67,6 +69,7 @@ def test_the_page_shows_what_the_run_left(run, tmp_path):
     "Held-out loss of the averaged weights",
     "Gradient norm",
   ]
+  assert "Tokens per second" in titles
   assert "Share of the devices' peak FLOP/s" not in titles  # Unknown here: nothing to draw.
   assert got["figures"][1]["series"]["eval/loss"] == {"x": [100, 200], "y": [1.5, 2.5]}
   assert [figure["title"] for figure in got["more"]] == ["bad records", "param norm", "skipped"]
@@ -97,6 +100,33 @@ def test_sound_is_that_of_the_newest_evaluation_and_its_truth(run):
   made = sounds["clip 0, generated"]
   assert made["audio"].startswith("data:audio/wav;base64,UklGR")  # RIFF
   assert made["spectrogram"].startswith("data:image/png;base64,")
+
+
+def test_what_a_run_wrote_before_it_was_resumed_at_an_earlier_step_is_void(tmp_path, monkeypatch):
+  """In the report as in TensorBoard, which reads the same mark."""
+  tone = np.zeros((2, 8000), "f4") + 0.1
+  clock = itertools.count(1_000_000)
+  monkeypatch.setattr(event_file_writer.time, "time", lambda: next(clock))  # Names the files.
+  for first, steps in ((1, (50, 100, 150)), (101, (120,))):  # Killed, resumed at step 100.
+    with logbook.Logbook(tmp_path, first) as book:
+      for step in steps:
+        book.scalars(step, {"loss": 1.0})
+        book.audio(step, "clip", tone, 16000)
+  paths = sorted(tmp_path.glob("events.out.tfevents.*"))
+  begins = [step for path in paths for step, _, kind, _ in report_run._events(path)
+            if kind == report_run._BEGIN]  # fmt: skip
+  assert len(paths) == 2 and begins == [1, 101]
+  got = report_run.read(tmp_path)
+  assert got is not None and [one["step"] for one in got["sounds"]] == [120]
+  before = report_run._sounds(tmp_path)
+  with logbook.Logbook(tmp_path, 101):  # Killed again, before it had evaluated.
+    pass
+  (first,) = report_run._sounds(tmp_path)
+  assert first["step"] == 100
+  with logbook.Logbook(tmp_path, 101) as book:  # The evaluation of step 100 is done again.
+    book.audio(100, "clip", 2 * tone, 16000)
+  (again,) = report_run._sounds(tmp_path)
+  assert again["step"] == 100 and again["audio"] not in (first["audio"], before[0]["audio"])
 
 
 def test_an_event_file_cut_short_is_read_as_far_as_it_goes(run, tmp_path):

@@ -76,7 +76,7 @@ def run(source: str, file: Path, out: Path, *, ears: int = 1) -> int:
   config, params = engine.convert(chosen, state, str(file))
   stats: dict[str, Any] = params.pop(engine.STATS, {})
   if ears == 2:
-    config, params, stats = mmaudio.two_ears(config, params, jax.random.key(0))
+    config, params, stats = mmaudio.two_ears(config, params, jax.random.key(0, impl="threefry2x32"))
   name = chosen.network
   origin = {
     "file": pathlib.Path(file).name,

@@ -26,7 +26,7 @@ from spatialv2a_jax.training import cluster, optim
 
 FOLDER = "averages"  # Inside a working directory.
 STORED = jnp.float16  # Half the bytes; its 11 bits suffice for sums of a few snapshots.
-WORST = 0.3  # A mixture further from what was asked for, as a share of its norm, is refused,
+WORST = 0.1  # A mixture further from what was asked for, as a share of its norm, is refused,
 NOISIEST = 0.02  # and one that lets the rounding of the snapshots grow to this share.
 _STEPS = 16_384  # Of weightings held in memory at once.
 
@@ -39,14 +39,14 @@ class Snapshots:
 
     Args:
       workdir: of the run, on a disk that all processes see.
-      widths: relative widths of the averages, in the order that `save` gets them; without any,
-        nothing is opened.
+      widths: relative widths of the averages, in the order that `save` gets them; 0 is one that
+        no other can be made of, and is left out. Without any, nothing is opened.
       start: steps done.
     """
     self.folder = pathlib.Path(workdir).absolute() / FOLDER
-    self.names = [f"{width:g}" for width in widths]
+    self._widths = tuple(widths)
     self._manager, self._saving = None, False
-    if not widths:
+    if not any(widths):
       return
     self._manager = ocp.CheckpointManager(
       self.folder,
@@ -71,7 +71,8 @@ class Snapshots:
       UserError: if this or the save before failed (exit code 1).
     """
     assert self._manager is not None
-    tree = dict(zip(self.names, self._half(tuple(averages)), strict=True))
+    pairs = zip(self._widths, averages, strict=True)
+    tree = self._half({f"{width:g}": average for width, average in pairs if width})
     with self._loud():
       self._manager.save(step, args=ocp.args.StandardSave(tree))  # pyright: ignore[reportCallIssue]
     self._saving = True
@@ -205,7 +206,7 @@ def write_model(
   model = model_folder.load_model(workdir)
   folder = workdir.absolute() / FOLDER
   if not folder.is_dir():
-    raise MissingAssetError(f"{workdir} has no {FOLDER}/: train with ema.sigma_rel, every.average")
+    raise MissingAssetError(f"{workdir} has no {FOLDER}/: train with widths in ema, every.average")
   run = json.loads((workdir / "config.json").read_text())
   name = run["kind"]
   with ocp.CheckpointManager(

@@ -266,15 +266,15 @@ def load_params(
 
   Args:
     folder: working directory of the run, or its `checkpoints`.
-    which: "ema" or "params".
+    which: "ema", "params", or "beside" for a list of all further averages in their order.
     step: the newest complete checkpoint by default.
 
   Raises:
     MissingAssetError: if there is no complete checkpoint.
     UserError: if the checkpoint is damaged.
   """
-  if which not in ("ema", "params"):
-    raise UserError(f"which={which!r} is unknown, have: ema, params")
+  if which not in ("ema", "params", "beside"):
+    raise UserError(f"which={which!r} is unknown, have: ema, params, beside")
   where = pathlib.Path(folder)
   if not where.is_dir():
     raise MissingAssetError(f"no such folder: {where}")

@@ -248,13 +248,23 @@ def total(name: str, count: int) -> int:
 
   Nobody waits: what another process tells at the same time may come a call later.
   """
+  return sum(int(value) for value in _told(f"total/{name}", count))
+
+
+def most(name: str, value: float) -> float:
+  """Returns, in process 0, the most that any process has told last, as `total`."""
+  return max(float(told) for told in _told(f"most/{name}", value))
+
+
+def _told(folder: str, value: float) -> list[str]:
+  """Returns, in process 0, what each process has told last; elsewhere `value` alone."""
   store = client()
   if store is None:
-    return count
-  store.key_value_set(f"total/{name}/{jax.process_index()}", str(count), allow_overwrite=True)
+    return [str(value)]
+  store.key_value_set(f"{folder}/{jax.process_index()}", str(value), allow_overwrite=True)
   if jax.process_index():
-    return count
-  return sum(int(value) for _, value in store.key_value_dir_get(f"total/{name}/"))
+    return [str(value)]
+  return [told for _, told in store.key_value_dir_get(f"{folder}/")]
 
 
 def meet() -> None:

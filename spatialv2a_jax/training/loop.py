@@ -54,8 +54,11 @@ class Every:
     for name, least in {"log": 1, "eval": 0, "checkpoint": 1, "keep": 0, "average": 0}.items():
       if getattr(self, name) < least:
         raise UserError(f"every.{name}={getattr(self, name)} is less than {least}")
-    if len(self.profile) != 2:
-      raise UserError(f"every.profile={self.profile} is not (first step, last step)")
+    steps = tuple(self.profile)
+    if len(steps) != 2 or not (steps == (0, 0) or 1 <= steps[0] <= steps[1]):
+      raise UserError(
+        f"every.profile={self.profile} is not (first step, last step), from 1 on, or (0, 0)"
+      )
 
   def evaluates(self, step: int, steps: int) -> bool:
     """Returns whether the evaluation hook is called after `step`."""
@@ -177,7 +180,7 @@ class Loop:
           with contextlib.suppress(
             waiting.GivenUpError
           ):  # The next point to leave at is just ahead.
-            batch = self._next(feed, done + 1)
+            batch = self._next(feed, done + 1, metrics)
         # One step late: the device works on step n while the host reads step n - 1.
         self._settle(pending)
         pending = current
@@ -230,7 +233,16 @@ class Loop:
     self.watchdog.step = step
     self.ledger.enter(phase)
 
-  def _next(self, feed, step) -> Batch:
+  def _next(self, feed, step, running=()) -> Batch:
+    """Returns the batch of a step; time counts as `data` once what was dispatched is done.
+
+    Args:
+      feed: where it comes from.
+      step: that it is for.
+      running: results of the step before, which the devices may still be at.
+    """
+    results = jax.tree.leaves(running)
+    feed.wait(lambda: all(x.is_ready() for x in results) or self.stop.due())
     with self.ledger.during("data"):
       self.watchdog.step = step
       try:
@@ -303,10 +315,16 @@ class Loop:
     return self.bad + cluster.total("bad", self._bad)
 
   def _log(self, step: int) -> None:
+    """Writes a line of the log.
+
+    Times are those of process 0, whose devices wait for those of the others within a step;
+    `data_wait` is the largest share of all processes, of another one at most a line old.
+    """
     before, seconds = self._mark[1], self.ledger.seconds()
     self._mark, steps = (step, seconds), step - self._mark[0]
     waited = seconds["data"] - before["data"]
     spent = max(waited + seconds["step"] - before["step"], 1e-9)
+    share = cluster.most("data_wait", waited / spent)
     clips = steps * self.batch_size / spent
     age = self.checkpoints.age()
     values = self.meter.means() | {
@@ -314,7 +332,7 @@ class Loop:
       "bad_records": self._bad_records(),
       "clips_per_s": clips,
       "tokens_per_s": clips * (self.tokens_per_clip or np.nan),
-      "data_wait": waited / spent,
+      "data_wait": share,
       "mfu": meters.mfu(self.flops_per_clip, clips),
       "checkpoint_age_s": np.nan if age is None else age,
     }
@@ -327,6 +345,6 @@ class Loop:
     skipped = f"{self.faults.skipped} skipped  " if self.faults.skipped else ""
     self.say(
       f"step {step}/{self.steps}  loss {loss:.4f}  grad {grad:.3f}  {skipped}"
-      f"{clips:.1f} clips/s  data {100 * waited / spent:.0f} %  "
+      f"{clips:.1f} clips/s  data {100 * share:.0f} %  "
       f"goodput {100 * row['goodput']:.0f} %  checkpoint {safe}  {left} left"
     )

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-# Dense bfloat16 FLOP/s of one device, as the vendors publish them, by JAX's name of its kind; that
-# of an NVIDIA GPU says more, such as "NVIDIA H100 80GB HBM3".
+# Dense bfloat16 FLOP/s of one device, as the vendors publish them, by JAX's name of its kind. Names
+# of NVIDIA GPUs say more, such as "NVIDIA H100 80GB HBM3": a word of them does where the whole name
+# is not in the table.
 PEAK_FLOPS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
@@ -22,6 +23,11 @@ PEAK_FLOPS = {
   "A100": 312e12,
   "H100": 989e12,
   "H200": 989e12,
+  "B200": 2250e12,
+  "GB200": 2500e12,
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H100 NVL": 835e12,
+  "NVIDIA H200 NVL": 835e12,
 }
 
 

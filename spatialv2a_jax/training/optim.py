@@ -5,6 +5,7 @@ warm-up, step decay counted after the warm-up, one global gradient norm, decay o
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ class Config:
     decay: "constant", "step" or "cosine".
     milestones: steps after the warm-up at which "step" multiplies the rate by `gamma`.
     gamma: factor of "step".
-    steps: length of "cosine", warm-up included.
+    steps: length of "cosine", warm-up included; the configs give that of the run.
     final: share of the peak at which "cosine" ends.
     betas: decay of the two moments of Adam.
     eps: added to the root of the second moment.
@@ -39,6 +40,9 @@ class Config:
     freeze: table of booleans; frozen parameters get no gradient and no optimiser state.
     lr_scale: table of factors of the learning rate.
     decay_scale: table of factors of the weight decay.
+
+  Raises:
+    ValueError: for a value out of its range, or a schedule that contradicts itself.
   """
 
   lr: float = 1e-4
@@ -55,6 +59,53 @@ class Config:
   freeze: Table = ((".*", False),)
   lr_scale: Table = ((".*", 1.0),)
   decay_scale: Table = ((".*", 1.0),)
+
+  def __post_init__(self):
+    if self.decay not in ("constant", "step", "cosine"):
+      raise ValueError(f"decay={self.decay!r} is unknown, have: constant, step, cosine")
+    for name in ("lr", "eps", "gamma"):
+      if not 0 < getattr(self, name) < math.inf:
+        raise ValueError(f"{name}={getattr(self, name)} is not above 0")
+    for name in ("warmup", "weight_decay", "clip"):
+      if not 0 <= getattr(self, name) < math.inf:
+        raise ValueError(f"{name}={getattr(self, name)} is not 0 or more")
+    if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+      raise ValueError(f"betas={self.betas} are not two numbers in [0, 1)")
+    if not 0 <= self.final <= 1:
+      raise ValueError(f"final={self.final} is not in 0..1")
+    if list(self.milestones) != sorted({x for x in self.milestones if x >= 0}):
+      raise ValueError(f"milestones={self.milestones} are not steps in rising order")
+    if self.decay == "cosine" and self.steps <= self.warmup:
+      raise ValueError(f"cosine ends at steps={self.steps}, not after warmup={self.warmup}")
+    _check(self.freeze, "freeze", lambda x: isinstance(x, bool), "True or False")
+    for name in ("lr_scale", "decay_scale"):
+      _check(getattr(self, name), name, _factor, "a number of 0 or more")
+
+  def remarks(self, steps: int) -> list[str]:
+    """Returns lines on what of the schedule a run of `steps` steps does not reach."""
+    late = [self.warmup + x for x in self.milestones if self.warmup + x >= steps]
+    if self.decay != "step" or not late:
+      return []
+    return [
+      f"the learning rate does not fall at {late}: the run has {steps} steps, and "
+      "optim.milestones are counted after the warm-up"
+    ]
+
+
+def _factor(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _check(table: Table, label: str, fits: Callable[[Any], bool], kind: str) -> None:
+  """Raises ValueError with the first row that is no regex and value."""
+  for row in table:
+    pair = isinstance(row, list | tuple) and len(row) == 2 and isinstance(row[0], str)
+    if not pair or not fits(row[1]):
+      raise ValueError(f"table {label}: {row!r} is not (regex, {kind})")
+    try:
+      re.compile(row[0])
+    except re.error as error:
+      raise ValueError(f"table {label}: {row!r} is no regular expression: {error}") from error
 
 
 class Optimizer(NamedTuple):
@@ -101,13 +152,7 @@ def lookup(table: Table, parameters: Sequence[str], label: str) -> dict[str, Any
 
 
 def schedule(config: Config) -> Callable[[Any], Any]:
-  """Returns the learning rate as a function of the step, counted from 0.
-
-  Raises:
-    UserError: if the kind of decay is unknown.
-  """
-  if config.decay not in ("constant", "step", "cosine"):
-    raise UserError(f"optim.decay={config.decay!r} is unknown, have: constant, step, cosine")
+  """Returns the learning rate as a function of the step, counted from 0."""
 
   def rate(step):
     step = jnp.asarray(step, jnp.float32)
@@ -117,7 +162,7 @@ def schedule(config: Config) -> Callable[[Any], Any]:
     for milestone in config.milestones if config.decay == "step" else ():
       scale = jnp.where(after >= milestone, config.gamma * scale, scale)
     if config.decay == "cosine":
-      done = jnp.minimum(after / max(config.steps - config.warmup, 1), 1.0)
+      done = jnp.minimum(after / (config.steps - config.warmup), 1.0)
       scale = config.final + (1 - config.final) * 0.5 * (1 + jnp.cos(jnp.pi * done))
     return config.lr * warm * scale
 
@@ -132,10 +177,13 @@ def adamw(config: Config, params: Any) -> Optimizer:
     params: parameters or their shapes, boxed or plain.
 
   Raises:
-    UserError: if a table does not cover the parameters, or trains what models call frozen.
+    UserError: if a table does not cover the parameters, trains what models call frozen, or
+      freezes everything.
   """
   known = names(params)
   frozen = lookup(config.freeze, known, "freeze")
+  if all(frozen.values()):
+    raise UserError(f"table freeze leaves nothing to train: {tuple(config.freeze)!r}")
   if trained := [name for name in known if name.startswith("frozen/") and not frozen[name]]:
     raise UserError(
       f"table freeze would train the constant {trained[0]!r}; begin it with ('frozen/.*', True)"
@@ -174,13 +222,14 @@ def adamw(config: Config, params: Any) -> Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Ema:
-  """Exponential moving average of the parameters.
+  """Exponential moving averages of the parameters.
 
   Attributes:
     decay: of the plain average, reached through the warm-up (1 + n) / (10 + n) at update n.
-    sigma_rel: if set, the power-function average of this relative width (EDM2, arXiv 2312.02696)
-      replaces the plain one; MMAudio ships 0.05.
-    beside: more such widths, tracked so that any other can be made after the run (`averages`).
+    sigma_rel: which average is evaluated and exported: the power-function one of this relative
+      width (EDM2, arXiv 2312.02696; MMAudio ships 0.05), or the plain one for 0 or None.
+    beside: more averages that are tracked, likewise: of two power-function widths any other can be
+      made after the run (`averages`), 0 is the plain one. Each costs the memory of the parameters.
   """
 
   decay: float = 0.9999
@@ -190,27 +239,25 @@ class Ema:
   def __post_init__(self):
     if not 0 <= self.decay < 1:
       raise UserError(f"ema.decay={self.decay} is not in [0, 1)")
-    if self.beside and self.sigma_rel is None:
-      raise UserError("ema.beside tracks more widths than ema.sigma_rel, which is not set")
     if len(set(self.widths)) < len(self.widths):
       raise UserError(f"ema tracks a width twice: {self.widths}")
     for width in self.widths:
-      if not 0 < width < 0.28:
-        raise UserError(f"ema width {width} is not in (0, 0.28)")
+      if not 0 <= width < 0.28:
+        raise UserError(f"ema width {width} is not in (0, 0.28), nor 0 for the plain average")
 
   @property
   def widths(self) -> tuple[float, ...]:
-    """Relative widths that are tracked, that of the state's `ema` first."""
-    return () if self.sigma_rel is None else (self.sigma_rel, *self.beside)
+    """Relative widths that are tracked, that of the state's `ema` first; 0 is the plain average."""
+    return (self.sigma_rel or 0.0, *self.beside)
 
   def all(self) -> tuple["Ema", ...]:
     """Returns this average and those that are tracked beside it."""
-    return (self, *(Ema(sigma_rel=width) for width in self.beside))
+    return (self, *(Ema(self.decay, width) for width in self.beside))
 
   def take(self, update: Any) -> Any:
     """Returns the weight of the new parameters in update number `update`, counted from 1."""
     n = jnp.asarray(update, jnp.float32)
-    if self.sigma_rel is None:
+    if not self.sigma_rel:
       return 1 - jnp.minimum(self.decay, (1 + n) / (10 + n))
     power = (1 + power_gamma(self.sigma_rel)) / 2
     # 1 - ((1 - 1/(n+1)) (1 - 1/(n+2)))^power, which late in a run would be rounding in float32.
@@ -235,6 +282,7 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
 
   Raises:
     UserError: if a key is unknown.
+    ValueError: as `Config`.
   """
   known = [field.name for field in dataclasses.fields(Config)]
   if unknown := sorted(set(values) - set(known)):

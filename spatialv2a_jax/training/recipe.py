@@ -105,5 +105,6 @@ class Recipe:
 
 
 def _stream(seed: int, name: str) -> jax.Array:
-  """Returns the key of one use of randomness in a run."""
-  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+  """Returns the key of one use of randomness in a run, whatever JAX's default generator is."""
+  key = jax.random.key(seed, impl="threefry2x32")  # Of "rbg", draws depend on the batch.
+  return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -5,9 +5,11 @@ again on the same machine, it ends with the same bits as one that was never kill
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
@@ -84,8 +86,10 @@ def fit(
   workdir, every, ledger = pathlib.Path(workdir), every or Every(), ledger or Ledger()
   say = say if jax.process_index() == 0 else lambda _: None
   widths = recipe.ema.widths if recipe.ema else ()
-  if every.average and not widths:
-    raise UserError("every.average keeps snapshots of power-function averages: set ema.sigma_rel")
+  if every.average and not any(widths):
+    raise UserError(
+      "every.average keeps snapshots of power-function averages: set ema.sigma_rel or ema.beside"
+    )
   cluster.see_same(workdir)
   config = json.loads(json.dumps(config))
   create, abstract, layout = recipe.state()
@@ -111,6 +115,8 @@ def fit(
     if start > steps or (start == steps and evaluated):
       say(f"this run is finished: {workdir} holds step {start} of {steps}; nothing to do")
       return state
+    if any(every.profile) and not (every.profile[0] <= steps and every.profile[1] > start):
+      say(f"every.profile={every.profile} traces nothing: steps {start + 1} to {steps} are left")
     _describe(state, recipe, workdir, config, say)
     book = stack.enter_context(Logbook(workdir, start + 1, writer=jax.process_index() == 0))
     loop = Loop(
@@ -180,6 +186,8 @@ def machine(mesh: Mesh) -> dict[str, Any]:
     "axes": {name: int(size) for name, size in mesh.shape.items()},
     "device": kind,
     "processes": jax.process_count(),
+    # Draws hang on it.
+    "threefry_partitionable": bool(jax.config.jax_threefry_partitionable),  # pyright: ignore
     "runtime": mesh.devices.flat[0].client.platform_version,
     "xla_flags": sorted(x for x in flags.split() if not x.startswith("--xla_dump")),
   }
@@ -200,6 +208,8 @@ def _describe(state, recipe, workdir, config, say) -> None:
     f"{count / 1e6:.2f} M parameters, {size:.0f} MiB of state per device; "
     f"mesh {axes} on {mesh.size} x {kind}; batch {recipe.batch_size}"
   )
+  for line in sharding.zero_remarks(sharding.zero_whole(state.opt, mesh, recipe.rules.zero)):
+    say(line)
   if jax.process_index() == 0:
     with atomic_path(workdir / "config.json") as temporary:
       pathlib.Path(temporary).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -214,7 +224,19 @@ def changes(old: Any, new: Any, name: str) -> Iterator[str]:
     yield f"{name} {old!r} -> {new!r}"
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-  """Returns the versions that a checkpoint names."""
-  libraries = {name: metadata.version(name) for name in ("jax", "jaxlib")}
-  return {"spatialv2a_jax": spatialv2a_jax.__version__, **libraries}
+  """Returns the versions that a checkpoint names; `commit` is there if this is a checkout."""
+  found = {"spatialv2a_jax": spatialv2a_jax.__version__}
+  for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain"):
+    with contextlib.suppress(metadata.PackageNotFoundError):
+      found[name] = metadata.version(name)
+  root = pathlib.Path(__file__).parents[2]
+  if (root / ".git").exists():
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+      done = subprocess.run(
+        [*describe, "--exclude=*"], capture_output=True, text=True, check=True, timeout=30
+      )
+      found["commit"] = done.stdout.strip()
+  return found

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-_POLL_SECONDS = 0.05  # A signal is noticed this soon.
-
+_POLL_SECONDS = 0.05  # A signal is noticed this soon,
+_TICK_SECONDS = 0.002  # and this soon that a step has ended: it decides whose time it is.
 
 _given_up: list[threading.Thread] = []
 
@@ -43,6 +43,11 @@ class Feed(Generic[T]):
     self._items = items
     self._task: _Task[T] | None = None
 
+  def wait(self, enough: Callable[[], bool]) -> None:
+    """Asks for the next item, unless `enough()`, and returns once it is there or `enough()`."""
+    if not enough():
+      self._ask().wait(enough)
+
   def next(self, leave: Callable[[], bool]) -> T:
     """Returns the next item.
 
@@ -50,16 +55,20 @@ class Feed(Generic[T]):
       GivenUpError: once `leave()` says so; the item is not lost, the next call returns it.
       StopIteration: at the end.
     """
-    if self._task is None:
-      self._task = _Task(lambda: next(self._items))
-    item = self._task.result(leave)
+    item = self._ask().result(leave)
     self._task = None
     return item
+
+  def _ask(self) -> "_Task[T]":
+    if self._task is None:
+      self._task = _Task(lambda: next(self._items))
+    return self._task
 
 
 class _Task(Generic[T]):
   def __init__(self, work: Callable[[], T]):
     self._out: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    self._done = threading.Event()
     # A daemon: a read that hangs must not keep the process from leaving.
     self._thread = threading.Thread(target=self._run, args=(work,), name="work", daemon=True)
     self._thread.start()
@@ -69,6 +78,11 @@ class _Task(Generic[T]):
       self._out.put((work(), None))
     except BaseException as error:
       self._out.put((None, error))
+    self._done.set()
+
+  def wait(self, enough: Callable[[], bool]) -> None:
+    while not enough() and not self._done.wait(_TICK_SECONDS):
+      pass
 
   def result(self, leave: Callable[[], bool]) -> T:
     while True:

@@ -45,6 +45,7 @@ def test_mistakes_are_one_line(tmp_path):
     ({"model.norm": "layer"}, "config.model: norm 'layer' is unknown"),
     ({"loss.power": 3}, "config.loss: power 3"),
     ({"audio": "44k"}, "works at 16k"),
+    ({"data.mirror": True}, "config.data.mirror=True: sources are mirrored as they are cut"),
     ({"data.path": ""}, "config.data.path is empty"),
     ({"data.path": str(tmp_path)}, "no finished shards"),
   ):

@@ -136,8 +136,8 @@ def test_what_zero_leaves_whole_is_counted():
     return jax.ShapeDtypeStruct((size,), "float32", sharding=place)
 
   leaves = [leaf(24, "data"), leaf(8)]
-  assert estimate.zero_whole(leaves, mesh, "data") == pytest.approx(0.25)
-  assert estimate.zero_whole(leaves, mesh, "") == 0
+  assert sharding.zero_whole(leaves, mesh, "data") == pytest.approx(0.25)
+  assert sharding.zero_whole(leaves, mesh, "") == 0
 
 
 def test_time_and_rate_follow_from_cycles():

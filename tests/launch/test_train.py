@@ -111,18 +111,15 @@ def test_the_mirror_loss_is_a_switch():
   assert "loss/mirror" in metrics
 
 
-def test_the_paper_config_has_its_numbers():
-  config = config_of("small_16k", "paper")
-  sizes = tasks.flow_config(config)
-  assert (sizes.width, sizes.heads, sizes.joint_depth, sizes.ear_depth) == (448, 7, 6, 12)
-  assert (sizes.latent_channels, config["data"]["batch_size"], config["steps"]) == (
-    20,
-    512,
-    300_000,
-  )
-  rate = optim.schedule(optim.from_mapping(config["optim"]))
-  rates = [float(rate(step)) for step in (1_000, 240_999, 241_000, 271_000)]
-  np.testing.assert_allclose(rates, [1e-4, 1e-4, 1e-5, 1e-6], rtol=1e-5)
+@pytest.mark.parametrize("mirror", [False, True])
+def test_the_loader_mirrors_if_the_config_says_so(tmp_path, monkeypatch, mirror):
+  taken = []
+  monkeypatch.setattr(tasks.shards, "paths", lambda *_: [])
+  monkeypatch.setattr(tasks.pipeline, "loader", lambda *_, **more: taken.append(more) or iter(()))
+  config = config_of("tiny", "smoke", **{"data.path": str(tmp_path), "data.mirror": mirror})
+  task = tasks.build(config, one_device(), sharding.Rules())
+  task.batches(3)
+  assert [(more["mirror"], more["start_step"]) for more in taken] == [(mirror, 3)]
 
 
 @pytest.mark.parametrize(
@@ -193,10 +190,15 @@ def test_a_mistake_in_a_config_is_one_line(options, message):
     ("every", "log", 0, "every.log=0 is less than 1"),
     ("every", "checkpoint", 0, "every.checkpoint=0 is less than 1"),
     ("every", "profile", (3,), "every.profile=(3,) is not (first step, last step)"),
+    ("every", "profile", (30, 10), "every.profile=(30, 10) is not (first step, last step), from"),
+    ("every", "profile", (0, 4), "every.profile=(0, 4) is not"),
+    ("every", "profile", (-3, -1), "every.profile=(-3, -1) is not"),
     ("every", "lag", 1, "config.every: "),
     ("mesh", "dta", 1, "config.mesh: "),
     ("rules", "widht", "fsdp", "config.rules: "),
     ("ema", "decai", 0.9, "config.ema: "),
+    ("optim", "clip", -1.0, "config.optim: clip=-1.0 is not 0 or more"),
+    ("optim", "lrr", 1.0, "optim has no ['lrr'], have: "),
     ("guard", "kap", 3, "config.guard: "),
     (None, "accumulate", 0, "does not divide by accumulate 0"),
   ],

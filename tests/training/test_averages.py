@@ -1,10 +1,12 @@
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from launch import export
 from spatialv2a_jax import cli, model_folder, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.training import averages, optim, train, train_step
@@ -174,10 +176,12 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
   argv = ["average", str(tmp_path / "bare"), "--out", str(tmp_path / "x"), "--width", "0.1"]
   assert cli.main(argv) == 3 and "has no averages/" in capsys.readouterr().err
   assert not (tmp_path / "x").exists()
-  with pytest.raises(UserError, match="set ema.sigma_rel"):
+  with pytest.raises(UserError, match="set ema.sigma_rel or ema.beside"):
     fit(tmp_path / "plain", every=train.Every(average=2))
   with pytest.raises(UserError, match="tracks a width twice"):
     optim.Ema(sigma_rel=0.1, beside=(0.1,))
+  with pytest.raises(UserError, match="tracks a width twice"):
+    optim.Ema(beside=(0.0,))
 
 
 def test_a_change_of_the_tracked_widths_is_told_before_anything_is_lost(tmp_path):
@@ -197,3 +201,37 @@ def test_a_state_made_without_the_averages_is_refused():
     train_step.make_train_step(
       toy_loss, SGD, ema=optim.Ema(sigma_rel=0.1, beside=(0.2,)), **options
     )
+
+
+def test_plain_and_power_function_averages_are_kept_in_one_run(tmp_path, monkeypatch):
+  """Either may be the first, each is what it would be alone, and either can be exported."""
+  runs = {
+    "both": optim.Ema(decay=0.9, sigma_rel=0.1, beside=(0.2, 0.0)),
+    "turned": optim.Ema(decay=0.9, sigma_rel=0.0, beside=(0.1,)),
+    "plain": optim.Ema(decay=0.9),
+  }
+  states = {}
+  for name, ema in runs.items():
+    every = train.Every(log=4, checkpoint=4, average=0 if name == "plain" else 4)
+    config = {"ema": {"decay": 0.9, "sigma_rel": ema.sigma_rel, "beside": ema.beside}}
+    states[name] = fit(tmp_path / name, steps=4, ema=ema, every=every, config=config)
+  for a, b in (
+    (states["both"].beside[1], states["plain"].ema),
+    (states["turned"].ema, states["plain"].ema),
+    (states["turned"].beside[0], states["both"].ema),
+  ):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), a, b)
+  assert len(states["plain"].beside) == 0  # No memory for what nobody asked for.
+  with averages.Snapshots(tmp_path / "both", runs["both"].widths, start=4) as snapshots:
+    assert set(averages._tracked(snapshots._manager, 4)) == {"0.1", "0.2"}
+
+  out = []
+  build = types.SimpleNamespace(export=lambda path, state: out.append(state.ema))
+  monkeypatch.setattr(export.tasks, "build", lambda *_: build)
+  for average in (None, 0.1, 0.2, 0.0):
+    export.export(tmp_path / "both", tmp_path / "x", average=average)
+  both = states["both"]
+  for got, wanted in zip(out, (both.ema, both.ema, *both.beside), strict=True):
+    jax.tree.map(np.testing.assert_array_equal, got, jax.device_get(wanted))
+  with pytest.raises(UserError, match="tracks no average 0.3, have: 0.1, 0.2, 0 .0 is the plain"):
+    export.export(tmp_path / "both", tmp_path / "x", average=0.3)

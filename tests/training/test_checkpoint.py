@@ -156,7 +156,7 @@ def test_missing_checkpoints_are_one_line(tmp_path):
   saved(tmp_path)
   with pytest.raises(MissingAssetError, match="no checkpoint of step 7"):
     checkpoint.load_params(tmp_path, step=7)
-  with pytest.raises(UserError, match="have: ema, params"):
+  with pytest.raises(UserError, match="have: ema, params, beside"):
     checkpoint.load_params(tmp_path, which="emma")
 
 

@@ -1,14 +1,16 @@
 """The loop leaves the devices alone: nothing compiles twice, nothing waits for the step at work."""
 
+import time
 import types
 
 import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax.training import recipe, train, train_step
+from spatialv2a_jax import goodput
+from spatialv2a_jax.training import meter, recipe, train, train_step
 from tests.training import test_train_step as toy
-from tests.training.test_train import fit
+from tests.training.test_train import fit, lines
 
 
 def test_nothing_compiles_after_the_second_step(tmp_path):
@@ -31,32 +33,41 @@ def test_nothing_compiles_after_the_second_step(tmp_path):
 
 
 class Late:
-  """A metric that notes how many steps were dispatched when it was read."""
+  """A metric that calls a function when it is read."""
 
-  def __init__(self, value, read):
-    self.value, self.read = value, read
+  def __init__(self, value, read, is_ready=lambda: False):
+    self.value, self.read, self.is_ready = value, read, is_ready
 
   def __array__(self, dtype=None, copy=None):
     self.read()
     return np.asarray(self.value, dtype)
 
 
-def test_metrics_are_read_while_the_next_step_is_at_work(tmp_path, monkeypatch):
-  dispatched, when = [], {}
+def replace_metrics(monkeypatch, late):
+  """Makes each metric of a step `late(value)`."""
 
   def make(*arguments, **options):
     real = train_step.make_train_step(*arguments, **options)
 
     def run(state, batch):
       state, metrics = real(state, batch)
-      dispatched.append(n := len(dispatched) + 1)
-      late = {name: Late(x, lambda: when.setdefault(n, len(dispatched)))
-              for name, x in metrics.items()}  # fmt: skip
-      return state, late
+      return state, late(metrics)
 
     return types.SimpleNamespace(lower=lambda *_: types.SimpleNamespace(compile=lambda: run))
 
   monkeypatch.setattr(recipe, "make_train_step", make)
+
+
+def test_metrics_are_read_while_the_next_step_is_at_work(tmp_path, monkeypatch):
+  dispatched, when = [], {}
+
+  def late(metrics):
+    dispatched.append(n := len(dispatched) + 1)
+    read = lambda: when.setdefault(n, len(dispatched))  # noqa: E731
+    return {name: Late(x, read) for name, x in metrics.items()}
+
+  replace_metrics(monkeypatch, late)
+  monkeypatch.setattr(jax, "block_until_ready", lambda x: x)
   fit(tmp_path, steps=9, every=train.Every(log=4, checkpoint=6))
   # At once only before a line of the log, a save and the end.
   assert when == {1: 2, 2: 3, 3: 4, 4: 4, 5: 6, 6: 6, 7: 8, 8: 8, 9: 9}
@@ -77,3 +88,54 @@ def test_every_copy_to_a_device_is_asked_for(tmp_path):
       jax.jit(lambda x: x + 1)(np.ones(3, np.float32))
   finally:
     jax.config.update("jax_transfer_guard", "allow")
+
+
+@pytest.mark.parametrize("step, wait, share", [(0.2, 0.1, 0.0), (0.1, 0.2, 0.5)])
+def test_only_what_the_devices_wait_for_counts_as_waiting(tmp_path, monkeypatch, step, wait, share):
+  """Steps that take `step` seconds after they were dispatched, batches that take `wait`."""
+  end = [0.0]
+
+  def late(metrics):
+    at = end[0] = max(time.monotonic(), end[0]) + step
+    read = lambda: time.sleep(max(at - time.monotonic(), 0))  # noqa: E731
+    ready = lambda: time.monotonic() >= at  # noqa: E731
+    return {name: Late(x, read, ready) for name, x in jax.device_get(metrics).items()}
+
+  def batches(start):
+    for index in range(start, 100):
+      time.sleep(wait)
+      yield toy.toy_batch(index)
+
+  replace_metrics(monkeypatch, late)
+  monkeypatch.setattr(jax, "device_count", lambda: 1)  # Several, on a CPU, go in lockstep.
+  fit(tmp_path, steps=12, batches=batches, every=train.Every(log=6, checkpoint=100))
+  row, ledger = lines(tmp_path)[-1], last(tmp_path)
+  assert share - 0.2 < row["data_wait"] < share + 0.2
+  assert ledger["goodput/step_s"] > 0.8 * 12 * step
+  assert row["clips_per_s"] == pytest.approx(8 / max(step, wait), rel=0.3)
+
+
+def last(workdir):
+  return train.read_metrics(workdir)[-1]
+
+
+def test_rates_are_clips_over_the_seconds_of_their_steps(tmp_path, monkeypatch):
+  """By a clock that only the loader moves."""
+  now = [time.monotonic()]
+  clock = types.SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0])
+  monkeypatch.setattr(goodput, "time", clock)
+  monkeypatch.setitem(meter.PEAK_FLOPS, jax.devices()[0].device_kind, 1e6)
+
+  def batches(start):
+    for index in range(start, 100):
+      now[0] += 3
+      yield toy.toy_batch(index)
+
+  every = train.Every(log=2, checkpoint=100)
+  more = {"flops_per_clip": 5e6, "tokens_per_clip": 7}
+  fit(tmp_path, steps=6, batches=batches, every=every, **more)
+  row = lines(tmp_path)[1]  # Of steps 3 and 4, in which two batches came.
+  clips = 2 * 8 / 6
+  assert row["clips_per_s"] == pytest.approx(clips)
+  assert row["tokens_per_s"] == pytest.approx(7 * clips) and row["data_wait"] == 1
+  assert row["mfu"] == pytest.approx(5e6 * clips / (1e6 * jax.device_count()))

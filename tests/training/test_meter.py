@@ -35,6 +35,9 @@ def test_a_run_and_its_estimate_know_the_same_peak(kind, chip):
 def test_peaks_of_other_names():
   assert meter.peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
   assert meter.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+  assert meter.peak_flops("NVIDIA H100 PCIe") == 756e12
+  assert meter.peak_flops("NVIDIA H100 NVL") == meter.peak_flops("NVIDIA H200 NVL") == 835e12
+  assert meter.peak_flops("NVIDIA B200") == 2250e12 and meter.peak_flops("NVIDIA GB200") == 2500e12
   assert meter.peak_flops("TPU v9") is None and meter.peak_flops("cpu") is None
 
 

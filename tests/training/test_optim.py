@@ -46,8 +46,51 @@ def test_cosine_ends_at_its_final_share():
   assert float(rate(10)) == pytest.approx(2.0)
   assert float(rate(60)) == pytest.approx(2.0 * 0.55)
   assert float(rate(110)) == float(rate(500)) == pytest.approx(0.2)
-  with pytest.raises(UserError, match="have: constant, step, cosine"):
-    optim.schedule(optim.Config(decay="linear"))
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    ({"decay": "linear"}, "decay='linear' is unknown, have: constant, step, cosine"),
+    ({"lr": -1e-4}, "lr=-0.0001 is not above 0"),
+    ({"lr": math.nan}, "lr=nan is not above 0"),
+    ({"eps": 0.0}, "eps=0.0 is not above 0"),
+    ({"gamma": 0.0}, "gamma=0.0 is not above 0"),
+    ({"clip": -1.0}, "clip=-1.0 is not 0 or more"),
+    ({"warmup": -1}, "warmup=-1 is not 0 or more"),
+    ({"weight_decay": -1e-6}, "weight_decay=-1e-06 is not 0 or more"),
+    ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) are not two numbers in \[0, 1\)"),
+    ({"betas": (0.9,)}, "are not two numbers"),
+    ({"final": 1.5}, "final=1.5 is not in 0..1"),
+    ({"milestones": (3, 2)}, r"milestones=\(3, 2\) are not steps in rising order"),
+    ({"milestones": (-1,)}, "in rising order"),
+    ({"decay": "cosine"}, "cosine ends at steps=0, not after warmup=1000"),
+    ({"decay": "cosine", "steps": 1000}, "cosine ends at steps=1000, not after warmup=1000"),
+    ({"freeze": (("a/(", True),)}, r"table freeze: \('a/\(', True\) is no regular expression"),
+    ({"freeze": (("frozen/.*", True), (".*",))}, r"table freeze: \('.\*',\) is not \(regex, True"),
+    ({"freeze": ("frozen/.*", True)}, "table freeze: 'frozen/.*' is not .regex, True or False"),
+    ({"freeze": ((".*", "False"),)}, r"table freeze: \('.\*', 'False'\) is not"),
+    ({"lr_scale": ((".*", "0.1"),)}, r"lr_scale: \('.\*', '0.1'\) is not \(regex, a number of 0"),
+    ({"decay_scale": ((".*", -1.0),)}, r"decay_scale: \('.\*', -1.0\) is not"),
+  ],
+)
+def test_numbers_out_of_their_range_are_refused(values, message):
+  with pytest.raises(ValueError, match=message):
+    optim.Config(**values)
+
+
+def test_a_table_that_freezes_everything_is_refused():
+  with pytest.raises(UserError, match=r"freeze leaves nothing to train: \(\('.\*', True\),\)"):
+    optim.adamw(optim.Config(freeze=((".*", True),)), PARAMS)
+
+
+def test_milestones_that_a_run_does_not_reach_are_told():
+  config = optim.Config(decay="step", warmup=1000, milestones=(240_000, 270_000))
+  assert not config.remarks(300_000)
+  (line,) = config.remarks(271_000)
+  assert line.startswith("the learning rate does not fall at [271000]: the run has 271000 steps")
+  assert "[241000, 271000]" in config.remarks(100_000)[0]
+  assert not optim.Config(milestones=(5,)).remarks(3)  # Of no meaning when the rate is constant.
 
 
 def test_one_update_is_adamw():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -94,7 +95,30 @@ def test_a_change_in_a_checkpoint_is_found(finished, monkeypatch, tmp_path):
 def test_on_another_mesh_losses_agree_closely(finished, monkeypatch):
   agreed, told = verify(finished, monkeypatch, shape=(2, 2, 2))
   assert agreed and "differs from the run: run.machine.axes.data 1 -> 2" in told
-  assert "the run repeats to 1e-05 (another machine or mesh)" in told
+  assert "the run repeats to 1e-05 times the root of the steps (float32, another mach" in told
+
+
+@pytest.mark.parametrize(
+  "off, dtype, agrees",
+  [(2e-5, "float32", True), (2e-4, "float32", False),
+   (1e-3, "bfloat16", True), (2e-2, "bfloat16", False)],
+)  # fmt: skip
+def test_elsewhere_losses_may_differ_by_the_rounding_of_their_type(
+  finished, monkeypatch, tmp_path, off, dtype, agrees
+):
+  """The line of step 10 is the fourth after the checkpoint: twice the tolerance of one step."""
+  folder = tmp_path / "run"
+  shutil.copytree(finished, folder)
+  rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  for row in rows:
+    if row["step"] == 10 and "loss" in row:
+      row["loss"] *= 1 + off
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  once(monkeypatch)
+  monkeypatch.setattr(replay, "_same", lambda *_: False)
+  recipe = runner.made_of(runner.Options(str(folder), **OPTIONS))
+  span = {"start": 6, "steps": 5, "dtype": dtype}
+  assert replay.verify(folder, recipe, log=2, say=lambda _: None, **span) == agrees
 
 
 def test_the_machine_of_the_steps_counts_and_not_that_of_the_checkpoint_before(
@@ -122,12 +146,47 @@ def test_flags_of_the_compiler_are_part_of_the_machine(monkeypatch):
   before, before_flags = train.machine(mesh), os.environ.get("XLA_FLAGS", "")
   monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/tmp/x {before_flags}")
   assert train.machine(mesh) == before
+  with jax.threefry_partitionable(not before["threefry_partitionable"]):
+    assert train.machine(mesh) != before
   monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
   assert train.machine(mesh) != before
   monkeypatch.setenv("XLA_FLAGS", before_flags)
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=65536")
   assert train.machine(mesh) != before
-  assert {"jax", "jaxlib"} < train.versions().keys()
+  wanted = {
+    "spatialv2a_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "grain",
+  }
+  assert wanted <= train.versions().keys()
+
+
+def test_another_commit_is_told_and_must_give_the_same_bits(finished, monkeypatch):
+  """Another library, which may compute otherwise, need not."""
+  versions = train.versions()
+  monkeypatch.setattr(train, "versions", lambda: {**versions, "commit": "0123"})
+  agreed, told = verify(finished, monkeypatch)
+  assert agreed and "the run repeats bit for bit" in told
+  assert "differs from the run: run.versions.commit " in told and "-> '0123'" in told
+  monkeypatch.setattr(train, "versions", lambda: {**versions, "optax": "9"})
+  agreed, told = verify(finished, monkeypatch)
+  assert agreed and "times the root of the steps" in told
+  assert f"differs from the run: run.versions.optax {versions['optax']!r} -> '9'" in told
+
+
+def test_a_checkout_names_its_commit():
+  root = pathlib.Path(train.__file__).parents[2]
+  if not (root / ".git").exists():
+    pytest.skip("no checkout")
+  head = subprocess.run(
+    ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+  )
+  assert train.versions()["commit"].removesuffix("-dirty") == head.stdout.strip()
 
 
 def test_a_row_without_a_number_of_the_replay_is_no_agreement(finished, monkeypatch, tmp_path):

@@ -337,5 +337,6 @@ def test_the_profiler_traces_the_steps_it_is_told(tmp_path):
   (trace,) = tmp_path.glob("profile/**/*.xplane.pb")
   raw = trace.read_bytes()
   assert b"step_num" in raw and b"train" in raw
-  fit(tmp_path / "none", steps=2)
+  fit(tmp_path / "none", steps=2, every=train.Every(profile=(3, 4)), say=told.append)
+  assert "every.profile=(3, 4) traces nothing: steps 1 to 2 are left" in told
   assert not (tmp_path / "none" / "profile").exists()

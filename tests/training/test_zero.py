@@ -11,6 +11,7 @@ from launch import hlo, hlo_cost
 from spatialv2a_jax import sharding
 from spatialv2a_jax.training import optim, train_step
 from tests import test_sharding
+from tests.training.test_train import fit
 from tests.training.test_train_step import toy_batch, toy_init, toy_loss
 
 box = test_sharding.box
@@ -54,6 +55,21 @@ def test_it_changes_where_things_are_and_not_what_they_are():
   moments = [x for x in jax.tree.leaves(split.opt) if x.shape in ((8, 16), (16, 8))]
   assert len(moments) == 4 and not any(x.sharding.is_fully_replicated for x in moments)
   assert sharding.bytes_per_device(split.opt) < 0.3 * sharding.bytes_per_device(plain.opt)
+
+
+def test_a_run_says_what_zero_leaves_whole(tmp_path):
+  """The toy's frozen text and biases are few; on three devices nothing of it divides."""
+  told = []
+  mesh = sharding.make_mesh(3, 1, 1, devices=jax.devices()[:3])
+  endless = lambda start: (toy_batch(i, 6) for i in range(start, 9))  # noqa: E731
+  rules = sharding.Rules(zero="data")
+  more = {"mesh": mesh, "batches": endless, "batch_size": 6, "rules": rules, "say": told.append}
+  fit(tmp_path, steps=1, **more)
+  assert any("rules.zero leaves 100 % of the optimiser whole" in line for line in told)
+  told.clear()
+  plain = {**more, "rules": sharding.Rules(zero=None)}
+  fit(tmp_path / "plain", steps=1, **plain)
+  assert not any("rules.zero" in line for line in told)
 
 
 def test_the_parameters_are_gathered_once_and_the_state_is_donated():
