@@ -162,10 +162,13 @@ class Submitted:
       time.sleep(0.2)
 
   def see(self, text: str, seconds: float = 300) -> None:
-    """Waits for the text in the log, until the script says why it ends."""
-    end = time.monotonic() + seconds
-    while text not in (log := self.log):
-      assert time.monotonic() < end and "left with" not in log, log
+    """Waits for the text in the log, as long as the job has not ended."""
+    end, lives = time.monotonic() + seconds, ("PENDING", "RUNNING", "COMPLETING")
+    while True:
+      state, log = self.field("JobState"), self.log
+      if text in log:
+        return
+      assert time.monotonic() < end and "left with" not in log and state in lives, state + log
       time.sleep(0.2)
 
 
