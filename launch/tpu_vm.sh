@@ -5,14 +5,20 @@
 #     --config configs/small_16k.py --workdir /mnt/disk/runs/small_16k \
 #     --config.data.path=/mnt/disk/shards
 #
-# /mnt/disk stands for a disk that all hosts have mounted (Filestore, or a bucket through gcsfuse).
+# /mnt/disk stands for a disk that all hosts have mounted (such as one of Filestore).
 # Copies the last commit to the hosts of the TPU called NAME, installs it there, and runs
 # `python -m launch.train ARGUMENTS --distributed` on each; a run that asks for it is started again
 # by launch/again.sh. Call it once more after the slice was taken away and made anew: the run goes on.
 #
+# The trainers do not hang on this command, which only follows ~/spatialv2a.log of each host and ends
+# with their code. Called again while they run, it follows them. To make them save and stop:
+#
+#   gcloud compute tpus tpu-vm ssh NAME --worker=all --command='kill -TERM $(cat spatialv2a.pid)'
+#
 # ZONE     of the TPU (required)
 # PROJECT  of the TPU (default: that of gcloud)
 # EXTRA    package of the accelerator (default: jax[tpu])
+# CACHE    folder of compiled programs on the hosts, such as /mnt/disk/runs/xla (default: in the home)
 
 set -euo pipefail
 name=${1:?name of the TPU}
@@ -27,11 +33,25 @@ git -C "$root" archive --format=tar.gz -o "$packed/spatialv2a.tar.gz" HEAD
 gcloud compute tpus tpu-vm scp "$packed/spatialv2a.tar.gz" "$name:spatialv2a.tar.gz" \
   --worker=all "${where[@]}"
 
-arguments=$(printf ' %q' "$@")
+train="bash launch/again.sh ../venv/bin/python -u -m launch.train$(printf ' %q' "$@")"
+train="$train --distributed --join_timeout=3600"
+[ -z "${CACHE:-}" ] || train="export JAX_COMPILATION_CACHE_DIR=$(printf %q "$CACHE"); $train"
+# In a session of its own, with no end of a pipe of ssh.
+train="$train & echo \$! >../spatialv2a.pid; wait \$!; echo \$? >../spatialv2a.code"
 gcloud compute tpus tpu-vm ssh "$name" --worker=all "${where[@]}" --command="
   set -e
-  rm -rf spatialv2a && mkdir spatialv2a && tar -xzf spatialv2a.tar.gz -C spatialv2a && cd spatialv2a
-  [ -d ../venv ] || python3 -m venv ../venv
-  ../venv/bin/pip install -q '.[train]' '${EXTRA:-jax[tpu]}'
-  bash launch/again.sh ../venv/bin/python -u -m launch.train$arguments --distributed --join_timeout=3600
+  if grep -qs again.sh /proc/\"\$(cat spatialv2a.pid 2>/dev/null)\"/cmdline; then
+    echo 'it runs already, and this follows it'
+  else
+    rm -rf spatialv2a spatialv2a.pid spatialv2a.code && mkdir spatialv2a
+    tar -xzf spatialv2a.tar.gz -C spatialv2a && cd spatialv2a
+    [ -d ../venv ] || python3 -m venv ../venv
+    ../venv/bin/pip install -q '.[train]' '${EXTRA:-jax[tpu]}'
+    setsid bash -c $(printf %q "$train") >>../spatialv2a.log 2>&1 </dev/null &
+    cd ..
+    until [ -s spatialv2a.pid ]; do sleep 0.1; done
+  fi
+  tail -n 20 -F --pid=\"\$(cat spatialv2a.pid)\" spatialv2a.log
+  for _ in 1 2 3 4 5; do [ -s spatialv2a.code ] || sleep 1; done
+  exit \"\$(cat spatialv2a.code || echo 137)\"
 "

@@ -6,7 +6,6 @@ works while a collective hangs, and it times out.
 
 import contextlib
 import itertools
-import json
 import os
 import pathlib
 import secrets
@@ -18,13 +17,14 @@ from typing import Any
 
 import jax
 from jax._src import distributed  # The store has no public name; Orbax takes it from here as well.
-from jax._src.clusters import ClusterEnv
 
 import spatialv2a_jax
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.training import preflight
 
-EXIT_CODE = 43  # A process hangs, is gone, or did not come: start all of them again.
+EXIT_CODE = preflight.EXIT_CODE
 _numbers = itertools.count()  # Processes ask in the same order.
+_DEVICES_SECONDS = 60.0  # At least, until those of all processes are known.
 _WEEK_MS = 7 * 86_400_000
 _END = ""  # Value that ends a `Watch` without a message.
 # Of JAX: what a process alone meets with as well, and would meet with again.
@@ -48,42 +48,37 @@ def start(
   """Joins the processes of a job, once all of them are there and belong together.
 
   JAX's own start ends a process that waits in vain without a word on who is missing. So the
-  processes meet before it, at the same port.
+  processes meet before it, at the same port. Devices that do not come end the process with 43 and
+  the stacks of all threads, after `timeout` or a minute.
 
   Args:
     coordinator: HOST:PORT at which process 0 listens; None: as the cluster's environment says
       (SLURM, TPU, GKE, Open MPI), and likewise the two that follow.
     count: number of processes.
     index: of this process.
-    timeout: seconds to wait for the others.
+    timeout: seconds to find the others and to wait for them.
     about: must be the same in all processes, such as a digest of the configuration, by name.
     say: prints a line.
 
   Raises:
-    UserError: naming the processes that are missing after `timeout` (exit code 43), or the one
-      that runs something else (1); or if the environment does not say what was left out.
+    UserError: naming the processes that are missing after `timeout` (exit code 43), the one that
+      runs something else (1), or two that have the same number; or if the environment does not say
+      what was left out.
   """
-  coordinator, count, index = _detect(coordinator, count, index, timeout)
-  if not 0 <= index < count:
-    raise UserError(f"--process_id {index} is not in 0..{count - 1} (--num_processes {count})")
-  host, _, port = coordinator.rpartition(":")
-  if not host or not port.isdigit():
-    raise UserError(f"--coordinator {coordinator!r} is not HOST:PORT")
+  limit = preflight.Limit(timeout)
+  coordinator, count, index = preflight.detect(coordinator, count, index, limit)
+  where = f"process {index} of {count} on {socket.gethostname()}"
+  say(f"{where}: waiting up to {timeout:g} s for the others")
   about = {"spatialv2a_jax": spatialv2a_jax.__version__, "jax": jax.__version__, **(about or {})}
-  hello = {"index": index, "count": count, "host": socket.gethostname(), "about": about}
-  say(f"process {index} of {count} on {hello['host']}: waiting up to {timeout:g} s for the others")
-  deadline = time.monotonic() + timeout
-  if index == 0:
-    _receive(int(port), hello, deadline, timeout)
-  else:
-    _report((host, int(port)), hello, deadline, timeout)
+  preflight.meet(coordinator, count, index, about, limit)
   # Else a signal before `preemption.StopSignal` is set up would be taken, and nobody told.
   jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
     coordinator, count, index, initialization_timeout=max(10, round(timeout))
   )
   try:
-    devices = jax.devices()
+    with preflight.ends_within(max(timeout, _DEVICES_SECONDS), f"{where} waited for the devices"):
+      devices = jax.devices()
   except RuntimeError as error:  # A process that joined but has no devices, or a broken driver.
     lines = [line for line in str(error).splitlines() if line.strip()]
     gone = any(sign in str(error) for sign in ("DEADLINE_EXCEEDED", "UNAVAILABLE"))
@@ -91,119 +86,6 @@ def start(
     raise UserError(f"the devices cannot be joined: {lines[0]}", exit_code=code) from error
   if index == 0:
     say(f"{count} processes, {len(devices)} x {devices[0].device_kind}")
-
-
-def _detect(
-  coordinator: str | None, count: int | None, index: int | None, timeout: float
-) -> tuple[str, int, int]:
-  """Completes what was not given from the environment of the cluster."""
-  given = (coordinator, count, index)
-  if None in given:
-    try:
-      given = ClusterEnv.auto_detect_unset_distributed_params(*given, None, None, round(timeout))[
-        :3
-      ]
-    except Exception as error:  # Each kind of cluster raises its own.
-      raise UserError(f"--distributed: {error}") from error
-  coordinator, count, index = given
-  if coordinator is None or count is None or index is None:
-    raise UserError(
-      "--distributed: no cluster (SLURM, TPU, GKE, Open MPI) was found; give --coordinator "
-      "HOST:PORT, --num_processes and --process_id"
-    )
-  return coordinator, count, index
-
-
-def _receive(port: int, mine: Mapping[str, Any], deadline: float, timeout: float) -> None:
-  """Process 0 waits for all others and tells them how it went."""
-  lines: dict[int, Any] = {}
-  fault, code = "", 1
-  try:
-    server = socket.create_server(("", port), family=socket.AF_INET, backlog=1024)
-  except OSError as error:
-    raise UserError(f"--coordinator: cannot listen at port {port}: {error}") from error
-  with server:
-    while len(lines) < mine["count"] - 1 and not fault:
-      server.settimeout(max(deadline - time.monotonic(), 0.01))
-      try:
-        connection, _ = server.accept()
-      except TimeoutError:
-        absent = sorted(set(range(1, mine["count"])) - set(lines))
-        some = ", ".join(map(str, absent[:20])) + (", ..." if len(absent) > 20 else "")
-        fault = (
-          f"{len(absent)} of {mine['count']} processes did not come within {timeout:g} s: {some}; "
-          "look at their hosts and logs, then start all of them again"
-        )
-        code = EXIT_CODE
-        break
-      try:
-        connection.settimeout(10)
-        line = connection.makefile("rw")
-        hello = json.loads(line.readline())
-        fault = _compare(mine, hello, set(lines))
-        lines[hello["index"]] = line
-      except (OSError, ValueError, KeyError, TypeError):
-        connection.close()  # Nobody of ours.
-    for line in lines.values():
-      with contextlib.suppress(OSError):
-        line.write(json.dumps({"fault": fault, "code": code}) + "\n")
-        line.flush()
-  if fault:
-    raise UserError(fault, exit_code=code)
-
-
-def _compare(mine: Mapping[str, Any], other: Mapping[str, Any], known: set[int]) -> str:
-  """Returns why a process cannot join, or nothing."""
-  who = f"process {other['index']} on {other['host']}"
-  if other["index"] in known or other["index"] == mine["index"]:
-    return (
-      f"two processes say that they are process {other['index']}, one of them on {other['host']}"
-    )
-  if other["count"] != mine["count"]:
-    return f"{who} expects {other['count']} processes, process 0 expects {mine['count']}"
-  for name, value in mine["about"].items():
-    if other["about"].get(name) != value:
-      return f"{who} has {name} {other['about'].get(name)!r}, process 0 has {value!r}"
-  return ""
-
-
-def _report(
-  address: tuple[str, int], mine: Mapping[str, Any], deadline: float, timeout: float
-) -> None:
-  """Another process tells process 0 that it is there, and waits for the answer."""
-  where, reached = f"{address[0]}:{address[1]}", False
-  while True:
-    left = deadline - time.monotonic()
-    try:
-      with socket.create_connection(address, timeout=max(left, 0.01)) as connection:
-        reached = True
-        connection.settimeout(max(left, 0.01) + 5)  # Process 0 may have begun to wait later.
-        line = connection.makefile("rw")
-        line.write(json.dumps(mine) + "\n")
-        line.flush()
-        answer = line.readline()
-        if answer:
-          told = json.loads(answer)
-          if told["fault"]:
-            raise UserError(told["fault"], exit_code=told["code"])
-          return
-    except (OSError, ValueError) as error:
-      problem = error
-    else:
-      problem = ConnectionError("the connection was closed")
-    if time.monotonic() >= deadline:
-      if reached:
-        raise UserError(
-          f"process 0 at {where} is there, but did not find all processes within {timeout:g} s; "
-          "its log says which are missing",
-          exit_code=EXIT_CODE,
-        )
-      raise UserError(
-        f"process 0 was not found at {where} within {timeout:g} s ({problem}): is it running, and "
-        "may this host reach that port?",
-        exit_code=EXIT_CODE,
-      )
-    time.sleep(0.2)
 
 
 def see_same(folder: str | os.PathLike, seconds: float = 20.0) -> None:

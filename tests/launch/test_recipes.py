@@ -1,15 +1,18 @@
 """The recipes of the clusters: what can be seen of them without one."""
 
+import contextlib
+import json
 import math
 import os
 import pathlib
 import re
 import shlex
-import shutil
 import signal
 import subprocess
+import sysconfig
 import time
 
+import jsonschema
 import pytest
 import yaml
 
@@ -20,6 +23,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = ["again.sh", "tpu_vm.sh", "slurm.sbatch"]
 FATAL = [1, 2, 3]
+# Fields whose names are the user's, and values that their fields do not take.
+FREE = {"nodeSelector", "envs", "annotations", "file_mounts", "volumes", "limits", "requests"}
+WRONG = {"replicas": "1", "restartPolicy": "Always", "num_nodes": 0, "mode": "MOUNTED", "args": [1]}
+PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
 WAIT = "--join_timeout=3600"  # A machine in place of a lost one takes a while to come.
 
 
@@ -45,10 +52,9 @@ def stand_in(folder, name, body):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_sound(name):
-  assert bash("-n", LAUNCH / name).returncode == 0
-  if shutil.which("shellcheck"):
-    checked = subprocess.run(["shellcheck", LAUNCH / name], capture_output=True, check=False)
-    assert checked.returncode == 0, checked.stdout
+  shellcheck = pathlib.Path(sysconfig.get_path("scripts")) / "shellcheck"
+  checked = subprocess.run([shellcheck, LAUNCH / name], capture_output=True, check=False)
+  assert checked.returncode == 0, checked.stdout
 
 
 def counted(folder, codes):
@@ -119,10 +125,11 @@ trap 'strike "$BASH_COMMAND"' DEBUG
 def slurm(tmp_path):
   """Runs the batch script where `srun` is a shell and `scontrol` keeps notes."""
 
-  def run(codes="", restarts_so_far=0, trainer=None, srun=True):
+  def run(codes="", restarts_so_far=0, trainer=None, srun=True, state="RUNNING"):
     command = shlex.join(counted(tmp_path, codes)[0]) if trainer is None else trainer
     env = stand_in(tmp_path, "srun", 'shift; exec "$@"') if srun else {}
     env |= stand_in(tmp_path, "scontrol", f'echo "$@" >> {tmp_path / "asked"}')
+    env |= stand_in(tmp_path, "squeue", f"echo {state}")
     env |= stand_in(tmp_path, "trainer", f'echo "$@"\n{command}')
     env |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "RESTARTS": "3"}
     env |= {"PYTHON": "trainer", "SLURM_RESTART_COUNT": str(restarts_so_far)}
@@ -171,6 +178,11 @@ def test_slurm_gives_up_after_its_restarts(slurm):
   assert done.returncode == 42 and asked == "" and "after 3 restarts" in done.stdout
 
 
+def test_slurm_leaves_a_cancelled_job_alone(slurm):
+  done, asked = slurm("42", state="COMPLETING")
+  assert done.returncode == 42 and asked == ""
+
+
 def test_the_tpu_script_copies_the_checkout_and_keeps_arguments_whole(tmp_path):
   log = tmp_path / "log"
   env = stand_in(tmp_path, "gcloud", f'for a in "$@"; do printf "%s\\0" "$a"; done >> {log}')
@@ -182,10 +194,85 @@ def test_the_tpu_script_copies_the_checkout_and_keeps_arguments_whole(tmp_path):
   assert words.count("--worker=all") == words.count("--zone=z") == 2
   remote = next(word for word in words if word.startswith("--command=")).partition("=")[2]
   assert bash("-n", "-c", remote).returncode == 0
-  last = remote.strip().splitlines()[-1]
-  assert shlex.split(last)[:2] == ["bash", "launch/again.sh"]
-  assert shlex.split(last)[-4:-1] == ["--workdir", "/a b", "--distributed"]
-  assert shlex.split(last)[-1] == WAIT
+
+
+@pytest.fixture
+def slice_of_one(tmp_path):
+  """Runs the script for a host that is a folder, whose trainer waits until it is let go."""
+  home, go = tmp_path / "home", tmp_path / "go"
+  home.mkdir()
+  trainer = (
+    f'printf "%s\\n" "$JAX_COMPILATION_CACHE_DIR" "$@" >{tmp_path}/seen\n'
+    f"echo trains\nuntil [ -e {go} ]; do sleep 0.1; done\nexit 3"
+  )
+  (tmp_path / "venv" / "bin").mkdir(parents=True)
+  stand_in(tmp_path / "venv" / "bin", "pip", "exit 0")
+  stand_in(tmp_path / "venv" / "bin", "python", trainer)
+  stand_in(tmp_path, "python3", f"cp -r {tmp_path / 'venv'} ../venv")
+  gcloud = f"""
+if [ "$4" = scp ]; then exec cp "$5" {home}; fi
+cd {home}
+for word; do case $word in --command=*) exec bash -c "${{word#--command=}}" ;; esac; done
+"""
+  env = os.environ | stand_in(tmp_path, "gcloud", gcloud) | {"ZONE": "z", "CACHE": "/c d"}
+  command = ["bash", str(LAUNCH / "tpu_vm.sh"), "name", "--workdir", "/a b"]
+
+  def start():
+    return subprocess.Popen(
+      command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+  yield start, tmp_path
+  go.touch()
+
+
+def test_the_tpu_trainer_outlives_the_connection_and_is_found_again(slice_of_one):
+  start, folder = slice_of_one
+  first = start()
+  with contextlib.closing(first.stdout):
+    assert "trains" in iter(first.stdout.readline, "").__next__()
+    os.killpg(first.pid, signal.SIGKILL)  # All of this side, and what follows the log.
+    first.wait(timeout=20)
+  words = (folder / "seen").read_text().splitlines()
+  assert words[:4] == ["/c d", "-u", "-m", "launch.train"]
+  assert words[4:] == ["--workdir", "/a b", "--distributed", WAIT]
+  (folder / "seen").unlink()
+  again = start()
+  assert again.stdout.readline() == "it runs already, and this follows it\n"
+  (folder / "go").touch()
+  out, _ = again.communicate(timeout=60)
+  assert again.returncode == 3 and "trains" in out
+  assert not (folder / "seen").exists()
+
+
+@pytest.mark.parametrize("name", ["jobset", "sky"])
+def test_fields_are_those_that_exist(name):
+  schema = json.loads((ROOT / "tests" / "golden" / f"{name}.schema.json").read_text())
+  validator = jsonschema.Draft202012Validator(schema)
+  validator.check_schema(schema)
+  recipe = yaml.safe_load((LAUNCH / f"{name}.yaml").read_text())
+  validator.validate(recipe)
+  found = list(_mistaken(recipe))
+  assert len(found) > 15
+  for where, mistaken in found:
+    assert not validator.is_valid(mistaken), where
+
+
+def _mistaken(node, rebuild=lambda node: node, where=""):
+  """Yields copies of a document, each with one name or one value of another one mistyped."""
+  pairs = list(node.items() if isinstance(node, dict) else enumerate(node))
+  for key, value in pairs:
+
+    def put(new, name=None, key=key):
+      changed = {(name or k if k == key else k): new if k == key else v for k, v in pairs}
+      return rebuild(changed if isinstance(node, dict) else list(changed.values()))
+
+    if isinstance(node, dict) and where.rpartition(".")[2] not in FREE:
+      yield f"{where}.{key}", put(value, f"{key}x")
+    if key in WRONG:
+      yield f"{where}.{key}={WRONG[key]}", put(WRONG[key])
+    if isinstance(value, dict | list):
+      yield from _mistaken(value, put, f"{where}.{key}")
 
 
 def test_the_jobset_stops_on_mistakes_and_goes_on_otherwise():
@@ -210,6 +297,10 @@ def test_the_jobset_stops_on_mistakes_and_goes_on_otherwise():
   assert container["command"] == ["python", "-u", "-m", "launch.train"]
   _parses(container["args"])
   assert WAIT in container["args"]
+  (disk,) = (mount["mountPath"] for mount in container["volumeMounts"])
+  folders = [variable["value"] for variable in container["env"] if variable["name"] == PROGRAMS]
+  folders += [word.partition("=")[2] for word in container["args"] if "workdir" in word]
+  assert len(folders) == 2 and all(folder.startswith(f"{disk}/") for folder in folders)
 
 
 def test_sky_recovers_what_asks_for_it(tmp_path):
@@ -224,6 +315,10 @@ def test_sky_recovers_what_asks_for_it(tmp_path):
   assert words[:3] == ["-u", "-m", "launch.train"] and WAIT in words
   assert words[words.index("--coordinator") + 1] == "10.0.0.1:55527"
   _parses(words[3:])
+  (disk,) = task["volumes"]  # Not a bucket: the log of a run is appended to.
+  assert all(task["envs"][name].startswith(f"{disk}/") for name in ("WORKDIR", PROGRAMS))
+  given = words[words.index("--config.data.path=/shards")].partition("=")[2]
+  assert task["file_mounts"][given]["source"]
 
 
 def _parses(arguments):
