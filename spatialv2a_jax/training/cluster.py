@@ -36,6 +36,12 @@ def client() -> Any:
   return distributed.global_state.client if jax.distributed.is_initialized() else None
 
 
+def place() -> tuple[int, int]:
+  """Returns the number of this process and how many there are; starts no device."""
+  state = distributed.global_state
+  return state.process_id or 0, state.num_processes or 1
+
+
 def start(
   coordinator: str | None = None,
   count: int | None = None,

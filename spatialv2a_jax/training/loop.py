@@ -261,9 +261,11 @@ class Loop:
     """Calls the hook; if the run is to stop meanwhile, the next process does it again."""
     if self.evaluate is None:
       return
+    before = self.ledger.seconds()["data"]
     with self.ledger.during("eval"):
       self.watchdog.step = step
       scalars = self.evaluate(state, step, self.book, self.stop)
+    self._mark[1]["data"] += self.ledger.seconds()["data"] - before  # No step waited for it.
     if scalars is not None:
       self.book.scalars(step, scalars)
     if self.stop.poll() and (scalars is None or step < self.steps):

@@ -5,6 +5,7 @@ again on the same machine, it ends with the same bits as one that was never kill
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -24,12 +25,12 @@ from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.goodput import Ledger
 from spatialv2a_jax.io import atomic_path
 from spatialv2a_jax.logbook import Logbook, read_metrics
-from spatialv2a_jax.training import averages, cluster
+from spatialv2a_jax.training import averages, cluster, waiting
 from spatialv2a_jax.training.checkpoint import Checkpoints
 from spatialv2a_jax.training.faults import Faults
 from spatialv2a_jax.training.loop import Every, Loop
 from spatialv2a_jax.training.meter import Meter, duration
-from spatialv2a_jax.training.preemption import StopSignal
+from spatialv2a_jax.training.preemption import Interrupted, StopSignal
 from spatialv2a_jax.training.recipe import Recipe
 from spatialv2a_jax.training.train_step import State
 from spatialv2a_jax.training.watchdog import Watchdog
@@ -50,6 +51,7 @@ def fit(
   flops_per_clip: float | None = None,
   tokens_per_clip: int | None = None,
   ledger: Ledger | None = None,
+  watchdog: Watchdog | None = None,
   say: Callable[[str], None] = print,
 ) -> State:
   """Trains to `steps`, from the newest checkpoint of `workdir` if there is one.
@@ -69,6 +71,7 @@ def fit(
     flops_per_clip: of forward and backward pass, for the model FLOP utilisation.
     tokens_per_clip: for the rate of tokens.
     ledger: that of a process which began before this call.
+    watchdog: of that ledger, which then has the limits; None: one for this call alone.
     say: prints one line.
 
   Returns:
@@ -86,17 +89,17 @@ def fit(
   widths = recipe.ema.widths if recipe.ema else ()
   if every.average and not widths:
     raise UserError("every.average keeps snapshots of power-function averages: set ema.sigma_rel")
-  cluster.see_same(workdir)
   config = json.loads(json.dumps(config))
-  create, abstract, layout = recipe.state()
   about = {"kind": kind, "config": config, "versions": versions(), "machine": machine(recipe.mesh)}
 
-  with (
-    Watchdog(ledger, workdir, limits) as watchdog,
-    Checkpoints(workdir, keep_every=every.keep or None) as checkpoints,
-    StopSignal() as stop,
-    contextlib.ExitStack() as stack,
-  ):
+  with contextlib.ExitStack() as stack:
+    watchdog = watchdog or stack.enter_context(Watchdog(ledger, workdir, limits))
+    cluster.see_same(workdir)
+    checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=every.keep or None))
+    stop = stack.enter_context(StopSignal())
+    if recipe.values is not None:
+      recipe = dataclasses.replace(recipe, values=_patient(recipe.values, ledger, stop, say))
+    create, abstract, layout = recipe.state()
     with ledger.during("restore"):
       state, run = _begin(checkpoints, create, abstract, about, say)
       start, rows = int(state.step), read_metrics(workdir)
@@ -139,6 +142,27 @@ def fit(
     )
     feed = iter(()) if start == steps else recipe.feed(loop.examples)
     return loop(state, recipe.step(layout), feed, evaluated)
+
+
+def _patient(
+  values: Callable[[], Mapping[str, Any]],
+  ledger: Ledger,
+  stop: StopSignal,
+  say: Callable[[str], None],
+) -> Callable[[], Mapping[str, Any]]:
+  """Returns `values`, which may read data, as a wait that heeds signals."""
+
+  def wait() -> Mapping[str, Any]:
+    found: Mapping[str, Any] = {}
+    with ledger.during("data"), contextlib.suppress(waiting.GivenUpError):
+      found = waiting.run(values, stop.due)
+      waiting.run(cluster.meet, stop.due)  # None goes on while another can still be asked to stop.
+    if stop.poll():
+      say("stopped at step 0 before the first step; the same command goes on from there")
+      raise Interrupted
+    return found
+
+  return wait
 
 
 def _begin(checkpoints, create, abstract, about, say) -> tuple[State, dict[str, Any]]:
