@@ -117,6 +117,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     resolved, workdir = command.replaced(replay.settings(verify, given["start"]), places), verify
   if resolved is None or not workdir:
     raise UserError("give --config configs/NAME.py[:VARIANT] and --workdir DIR")
+  if "://" in workdir:
+    raise UserError(f"--workdir {workdir} is no folder: mount the bucket, or use a shared disk")
   members = {
     "coordinator": given["coordinator"],
     "count": given["num_processes"],

@@ -138,7 +138,8 @@ def batches(options: Options, mesh):
       batch = dict(next(self.inner))
       self.bad = getattr(self.inner, "bad", {})
       if options.fault == "step":
-        batch["slow_b"] = np.full(last - first, self.index == options.at)
+        slow = self.index == options.at and options.rank == jax.process_index()
+        batch["slow_b"] = np.full(last - first, slow)
       elif self.index >= options.at and options.rank == jax.process_index():
         self.strike(batch)
       self.index += 1
@@ -152,6 +153,8 @@ def batches(options: Options, mesh):
         return
       elif options.fault == "mistake":
         raise UserError("a mistake")
+      elif options.fault == "error":
+        raise ZeroDivisionError
       elif options.fault == "data":
         hang()
       elif options.fault == "interpreter":

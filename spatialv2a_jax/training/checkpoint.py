@@ -7,7 +7,7 @@ with the data position, the configuration and the versions.
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -287,6 +287,25 @@ def load_params(
   """
   if which not in ("ema", "params"):
     raise UserError(f"which={which!r} is unknown, have: ema, params")
+  state, run = _read(folder, step, (which, "stats"))
+  return state[which], state["stats"], dict(run["config"])
+
+
+def whole(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
+  """Returns all arrays of a checkpoint by name, such as "params/block/kernel".
+
+  Args:
+    folder: as in `load_params`, and what it raises as well.
+    step: the newest complete checkpoint by default.
+  """
+  state, _ = _read(folder, step)
+  return dict(zip(names(state), jax.tree.leaves(state), strict=True))
+
+
+def _read(
+  folder: Path, step: int | None, parts: Sequence[str] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns parts of the state as numpy arrays (None: all of it), and the `run` item."""
   where = pathlib.Path(folder)
   if not where.is_dir():
     raise MissingAssetError(f"no such folder: {where}")
@@ -305,7 +324,7 @@ def load_params(
       tree = _metadata(manager, step)
       item = {
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree[name] or {})
-        for name in (which, "stats")
+        for name in parts or tree
       }
       restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
       args = ocp.args.Composite(
@@ -317,7 +336,7 @@ def load_params(
       got = manager.restore(step, args=args)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
       raise UserError(f"cannot read checkpoint {where}/{step}: {_first_line(error)}") from error
-  return got["state"][which], got["state"]["stats"], dict(got["run"]["config"])
+  return got["state"], dict(got["run"])
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int) -> Any:

@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -249,18 +249,18 @@ def see_same(folder: str | os.PathLike, seconds: float = 20.0) -> None:
     )
 
 
-def total(name: str, count: int) -> int:
-  """Returns, in process 0, the sum of what each process has told last; elsewhere `count`.
+def union(name: str, numbers: Iterable[int]) -> set[int]:
+  """Returns, in process 0, the numbers that any process has told last; elsewhere its own.
 
   Nobody waits: what another process tells at the same time may come a call later.
   """
-  store = client()
+  store, told = client(), sorted(set(numbers))
   if store is None:
-    return count
-  store.key_value_set(f"total/{name}/{jax.process_index()}", str(count), allow_overwrite=True)
+    return set(told)
+  store.key_value_set(f"{name}/{jax.process_index()}", json.dumps(told), allow_overwrite=True)
   if jax.process_index():
-    return count
-  return sum(int(value) for _, value in store.key_value_dir_get(f"total/{name}/"))
+    return set(told)
+  return set(itertools.chain(*(json.loads(x) for _, x in store.key_value_dir_get(f"{name}/"))))
 
 
 def meet() -> None:

@@ -26,7 +26,7 @@ class Recipe:
   Attributes:
     batches: from the index of a batch to the iterator that begins there. A batch is a dict of
       arrays with the rows that `sharding.local_rows` gives this process; `id_b` names its clips.
-      The size of the iterator's attribute `bad`, if it has one, is logged as `bad_records`. A run
+      The iterator's attribute `bad`, if it has one, holds the numbers of damaged records. A run
       whose batches were of another size before also gives `offset`, the clips before batch 0.
     batch_size: clips per step over all processes.
     loss: (params, stats, batch, key) -> (value, (metrics, new stats)).
@@ -99,7 +99,7 @@ class Recipe:
     def on_devices() -> Iterator[Batch]:
       for batch in source:
         whole = sharding.global_batch(batch, self.mesh, self.rules, self.batch_size)
-        yield Batch(batch, whole, len(getattr(source, "bad", ())))
+        yield Batch(batch, whole, tuple(getattr(source, "bad", ())))
 
     return on_devices()
 

@@ -120,7 +120,7 @@ def fit(
       workdir=workdir,
       first=start,
       examples=int(run.get("examples", 0)),
-      bad=int(run.get("bad_records", 0)),
+      bad=run.get("bad_records", ()),
       steps=steps,
       batch_size=recipe.batch_size,
       every=every,

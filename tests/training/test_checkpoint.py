@@ -1,7 +1,9 @@
 import functools
 import json
+import os
 import pathlib
 import re
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -129,14 +131,27 @@ def test_several_processes_set_aside_one_checkpoint_and_no_more_before_the_next(
   assert (folder / "2").is_dir()
 
 
-def test_a_save_under_way_is_not_yet_good(tmp_path):
+def test_a_save_under_way_is_not_yet_good(tmp_path, monkeypatch):
+  """The step goes on before the folder is complete, and the folder appears as a whole."""
   create, _ = state_on(8, 1, 1)
+  go, rename = threading.Event(), os.rename
+
+  def wait(old, new):
+    if pathlib.Path(new) == tmp_path / "checkpoints" / "1":
+      assert go.wait(60)
+    rename(old, new)
+
+  monkeypatch.setattr(os, "rename", wait)
   with checkpoint.Checkpoints(tmp_path) as manager:
     assert manager.good() is None
+    threading.Timer(30, go.set).start()  # Else a save that waits would do so for ever.
     manager.save(1, create(), RUN)
-    assert manager.latest() == 1 and manager.good() is None
+    manager.check()
+    assert manager.latest() == 1 and manager.good() is None and not go.is_set()
+    assert not (tmp_path / "checkpoints" / "1").exists()
+    go.set()
     manager.wait()
-    assert manager.good() == 1
+    assert manager.good() == 1 and (tmp_path / "checkpoints" / "1" / "state").is_dir()
 
 
 def test_another_model_is_refused_by_name(tmp_path):

@@ -35,15 +35,15 @@ def stop(process, number=signal.SIGTERM):
   return process.returncode, time.monotonic() - clock, out
 
 
+@pytest.mark.slow
 def test_too_many_bad_updates_stop_the_run_with_all_it_takes_to_replay_them(tmp_path, capsys):
   rules = {"sigma": 0, "cap": 2}
-  options = runner.Options(str(tmp_path), steps=20, fault="nan", at=5, guard=rules)
-  with pytest.raises(UserError) as stop:
-    runner.main(options)
-  text = str(stop.value)
-  assert stop.value.exit_code == 1 and "update of step 8 left out" in text
+  fault = {"fault": "nan", "at": 5, "guard": rules}
+  told, err = run(tmp_path, code=1, steps=20, **fault)
+  options = runner.Options(str(tmp_path), steps=20, **fault)
+  text = err.splitlines()[-1]
+  assert "update of step 8 left out" in text
   assert "clips 56, 57, " in text and "3 of at most 2 (guard.cap); newest checkpoint: " in text
-  told = capsys.readouterr().out
   assert "update of step 6 left out (loss nan, gradient norm nan: not finite)" in told
   assert "1 of at most 2" in told
   reports = [json.loads(p.read_text()) for p in sorted((tmp_path / "faults").glob("*.json"))]
@@ -65,7 +65,7 @@ def test_too_many_bad_updates_stop_the_run_with_all_it_takes_to_replay_them(tmp_
   assert not runner.verify(options, **span)
   assert "step 8: left out by the run; other: loss" in capsys.readouterr().out
   # A run that goes on does these steps again.
-  runner.main(runner.Options(str(tmp_path), steps=9, guard=rules))
+  run(tmp_path, steps=9, guard=rules)
   assert sorted(p.name for p in path.parent.glob("*8.json*")) == ["step-00000008.json.old"]
 
 
@@ -81,10 +81,10 @@ def test_rows_of_a_dump_are_numbers_that_numpy_reads(tmp_path):
   assert saved["id_b"].tolist() == [3, 4]
 
 
-def test_a_spike_is_left_out_told_and_counted_and_the_run_goes_on(tmp_path, capsys):
+@pytest.mark.slow
+def test_a_spike_is_left_out_told_and_counted_and_the_run_goes_on(tmp_path):
   rules = {"sigma": 6.0, "window": 20, "warmup": 10, "cap": 3}
-  runner.main(runner.Options(str(tmp_path), 30, fault="spike", at=20, guard=rules, checkpoint=30))
-  told = capsys.readouterr().out
+  told, _ = run(tmp_path, steps=30, fault="spike", at=20, guard=rules, checkpoint=30)
   assert "update of step 21 left out (loss" in told
   assert "sigma above the mean); clips 160, " in told
   rows = {x["step"]: x for x in logbook.read_metrics(tmp_path) if "skipped" in x}
@@ -92,17 +92,81 @@ def test_a_spike_is_left_out_told_and_counted_and_the_run_goes_on(tmp_path, caps
   assert "loss" not in rows[21] and rows[22]["loss"] < 3
 
 
-def test_a_damaged_record_is_named_passed_over_and_counted(tmp_path, caplog):
+@pytest.mark.slow
+def test_a_damaged_record_is_named_passed_over_and_counted_once(tmp_path):
   path = loader_shards.build(tmp_path / "shards")[1]
   loader_shards.damage(path, 2)
-  runner.main(runner.Options(str(tmp_path / "run"), shards=str(tmp_path / "shards")))
-  assert f"skipped a damaged record, 1 so far: {path}: record 2" in caplog.text
+  options = {"shards": str(tmp_path / "shards")}
+  _, err = run(tmp_path / "run", **options)
+  assert f"skipped a damaged record, 1 so far: {path}: record 2" in err
+  _, err = run(tmp_path / "run", steps=16, **options)
+  assert f"skipped a damaged record, 1 so far: {path}: record 2" in err  # It meets it again.
   rows = {x["step"]: x for x in logbook.read_metrics(tmp_path / "run") if "bad_records" in x}
-  assert rows.keys() == set(range(1, 9)) and rows[8]["bad_records"] == 1
-  # Counted on by the next process, which may meet it again.
-  runner.main(runner.Options(str(tmp_path / "run"), steps=12, shards=str(tmp_path / "shards")))
-  rows = {x["step"]: x for x in logbook.read_metrics(tmp_path / "run") if "bad_records" in x}
-  assert rows[9]["bad_records"] >= 1 and rows[12]["bad_records"] == 2
+  assert rows.keys() == set(range(1, 17))
+  assert [rows[step]["bad_records"] for step in (8, 9, 16)] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_too_many_bad_updates_end_all_processes_with_1_and_the_rows_of_each(tmp_path):
+  options = {"shape": (2, 1, 1), "fault": "nan", "rank": 1, "guard": {"sigma": 0, "cap": 1}}
+  told = [
+    processes.finish(process, code=1)[1]
+    for process in processes.together(tmp_path, 2, steps=20, **options)
+  ]
+  assert "update of step 7 left out" in told[0] and "2 of at most 1 (guard.cap)" in told[0]
+  report = json.loads((tmp_path / "faults" / "step-00000007.json").read_text())
+  rows = [np.load(tmp_path / "faults" / f"step-00000007-rows-{i}.npz") for i in range(2)]
+  assert [x for part in rows for x in part["id_b"]] == report["clips"] == list(range(48, 56))
+  assert not np.isnan(rows[0]["x_bw"]).any() and np.isnan(rows[1]["x_bw"]).all()
+
+
+@pytest.mark.slow
+def test_an_error_of_the_program_gives_1_and_its_traceback(tmp_path):
+  _, err = run(tmp_path, code=1, fault="error")
+  assert "Traceback" in err and "in strike" in err and "ZeroDivisionError" in err
+  assert checkpoint.saved_runs(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_in_one_process_ends_all_of_them_with_1(tmp_path):
+  options = {"shape": (2, 1, 1), "ballast": 200_000, "checkpoint": 4, "log": 100}
+  options |= {"steps": 10_000, "pause": 0.05, "limits": {"step": 100.0, "save": 100.0}}
+  started = processes.together(tmp_path, 2, fault="disk", rank=1, at=7, **options)
+  told = [processes.finish(process, code=1)[1] for process in started]
+  assert "launch.train: the disk is full: the checkpoint of step 8" in told[1], told
+  assert max(checkpoint.saved_runs(tmp_path)) == 4
+
+
+@pytest.mark.slow
+def test_a_collective_that_hangs_is_told_by_all_with_their_stacks(tmp_path):
+  """One process hangs inside the step, the other waits for it there."""
+  options = {"shape": (2, 1, 1), "fault": "step", "rank": 1, "at": 3}
+  started = processes.together(tmp_path, 2, limits={"step": 3.0}, **options)
+  for i, process in enumerate(started):
+    _, err = processes.finish(process, code=43)
+    assert "hung step: the devices did not finish for" in err and "limits.step=3)" in err
+    stacks = (tmp_path / "stacks" / f"process-{i}.txt").read_text()
+    assert "hung step" in stacks and "Thread 0x" in stacks
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_of_a_save_goes_on_from_the_one_before_with_the_same_bits(tmp_path):
+  options = {"ballast": 8_000_000, "checkpoint": 3, "steps": 9, "pause": 0.2}
+  process = processes.start(tmp_path / "killed", **options)
+  folder = tmp_path / "killed" / "checkpoints"
+  while not (folder / "3").is_dir() or not list(folder.glob("6.orbax-checkpoint-tmp*")):
+    assert process.poll() is None
+    time.sleep(0.001)
+  process.send_signal(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  assert list(folder.glob("6.orbax-checkpoint-tmp*")) and not (folder / "6").exists()
+  assert "resumed at step 3" in run(tmp_path / "killed", **options)[0]
+  run(tmp_path / "whole", **options)
+  assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+  killed, whole = (checkpoint.whole(tmp_path / name) for name in ("killed", "whole"))
+  assert killed.keys() == whole.keys() and len(killed) > 20
+  for name, x in whole.items():
+    np.testing.assert_array_equal(killed[name], x, err_msg=name)
 
 
 @pytest.mark.slow
