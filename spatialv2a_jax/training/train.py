@@ -25,7 +25,8 @@ from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.goodput import Ledger
 from spatialv2a_jax.io import atomic_path
 from spatialv2a_jax.logbook import Logbook, read_metrics
-from spatialv2a_jax.training import averages, cluster, waiting
+from spatialv2a_jax.training import averages, cluster, optim, waiting
+from spatialv2a_jax.training import recipe as recipes
 from spatialv2a_jax.training.checkpoint import Checkpoints
 from spatialv2a_jax.training.faults import Faults
 from spatialv2a_jax.training.loop import Every, Loop
@@ -98,7 +99,15 @@ def fit(
     checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=every.keep or None))
     stop = stack.enter_context(StopSignal())
     if recipe.values is not None:
-      recipe = dataclasses.replace(recipe, values=_patient(recipe.values, ledger, stop, say))
+      read, origin = recipe.values, config.get("init_from", "")
+
+      def values() -> recipes.Values:
+        found = _patient(read, ledger, stop, say)
+        if origin:
+          say(_taken(found, abstract.params, origin))
+        return found
+
+      recipe = dataclasses.replace(recipe, values=values)
     create, abstract, layout = recipe.state()
     with ledger.during("restore"):
       state, run = _begin(checkpoints, create, abstract, about, say)
@@ -129,7 +138,13 @@ def fit(
       run=about,
       meter=Meter(**run.get("meter", {})),
       faults=Faults(
-        workdir, recipe.guard.cap, checkpoints.good, say, int(state.guard.skipped), start
+        workdir,
+        recipe.guard.cap,
+        checkpoints.good,
+        say,
+        int(state.guard.skipped),
+        start,
+        getattr(recipe.batches, "names", dict),
       ),
       ledger=ledger,
       book=book,
@@ -145,24 +160,32 @@ def fit(
 
 
 def _patient(
-  values: Callable[[], Mapping[str, Any]],
+  values: Callable[[], recipes.Values],
   ledger: Ledger,
   stop: StopSignal,
   say: Callable[[str], None],
-) -> Callable[[], Mapping[str, Any]]:
-  """Returns `values`, which may read data, as a wait that heeds signals."""
+) -> recipes.Values:
+  """Returns `values()`, which may read data, after a wait that heeds signals."""
+  found: recipes.Values = {}
+  with ledger.during("data"), contextlib.suppress(waiting.GivenUpError):
+    found = waiting.run(values, stop.due)
+    waiting.run(cluster.meet, stop.due)  # None goes on while another can still be asked to stop.
+  if stop.poll():
+    say("stopped at step 0 before the first step; the same command goes on from there")
+    raise Interrupted
+  return found
 
-  def wait() -> Mapping[str, Any]:
-    found: Mapping[str, Any] = {}
-    with ledger.during("data"), contextlib.suppress(waiting.GivenUpError):
-      found = waiting.run(values, stop.due)
-      waiting.run(cluster.meet, stop.due)  # None goes on while another can still be asked to stop.
-    if stop.poll():
-      say("stopped at step 0 before the first step; the same command goes on from there")
-      raise Interrupted
-    return found
 
-  return wait
+def _taken(found: recipes.Values, params: Any, origin: str) -> str:
+  """Returns the line that says how much of a network comes from another; UserError if nothing."""
+  taken = set(optim.names(found[0] if isinstance(found, tuple) else found))
+  known = optim.names(params)
+  rest = [name for name in known if name not in taken]
+  if len(rest) == len(known):
+    raise UserError(f"config.init_from: nothing in {origin} is a parameter of this network")
+  some = ", ".join(rest[:5]) + (", ..." if len(rest) > 5 else "")
+  others = f", others as initialised: {some}" if rest else ""
+  return f"{len(known) - len(rest)} of {len(known)} parameters from {origin}{others}"
 
 
 def _begin(checkpoints, create, abstract, about, say) -> tuple[State, dict[str, Any]]:

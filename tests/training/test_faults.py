@@ -1,7 +1,6 @@
 """Faults of a run, each struck in a process of its own, and the promise seen to hold."""
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -12,10 +11,11 @@ import warnings
 import numpy as np
 import pytest
 
+from data import pipeline
 from launch import local, train
-from spatialv2a_jax import logbook
+from spatialv2a_jax import logbook, schema
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.training import checkpoint, faults, preemption
+from spatialv2a_jax.training import checkpoint, faults
 from tests import loader_shards, processes, runner
 
 
@@ -25,14 +25,6 @@ def run(workdir, code=0, **options):
 
 def losses(workdir):
   return {x["step"]: x["loss"] for x in logbook.read_metrics(workdir) if "loss" in x}
-
-
-def stop(process, number=signal.SIGTERM):
-  """Signals a process; returns its exit code and for how long it still lived."""
-  clock = time.monotonic()
-  process.send_signal(number)
-  out, _ = process.communicate(timeout=60)
-  return process.returncode, time.monotonic() - clock, out
 
 
 @pytest.mark.slow
@@ -69,16 +61,25 @@ def test_too_many_bad_updates_stop_the_run_with_all_it_takes_to_replay_them(tmp_
   assert sorted(p.name for p in path.parent.glob("*8.json*")) == ["step-00000008.json.old"]
 
 
-def test_rows_of_a_dump_are_numbers_that_numpy_reads(tmp_path):
-  """It would take arrays in bfloat16 for bytes without meaning."""
-  found = faults.Faults(tmp_path, 0, lambda: None, print)
-  rows = {"x_b": np.array([1.5, -2.0], "bfloat16"), "id_b": np.array([3, 4], np.uint32)}
-  metrics = {"loss": np.nan, "grad_norm": 1.0, "good": 0.0}
-  with pytest.raises(UserError, match="step-00000007-rows-0.npz"):
-    found.check(7, metrics | {"skipped": 1.0, "burst": 1.0, "sigmas": 0.0}, rows, rows)  # pyright: ignore
-  saved = np.load(tmp_path / "faults" / "step-00000007-rows-0.npz")
+def test_a_dump_names_its_clips_and_keeps_the_rows_of_the_newest_as_numbers(tmp_path):
+  """Arrays in bfloat16 would be bytes without meaning to numpy."""
+  paths, told = loader_shards.build(tmp_path / "shards"), []
+  known = schema.clip_id("clip7")
+  found = faults.Faults(tmp_path, 2, lambda: None, told.append, names=lambda: pipeline.names(paths))
+  rows = {"x_b": np.array([1.5, -2.0], "bfloat16"), "id_b": np.array([3, known], np.uint32)}
+  metrics = {"loss": np.nan, "grad_norm": 1.0, "good": 0.0, "sigmas": 0.0}
+  for i in range(1, 5):
+    more = {"skipped": float(i), "burst": min(i, 2.0)}
+    found.check(i, metrics | more, rows, rows)  # pyright: ignore
+  with pytest.raises(UserError, match="clips 3, clip7; see .*step-00000007.json and its rows; "):
+    found.check(7, metrics | {"skipped": 5.0, "burst": 3.0}, rows, rows)  # pyright: ignore
+  assert "clips 3, clip7; see" in told[0]
+  report = json.loads((tmp_path / "faults" / "step-00000002.json").read_text())
+  assert report["clips"] == [3, known] and report["names"] == [3, "clip7"]
+  kept = sorted(path.name for path in (tmp_path / "faults").glob("*.npz"))
+  assert kept == [f"step-{step:08d}-rows-0.npz" for step in (3, 4, 7)]
+  saved = np.load(tmp_path / "faults" / kept[0])
   assert saved["x_b"].dtype == np.float32 and saved["x_b"].tolist() == [1.5, -2.0]
-  assert saved["id_b"].tolist() == [3, 4]
 
 
 @pytest.mark.slow
@@ -239,55 +240,6 @@ def test_a_disk_too_full_for_the_log_is_told_in_one_line_and_is_no_hang(small_di
 
 
 @pytest.mark.slow
-def test_a_signal_is_heeded_while_compiling(tmp_path):
-  process = processes.start(tmp_path, fault="compile")
-  processes.wait_for(process, "hanging")
-  code, seconds, out = stop(process)
-  assert code == 42 and seconds < 20 and "stopped at step 0 before the first step" in out
-
-
-@pytest.mark.slow
-def test_a_signal_is_heeded_while_waiting_for_data(tmp_path):
-  process = processes.start(tmp_path, fault="data", at=3, checkpoint=100)
-  processes.wait_for(process, "hanging")
-  code, seconds, out = stop(process)
-  assert code == 42 and seconds < 20 and "stopped at step 3 and saved" in out
-  params, _, _ = checkpoint.load_params(tmp_path)
-  assert np.isfinite(params["up"]["kernel"]).all()
-
-
-@pytest.mark.slow
-def test_a_signal_is_heeded_while_a_new_run_waits_for_what_its_data_give(tmp_path):
-  process = processes.start(tmp_path, fault="values")
-  processes.wait_for(process, "hanging")
-  code, seconds, out = stop(process)
-  assert code == 42 and seconds < 20 and "stopped at step 0 before the first step" in out
-  run(tmp_path)
-
-
-@pytest.mark.slow
-def test_a_signal_is_heeded_while_the_evaluation_waits_for_data(tmp_path):
-  process = processes.start(tmp_path, fault="eval data", eval=2, checkpoint=100)
-  processes.wait_for(process, "hanging")
-  code, seconds, out = stop(process)
-  assert code == 42 and seconds < 20 and "stopped at step 4 and saved" in out
-  run(tmp_path, eval=2)
-  rows = logbook.read_metrics(tmp_path)
-  assert [x["step"] for x in rows if {"eval/loss", "eval/norm"} & x.keys()] == [2, 4, 6, 8]
-
-
-@pytest.mark.slow
-def test_a_signal_is_heeded_while_evaluating_which_is_done_again(tmp_path):
-  process = processes.start(tmp_path, fault="eval", at=4, eval=2, checkpoint=100)
-  processes.wait_for(process, "evaluating")
-  code, seconds, out = stop(process, signal.SIGINT)
-  assert code == 42 and seconds < 20 and "stopped at step 4 and saved" in out
-  run(tmp_path, eval=2)
-  rows = logbook.read_metrics(tmp_path)
-  assert [x["step"] for x in rows if "eval/norm" in x] == [2, 4, 6, 8]
-
-
-@pytest.mark.slow
 def test_a_killed_process_lets_the_job_begin_again_and_a_mistake_ends_all_of_it(tmp_path):
   """The other process must not call the loss a fault of its own, nor wait for who will not come."""
   options = {"rank": 1, "shape": (2, 1, 1), "steps": 12, "pause": 0.1}
@@ -354,43 +306,3 @@ def test_two_processes_refuse_a_checkpoint_of_another_optimiser_and_move_nothing
     assert "checkpoints/4 holds another state of the optimiser: opt/" in err
   assert sorted((tmp_path / "checkpoints").rglob("*")) == before
   assert not list(tmp_path.glob("damaged*"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_launcher_and_its_run_at_once_saves(tmp_path, number):
-  """The run hears of it twice: from the system and from the launcher."""
-  toy = runner.command(
-    workdir=str(tmp_path), steps=100_000, pause=0.05, checkpoint=100_000, ballast=2_000_000
-  )
-  process = subprocess.Popen(
-    ["bash", str(runner.ROOT / "launch" / "again.sh"), *toy],
-    env=runner.environment(),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-    start_new_session=True,
-  )
-  processes.wait_for(process, "step 3/")
-  os.killpg(process.pid, number)
-  out, _ = processes.finish(process, code=42)
-  (step,) = checkpoint.saved_runs(tmp_path)
-  assert f"stopped at step {step} and saved" in out
-
-
-@pytest.mark.slow
-def test_a_second_signal_some_seconds_after_the_first_ends_the_run_at_once(tmp_path):
-  process = processes.start(tmp_path, fault="blind", at=3, eval=3, checkpoint=100)
-  processes.wait_for(process, "evaluating")
-  process.send_signal(signal.SIGTERM)
-  time.sleep(preemption._REPEAT_SECONDS + 1)
-  assert process.poll() is None
-  assert stop(process)[0] == -signal.SIGTERM and not checkpoint.saved_runs(tmp_path)
-
-
-@pytest.mark.slow
-def test_a_signal_before_the_processes_have_met_ends_with_42(tmp_path):
-  process = processes.together(tmp_path, 2)[0]
-  processes.wait_for(process, "waiting up to")
-  code, seconds, out = stop(process)
-  assert code == 42 and seconds < 20 and "the same command goes on from there" in out
