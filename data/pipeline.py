@@ -8,6 +8,7 @@ number of hosts nor of worker processes changes it. Fields keep the 16 bits of t
 Axes: b clip, e ear (0 left, 1 right); the others as in `spatialv2a_jax.schema`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -301,6 +302,16 @@ def _whose(path: str, place: int) -> str:
     return f" (clip {ids[place]})"
   except (OSError, ValueError, KeyError, IndexError):
     return ""
+
+
+def names(paths: Sequence[pathlib.Path]) -> dict[int, str]:
+  """Returns the names of clips by `schema.clip_id`, from the sidecars that can be read."""
+  found: dict[int, str] = {}
+  for path in paths:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+      ids = json.loads(shards.sidecar(path).read_text())["ids"]
+      found |= {schema.clip_id(name): name for name in ids}
+  return found
 
 
 def is_mirrored(seed: int, epoch: int, clip: str) -> bool:

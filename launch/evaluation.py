@@ -5,18 +5,18 @@ Axes: as in `launch.tasks`.
 
 import contextlib
 import dataclasses
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from launch.listen import Listener
-from spatialv2a_jax import sharding
+from spatialv2a_jax import goodput, sharding
 from spatialv2a_jax.logbook import Logbook
-from spatialv2a_jax.training import preemption, train_step, waiting
+from spatialv2a_jax.training import cluster, preemption, train_step, waiting
 
 
 @dataclasses.dataclass
@@ -30,6 +30,7 @@ class Evaluation:
   source: Any  # `tasks.Source`.
   listener: Listener | None = None
   step: Callable[..., Any] | None = None
+  ledger: goodput.Ledger = dataclasses.field(default_factory=goodput.Ledger)  # Of the process.
 
   def __call__(
     self, state: train_step.State, step: int, book: Logbook, leave: preemption.StopSignal
@@ -38,31 +39,47 @@ class Evaluation:
     data = self.config["data"]
     total: dict[str, float] = {}
     weight, first = 0.0, None
-    batches = self.source.read(data["eval"], seed=None, epochs=1)
-    for local in itertools.islice(batches, data["eval_batches"]):
-      first = local if first is None else first
-      batch = sharding.global_batch(local, self.mesh, self.rules, data["batch_size"])
+    feed = waiting.Feed(self._batches())
+    for _ in range(data["eval_batches"]):
       try:
+        local = self._next(feed, leave.due)
+        if local is None:
+          break
+        batch = sharding.global_batch(local, self.mesh, self.rules, data["batch_size"])
         evaluate = self._compile(state, batch, leave.due)
+        waiting.run(cluster.meet, leave.due)
       except waiting.GivenUpError:
         return None
+      if leave.poll():  # Before, and not after, all processes work on the batch together.
+        return None
+      first = local if first is None else first
       values = jax.device_get(evaluate(state.ema, state.stats, batch))
       clips = float(values.pop("clips"))
       total = {name: total.get(name, 0.0) + clips * float(value) for name, value in values.items()}
       weight += clips
-      if leave.poll():
-        return None
     listen = self.listener
     if listen is not None and first is not None:
       params, stats = state.ema, state.stats
       if jax.process_count() > 1:  # All of them gather, one listens.
         params, stats = gather(params), gather(stats)
-      if jax.process_index() == 0:
-        with contextlib.suppress(waiting.GivenUpError):
+      with contextlib.suppress(waiting.GivenUpError):
+        if jax.process_index() == 0:
           waiting.run(lambda: listen(params, stats, first, step, book), leave.due)
+        waiting.run(cluster.meet, leave.due)
       if leave.poll():
         return None
     return {f"eval/{name}": value / max(weight, 1.0) for name, value in total.items()}
+
+  def _batches(self) -> Iterator[Mapping[str, np.ndarray]]:
+    yield from self.source.read(self.config["data"]["eval"], seed=None, epochs=1)
+
+  def _next(self, feed: waiting.Feed, leave: Callable[[], bool]) -> Mapping[str, np.ndarray] | None:
+    """Returns the next batch, or None after the last."""
+    with self.ledger.during("data"):
+      try:
+        return feed.next(leave)
+      except StopIteration:
+        return None
 
   def _compile(self, state, batch, leave) -> Callable[..., Any]:
     """Compiles the evaluation step once; no layout or shape changes in a run."""

@@ -24,7 +24,7 @@ from spatialv2a_jax import codec, features, flow, model_folder, schema, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import flow_net
 from spatialv2a_jax.training import guard, optim, train_step
-from spatialv2a_jax.training.recipe import Recipe
+from spatialv2a_jax.training.recipe import Recipe, Values
 
 SYNTHETIC = "synthetic"  # As a path: noise of the right shapes, for smoke runs and estimates.
 Config = Mapping[str, Any]
@@ -51,7 +51,7 @@ class Task(NamedTuple):
   init: Callable[[jax.Array], Any]
   stats: Any
   loss: train_step.Loss
-  values: Callable[[], Mapping[str, Any]]
+  values: Callable[[], Values]
   batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
   evaluate: Callable[..., Mapping[str, float] | None] | None
   export: Callable[[pathlib.Path, train_step.State], None]
@@ -152,7 +152,7 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
       if ears != sizes.ears:
         again = f"convert its source again with --ears {sizes.ears}"
         raise UserError(f"config.init_from: {config['init_from']} has ears={ears}; {again}")
-      return start.params["flow"]
+      return start.params["flow"], start.stats.get("flow", {})
     batches = itertools.islice(source.whole(), config["data"]["statistics"])
     mean_c, std_c = latent_statistics(batches)
     null_wf = null_text(config["data"]["path"], encoders)
@@ -326,6 +326,11 @@ class Source:
   def _load(self, path: str, **options: Any) -> Iterator[dict[str, np.ndarray]]:
     found = shards.paths(*place_of(path))
     return pipeline.loader(found, kind=self.kind, shapes=self.shapes, **options)
+
+  def names(self) -> dict[int, str]:
+    """Returns the names of the clips to train on by their numbers."""
+    path = self.config["data"]["path"]
+    return {} if path == SYNTHETIC else pipeline.names(shards.paths(*place_of(path)))
 
   def row(self) -> dict[str, np.ndarray]:
     """Returns a batch of one clip of noise."""

@@ -33,6 +33,7 @@ Exit codes: 0 finished (or the replay agrees), 1 stopped by a fault (too many up
 checkpoint that cannot be written, a replay that differs), 2 bad input, 3 missing data or weights,
 42 interrupted and saved, 43 hung (stacks of all threads are on standard error and in DIR/stacks) or
 another process is gone or did not come, or a damaged checkpoint was set aside for several of them.
+What hangs so that Python itself stands still ends by SIGALRM, with its stacks.
 After 42, 43 and death by a signal, which is also how JAX ends processes that lost another one: run
 it again.
 """
@@ -55,6 +56,7 @@ from launch import command, tasks
 from spatialv2a_jax import compile_cache, goodput
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.training import cluster, determinism, meter, preemption, replay, train, waiting
+from spatialv2a_jax.training import watchdog as watchdogs
 
 # What a replay may have otherwise than the run: where it happens, not what is computed.
 PLACES = tuple(
@@ -116,6 +118,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     resolved, workdir = command.replaced(replay.settings(verify, given["start"]), places), verify
   if resolved is None or not workdir:
     raise UserError("give --config configs/NAME.py[:VARIANT] and --workdir DIR")
+  if "://" in workdir:
+    raise UserError(f"--workdir {workdir} is no folder: mount the bucket, or use a shared disk")
   members = {
     "coordinator": given["coordinator"],
     "count": given["num_processes"],
@@ -141,8 +145,8 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
   """
   config, workdir = arguments.config, pathlib.Path(arguments.workdir)
   every = tasks.checked(train.Every, "every", config["every"])
-  task, recipe = tasks.recipe(config, tasks.mesh_of(config))
   if arguments.verify:
+    task, recipe = tasks.recipe(config, tasks.mesh_of(config))
     types = [config["model"].get(name) for name in ("dtype", "activations")]
     options = {
       "log": every.log,
@@ -153,26 +157,32 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
     }
     agreed = replay.verify(workdir, recipe, **options, say=_say)
     return 0 if agreed else 1
-  for line in tasks.optimizer_of(config).remarks(config["steps"]):
-    _say(line)
-  peak, kind = meter.peak_flops(), jax.devices()[0].device_kind
-  if peak is None and jax.devices()[0].platform != "cpu":
-    _say(f"no mfu is logged: the peak FLOP/s of {kind!r} are not in meter.PEAK_FLOPS")
-  state = train.fit(
-    workdir,
-    recipe,
-    kind=config["kind"],
-    config=config,
-    steps=config["steps"],
-    every=every,
-    limits=config.get("limits"),
-    evaluate=task.evaluate,
-    flops_per_clip=task.flops() if peak else None,
-    tokens_per_clip=task.tokens,
-    ledger=ledger,
-    say=_say,
-  )
-  task.export(workdir / "model", state)
+  ledger = ledger or goodput.Ledger()
+  with watchdogs.Watchdog(ledger, workdir, config.get("limits")) as watchdog:
+    task, recipe = tasks.recipe(config, tasks.mesh_of(config))
+    for line in tasks.optimizer_of(config).remarks(config["steps"]):
+      _say(line)
+    peak, kind = meter.peak_flops(), jax.devices()[0].device_kind
+    if peak is None and jax.devices()[0].platform != "cpu":
+      _say(f"no mfu is logged: the peak FLOP/s of {kind!r} are not in meter.PEAK_FLOPS")
+    if isinstance(task.evaluate, tasks.Evaluation):
+      task.evaluate.ledger = ledger
+    state = train.fit(
+      workdir,
+      recipe,
+      kind=config["kind"],
+      config=config,
+      steps=config["steps"],
+      every=every,
+      evaluate=task.evaluate,
+      flops_per_clip=task.flops() if peak else None,
+      tokens_per_clip=task.tokens,
+      ledger=ledger,
+      watchdog=watchdog,
+      say=_say,
+    )
+    with ledger.during("save"):
+      task.export(workdir / "model", state)
   _say(f"model folder: {workdir / 'model'}")
   return 0
 
@@ -190,20 +200,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(__doc__)
     return 0
   logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes.
+  return told(lambda: _main(argv, ledger))
+
+
+def _main(argv: Sequence[str], ledger: goodput.Ledger) -> int:
+  arguments = parse(argv)
+  if arguments.config.get("deterministic"):
+    determinism.enforce()
+  compile_cache.keep()
+  if arguments.distributed is not None:
+    text = json.dumps(arguments.config, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    cluster.start(
+      **arguments.distributed,
+      about={"configuration": digest},
+      say=lambda line: print(line, flush=True),
+    )
+  return run(arguments, ledger)
+
+
+def told(work: Callable[[], int]) -> int:
+  """Returns the exit code of `work`; a mistake or a full disk is one line on standard error."""
   try:
-    arguments = parse(argv)
-    if arguments.config.get("deterministic"):
-      determinism.enforce()
-    compile_cache.keep()
-    if arguments.distributed is not None:
-      text = json.dumps(arguments.config, sort_keys=True)
-      digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-      cluster.start(
-        **arguments.distributed,
-        about={"configuration": digest},
-        say=lambda line: print(line, flush=True),
-      )
-    return run(arguments, ledger)
+    return work()
   except UserError as error:
     print(f"launch.train: {error}", file=sys.stderr)
     return error.exit_code

@@ -8,7 +8,7 @@ between the last line that an attempt left in `metrics.jsonl` and the next attem
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 PHASES = ("init", "restore", "compile", "data", "step", "eval", "save", "lost", "down")
@@ -22,6 +22,7 @@ class Ledger:
   Attributes:
     phase: what this process does now.
     since: when it began to, on the monotonic clock; a beat renews it.
+    beat: called after that.
   """
 
   def __init__(self, began: float | None = None):
@@ -32,6 +33,7 @@ class Ledger:
     """
     self.began = time.time() if began is None else began
     self.phase = "init"
+    self.beat: Callable[[], None] = lambda: None
     self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     # A change of the wall clock while the process runs must not change the sums.
     self._counted = self.since = time.monotonic() - max(time.time() - self.began, 0.0)
@@ -42,6 +44,7 @@ class Ledger:
     now = time.monotonic()
     self._seconds[self.phase] += now - self._counted
     self.phase, self._counted, self.since = phase, now, now
+    self.beat()
 
   @contextlib.contextmanager
   def during(self, phase: str) -> Iterator[None]:

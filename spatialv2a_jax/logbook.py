@@ -3,12 +3,14 @@
 Axes: e ear (0 left, 1 right), p sample, f frequency bin, n analysis frame, y image row, x column.
 """
 
+import contextlib
 import json
 import numbers
 import os
 import pathlib
 import sys
 import time
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ from spatialv2a_jax.io import atomic_path
 
 METRICS = "metrics.jsonl"
 _PLAIN_SECONDS = 5.0
+_EVENTS = "events-of-a-run"  # Names `_EventFile` to tensorboardX, before the path.
 
 
 class Progress:
@@ -109,8 +112,11 @@ class Logbook:
       temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     self.file = open(self.path, "a", encoding="utf-8")
     from tensorboardX import SummaryWriter  # Slow to import, and only the writer needs it.
+    from tensorboardX.record_writer import register_writer_factory
 
-    self.events = SummaryWriter(str(workdir), purge_step=step if step else None)
+    files = types.SimpleNamespace(open=_EventFile, directory_check=lambda folder: None)
+    register_writer_factory(_EVENTS, files)
+    self.events = SummaryWriter(f"{_EVENTS}:{workdir}", purge_step=step if step else None)
 
   def __enter__(self) -> "Logbook":
     return self
@@ -150,11 +156,54 @@ class Logbook:
 
   def close(self) -> None:
     """Flushes and closes both records."""
-    if self.file is not None:
-      self.file.close()
-    if self.events is not None:
-      self.events.close()
+    file, events = self.file, self.events
     self.file = self.events = None
+    if events is not None:
+      events.close()
+    if file is not None:
+      file.close()
+
+
+class _EventFile:
+  """A file of TensorBoard events; where it cannot be written it ends, with a line.
+
+  An error would end the thread that writes, and the run would then wait for it.
+  """
+
+  def __init__(self, path: str):
+    """Opens the path, before which stands `_EVENTS`."""
+    self.path, self.file = path.removeprefix(f"{_EVENTS}:"), None
+    try:
+      self.file = open(self.path, "wb")
+    except OSError as error:
+      self._end(error)
+
+  def write(self, data: bytes) -> None:
+    self._do("write", data)
+
+  def flush(self) -> None:
+    self._do("flush")
+
+  def close(self) -> None:
+    self._do("close")
+
+  def _do(self, what: str, *values: bytes) -> None:
+    try:
+      if self.file is not None:
+        getattr(self.file, what)(*values)
+    except OSError as error:
+      self._end(error)
+
+  def _end(self, error: OSError) -> None:
+    file, self.file = self.file, None
+    print(
+      f"{self.path} ends here ({error.strerror}); {METRICS} is the record and goes on",
+      file=sys.stderr,
+      flush=True,
+    )
+    if file is not None:
+      with contextlib.suppress(OSError):  # It would write what it still holds.
+        file.close()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -63,7 +63,10 @@ def members(
 
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
   """Waits for the end; returns what it printed and its errors."""
-  out, err = process.communicate(timeout=300)
+  try:
+    out, err = process.communicate(timeout=200)
+  finally:
+    process.kill()
   assert process.returncode == code, out + err
   return out, err
 

@@ -3,24 +3,30 @@
 python -m tests.runner JSON, with the fields of `Options`; exit codes are those of `launch.train`.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from data import pipeline, shards
+from launch import evaluation
 from launch import train as launcher
 from spatialv2a_jax import goodput, sharding
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.training import cluster, guard, optim, recipe, replay, train
+from spatialv2a_jax.training import cluster, guard, optim, recipe, replay
 from tests.training import test_train_step as toy
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -62,6 +68,23 @@ def environment(devices: int = 1) -> dict[str, str]:
   return {**os.environ, **more, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
+def hang() -> None:
+  print("hanging", flush=True)
+  time.sleep(1000)
+
+
+def fill(folder: str) -> None:
+  """Fills a small disk that was made for it; elsewhere files can grow no more."""
+  if shutil.disk_usage(folder).total > 64 << 20:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    return
+  with open(pathlib.Path(folder) / "fill", "wb", buffering=0) as file:
+    for size in (1 << 16, 1):
+      with contextlib.suppress(OSError):
+        while file.write(bytes(size)):
+          pass
+
+
 def loss(options: Options):
   """That of the toy problem; a step with `slow_b` hangs, and tracing can be made to last."""
 
@@ -70,7 +93,7 @@ def loss(options: Options):
 
   def function(params, stats, batch, key):
     if options.fault == "compile":
-      time.sleep(1000)
+      hang()
     if "mean_betc" in batch:
       rows = batch["mean_betc"].shape[0]
       batch = {**batch, "x_bw": 0.02 * batch["mean_betc"].reshape(rows, -1)[:, :8]}
@@ -115,7 +138,8 @@ def batches(options: Options, mesh):
       batch = dict(next(self.inner))
       self.bad = getattr(self.inner, "bad", {})
       if options.fault == "step":
-        batch["slow_b"] = np.full(last - first, self.index == options.at)
+        slow = self.index == options.at and options.rank == jax.process_index()
+        batch["slow_b"] = np.full(last - first, slow)
       elif self.index >= options.at and options.rank == jax.process_index():
         self.strike(batch)
       self.index += 1
@@ -129,28 +153,50 @@ def batches(options: Options, mesh):
         return
       elif options.fault == "mistake":
         raise UserError("a mistake")
+      elif options.fault == "error":
+        raise ZeroDivisionError
       elif options.fault == "data":
-        time.sleep(1000)
+        hang()
+      elif options.fault == "interpreter":
+        ctypes.PyDLL(None).sleep(1000)  # Unlike `time.sleep`, this keeps all threads from running.
       elif options.fault == "disk":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        last = self.index // options.checkpoint * options.checkpoint
+        while not (pathlib.Path(options.workdir) / "checkpoints" / str(last)).is_dir():
+          time.sleep(0.01)
+        fill(options.workdir)
       elif options.fault.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, options.fault))
 
   return Source
 
 
-def evaluate(options: Options):
-  """Returns a hook that takes long if that is the fault."""
+def evaluate(options: Options, mesh):
+  """Returns a hook that takes long if that is the fault, and heeds no signal if it is "blind"."""
 
   def hook(state, step, book, leave):
-    if options.fault == "eval" and step == options.at:
+    if options.fault in ("eval", "blind") and step == options.at:
       print("evaluating", flush=True)
       for _ in range(10_000):
         time.sleep(0.1)
-        if leave.poll():
+        if options.fault == "eval" and leave.poll():
           return None
     return {"eval/norm": float(jnp.square(state.params["up"]["kernel"]).sum())}
 
+  class Source:
+    """The second evaluation has no data beyond its first batch."""
+
+    evaluations = 0
+
+    def read(self, path, **_):
+      self.evaluations += 1
+      yield next(batches(options, mesh)(0))
+      if self.evaluations == 2 and options.fault == "eval data":
+        hang()
+
+  if options.eval and options.fault == "eval data":
+    data = {"eval": "held out", "eval_batches": 2, "batch_size": options.batch_size}
+    config = {"data": data, "seed": 0}
+    return evaluation.Evaluation(loss(options), config, mesh, sharding.Rules(), Source())
   return hook if options.eval else None
 
 
@@ -162,11 +208,23 @@ def made_of(options: Options) -> recipe.Recipe:
   stats = {"mean": np.zeros(8, np.float32)}
   if options.ballast:
     stats["ballast"] = np.random.default_rng(0).standard_normal(options.ballast, np.float32)
+
+  def init(key):
+    if options.fault == "init":
+      hang()
+    return toy.toy_init(key)
+
+  def values():
+    if options.fault == "values":
+      hang()
+    return {}
+
   return recipe.Recipe(
     batches=batches(options, mesh),
     batch_size=options.batch_size,
     loss=loss(options),
-    init=toy.toy_init,
+    init=init,
+    values=values,
     stats=stats,
     optimizer=toy.SGD if options.sgd else optim.adamw(optim.Config(lr=1e-2, warmup=2), shapes),
     mesh=mesh,
@@ -184,28 +242,26 @@ def main(options: Options) -> int:
     cluster.start(**options.join)
   if options.verify:
     return 0 if verify(options) else 1
-  train.fit(
-    options.workdir,
-    made_of(options),
-    kind="toy",
-    config={},
-    steps=options.steps,
-    every=train.Every(options.log, options.eval, options.checkpoint, options.keep),
-    limits=options.limits,
-    evaluate=evaluate(options),
-    ledger=ledger,
-    say=lambda line: print(line, flush=True),
+  made = made_of(options)
+
+  def export(path, state):
+    if options.fault == "export":
+      hang()
+
+  task = types.SimpleNamespace(
+    evaluate=evaluate(options, made.mesh), export=export, flops=lambda: None, tokens=None
   )
-  return 0
-
-
-def work() -> int:
-  try:
-    return main(Options(**json.loads(sys.argv[1])))
-  except UserError as error:
-    print(error, file=sys.stderr)
-    return error.exit_code
+  config = {
+    "kind": "toy",
+    "steps": options.steps,
+    "every": {name: getattr(options, name) for name in ("log", "eval", "checkpoint", "keep")},
+    "limits": options.limits,
+  }
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(launcher.tasks, "mesh_of", lambda _: made.mesh)
+    patch.setattr(launcher.tasks, "recipe", lambda *_: (task, made))
+    return launcher.run(launcher.Arguments(config, options.workdir), ledger)
 
 
 if __name__ == "__main__":
-  launcher.run_process(work)
+  launcher.run_process(lambda: launcher.told(lambda: main(Options(**json.loads(sys.argv[1])))))

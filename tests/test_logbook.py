@@ -2,6 +2,7 @@
 
 import io as text
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -59,6 +60,22 @@ def test_tensorboard_holds_scalars_players_and_pictures(tmp_path):
     assert part in raw
   head = raw.index(b"RIFF")
   assert int.from_bytes(raw[head + 22 : head + 24], "little") == 2  # Channels of the player.
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
+def test_events_that_cannot_be_written_end_with_a_line_and_the_record_goes_on(tmp_path, capfd):
+  """The thread that writes them would die, and the run wait for it."""
+  with logbook.Logbook(tmp_path) as book:
+    for link in [f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")]:
+      if os.path.exists(link) and "events.out" in os.readlink(link):
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, int(os.path.basename(link)))
+        os.close(full)
+    for step in range(100):
+      book.scalars(step, {f"loss/{i}": 1.0 for i in range(20)})
+  told = capfd.readouterr().err.splitlines()
+  assert len(told) == 1 and "ends here (No space left on device)" in told[0]
+  assert len(rows(tmp_path)) == 100
 
 
 def test_plain_lines_tell_rate_and_time_left(monkeypatch):

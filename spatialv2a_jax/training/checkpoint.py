@@ -7,7 +7,7 @@ with the data position, the configuration and the versions.
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from spatialv2a_jax.model_folder import Path
 from spatialv2a_jax.training import cluster
 from spatialv2a_jax.training.optim import names
 
+_FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota exceeded")
 _DAMAGED = "damaged-"  # Begins the name of a checkpoint that was set aside, before its step.
 
 
@@ -65,7 +66,8 @@ class Checkpoints:
       "state": ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
       "run": ocp.args.JsonSave({**run, "time": time.time()}),  # pyright: ignore[reportCallIssue]
     }
-    with self._loud():
+    self.wait()  # As Orbax does: one at a time. That one is good now.
+    with self._loud(step):
       self._manager.save(step, args=ocp.args.Composite(**items), force=True)
     self._saving = (step, time.time())
 
@@ -86,17 +88,17 @@ class Checkpoints:
     return None if self._good is None else max(time.time() - self._good[1], 0.0)
 
   @contextlib.contextmanager
-  def _loud(self) -> Iterator[None]:
+  def _loud(self, step: int | None = None) -> Iterator[None]:
     """Turns what Orbax and TensorStore raise for a save into one line."""
     try:
       yield
     except Exception as error:
-      text = str(error)
-      full = any(sign in text for sign in ("No space left", "RESOURCE_EXHAUSTED", "File too large"))
+      full = any(sign in str(error) for sign in _FULL)
       last = "there is none" if self._good is None else f"that of step {self._good[0]} is intact"
-      step = "" if self._saving is None else f" of step {self._saving[0]}"
+      step = self._saving[0] if self._saving and step is None else step
+      which = "" if step is None else f" of step {step}"
       raise UserError(
-        f"{'the disk is full: ' if full else ''}the checkpoint{step} in {self.folder} cannot be "
+        f"{'the disk is full: ' if full else ''}the checkpoint{which} in {self.folder} cannot be "
         f"written ({_reason(error)}); the last good one: {last}; mend it and run the same command",
         exit_code=cluster.EXIT_CODE if cluster.lost(error) else 1,
       ) from error
@@ -129,8 +131,8 @@ class Checkpoints:
       warn: called with one line per checkpoint set aside.
 
     Raises:
-      UserError: if the checkpoint holds another model, or none can be read; with exit code 43 if
-        one was set aside for several processes.
+      UserError: if the checkpoint holds another model or another optimiser's state, or none can be
+        read; with exit code 43 if one was set aside for several processes.
     """
     damaged: dict[int, str] = {}
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
@@ -140,7 +142,7 @@ class Checkpoints:
         if kind is not None and run.get("kind") != kind:
           there = run.get("kind")
           raise UserError(f"{self.folder} holds a run of kind {there!r}, not {kind!r}")
-        self._check_shapes(step, abstract)
+        self._check_layout(step, abstract)
         state = self._manager.restore(step, args=args)["state"]
       except UserError:
         raise
@@ -199,28 +201,38 @@ class Checkpoints:
     Raises:
       UserError: if it holds another model, or cannot be read.
     """
-    self._check_shapes(step, abstract)
+    self._check_layout(step, abstract)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
     try:
       return self._manager.restore(step, args=args)["state"]
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
       raise UserError(f"cannot read checkpoint {self.folder}/{step}: {_reason(error)}") from error
 
-  def _check_shapes(self, step: int, abstract: Any) -> None:
-    there = _metadata(self._manager, step)
-    saved = _shapes(there["params"])
-    wanted = _shapes(abstract.params)
-    for name in sorted(saved.keys() | wanted.keys()):
-      if saved.get(name) != wanted.get(name):
-        raise UserError(
-          f"{self.folder}/{step} holds another model: {name} has shape {saved.get(name, 'none')} "
-          f"there, {wanted.get(name, 'none')} here; use another --workdir"
-        )
-    if len(there.get("beside") or ()) != len(abstract.beside):
+  def _check_layout(self, step: int, abstract: Any) -> None:
+    """Raises UserError, naming what differs first, unless the checkpoint holds such a state."""
+    where, there = f"{self.folder}/{step}", _metadata(self._manager, step)
+    saved, wanted = _shapes(there), _shapes(abstract)
+    other = {name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name)}
+    order = ("params", "beside", "opt", "stats")
+
+    def detail(part: str) -> str:
+      name = min(x for x in other if x.startswith(part))
+      return f"{name} has shape {saved.get(name, 'none')} there, {wanted.get(name, 'none')} here"
+
+    parts = {name.split("/")[0] for name in other}
+    part = next((part for part in (*order, *sorted(parts)) if part in parts), None)
+    if part == "beside":
       raise UserError(
-        f"{self.folder}/{step} holds {len(there.get('beside') or ())} averages besides the first, "
-        f"not {len(abstract.beside)}: leave ema.beside as it was, or use another --workdir"
+        f"{where} holds {len(there.get('beside') or ())} averages besides the first, not "
+        f"{len(abstract.beside)}: leave ema.beside as it was, or use another --workdir"
       )
+    if part == "opt":
+      raise UserError(
+        f"{where} holds another state of the optimiser: {detail(part)}; leave optim (such as "
+        "optim.freeze) as it was, or use another --workdir, with the weights as init_from"
+      )
+    if part is not None:
+      raise UserError(f"{where} holds another model: {detail(part)}; use another --workdir")
 
   def wait(self) -> None:
     """Blocks until what was saved is on disk.
@@ -275,6 +287,25 @@ def load_params(
   """
   if which not in ("ema", "params", "beside"):
     raise UserError(f"which={which!r} is unknown, have: ema, params, beside")
+  state, run = _read(folder, step, (which, "stats"))
+  return state[which], state["stats"], dict(run["config"])
+
+
+def whole(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
+  """Returns all arrays of a checkpoint by name, such as "params/block/kernel".
+
+  Args:
+    folder: as in `load_params`, and what it raises as well.
+    step: the newest complete checkpoint by default.
+  """
+  state, _ = _read(folder, step)
+  return dict(zip(names(state), jax.tree.leaves(state), strict=True))
+
+
+def _read(
+  folder: Path, step: int | None, parts: Sequence[str] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Returns parts of the state as numpy arrays (None: all of it), and the `run` item."""
   where = pathlib.Path(folder)
   if not where.is_dir():
     raise MissingAssetError(f"no such folder: {where}")
@@ -293,7 +324,7 @@ def load_params(
       tree = _metadata(manager, step)
       item = {
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree[name] or {})
-        for name in (which, "stats")
+        for name in parts or tree
       }
       restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
       args = ocp.args.Composite(
@@ -305,7 +336,7 @@ def load_params(
       got = manager.restore(step, args=args)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
       raise UserError(f"cannot read checkpoint {where}/{step}: {_first_line(error)}") from error
-  return got["state"][which], got["state"]["stats"], dict(got["run"]["config"])
+  return got["state"], dict(got["run"])
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int) -> Any:

@@ -6,13 +6,14 @@ works while a collective hangs, and it times out.
 
 import contextlib
 import itertools
+import json
 import os
 import pathlib
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -34,6 +35,12 @@ _OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 def client() -> Any:
   """Returns the client of the coordination service; None where there is one process alone."""
   return distributed.global_state.client if jax.distributed.is_initialized() else None
+
+
+def place() -> tuple[int, int]:
+  """Returns the number of this process and how many there are; starts no device."""
+  state = distributed.global_state
+  return state.process_id or 0, state.num_processes or 1
 
 
 def start(
@@ -125,27 +132,28 @@ def see_same(folder: str | os.PathLike, seconds: float = 20.0) -> None:
     )
 
 
-def total(name: str, count: int) -> int:
-  """Returns, in process 0, the sum of what each process has told last; elsewhere `count`.
+def union(name: str, numbers: Iterable[int]) -> set[int]:
+  """Returns, in process 0, the numbers that any process has told last; elsewhere its own.
 
   Nobody waits: what another process tells at the same time may come a call later.
   """
-  return sum(int(value) for value in _told(f"total/{name}", count))
+  told = _told(f"union/{name}", json.dumps(sorted(set(numbers))))
+  return set(itertools.chain(*map(json.loads, told)))
 
 
 def most(name: str, value: float) -> float:
-  """Returns, in process 0, the most that any process has told last, as `total`."""
-  return max(float(told) for told in _told(f"most/{name}", value))
+  """Returns, in process 0, the most that any process has told last, as `union`."""
+  return max(float(told) for told in _told(f"most/{name}", str(value)))
 
 
-def _told(folder: str, value: float) -> list[str]:
+def _told(folder: str, value: str) -> list[str]:
   """Returns, in process 0, what each process has told last; elsewhere `value` alone."""
   store = client()
   if store is None:
-    return [str(value)]
-  store.key_value_set(f"{folder}/{jax.process_index()}", str(value), allow_overwrite=True)
+    return [value]
+  store.key_value_set(f"{folder}/{jax.process_index()}", value, allow_overwrite=True)
   if jax.process_index():
-    return [str(value)]
+    return [value]
   return [told for _, told in store.key_value_dir_get(f"{folder}/")]
 
 

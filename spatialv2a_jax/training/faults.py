@@ -30,6 +30,7 @@ class Faults:
     skipped: updates left out so far.
     first: step at which the process begins; it takes back what was written of later ones, which
       it does again, by adding ".old" to the names.
+    names: returns the names of clips by their numbers, as far as they are known.
   """
 
   workdir: pathlib.Path
@@ -38,6 +39,7 @@ class Faults:
   say: Callable[[str], None]
   skipped: int = 0
   first: int = 0
+  names: Callable[[], Mapping[int, str]] = dict
 
   def __post_init__(self):
     if jax.process_index() == 0:
@@ -72,35 +74,45 @@ class Faults:
     finite = np.isfinite([values["loss"], values["grad_norm"]]).all()
     reason = f"{named}: " + (f"{sigmas:.1f} sigma above the mean" if finite else "not finite")
     clips = [int(i) for i in _on_host(whole.get("id_b", ()))]
-    shown = ", ".join(map(str, clips[:8])) + (", ..." if len(clips) > 8 else "")
-    path = self._write(step, values, reason, clips)
+    path, names = self._write(step, values, reason, clips)
+    shown = ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
+    self._write_rows(path, local)
     text = f"update of step {step} left out ({reason}); clips {shown}; see {path}"
     if burst <= self.cap:
       self.say(f"{text}; {burst} of at most {self.cap}")
       return None
-    rows = path.with_name(f"{path.stem}-rows-{jax.process_index()}.npz")
-    with atomic_path(rows) as temporary:
+    raise UserError(
+      f"{text} and its rows; that makes {burst} of at most {self.cap} (guard.cap); "
+      f"newest checkpoint: {self.newest()}",
+      exit_code=1,
+    )
+
+  def _write_rows(self, path: pathlib.Path, local: Mapping[str, np.ndarray]) -> None:
+    """Keeps the rows of this process, and those of the last `cap` updates before."""
+    end = f"-rows-{jax.process_index()}.npz"
+    with atomic_path(path.with_name(path.stem + end)) as temporary:
       arrays: dict[str, Any] = {name: np.asarray(x) for name, x in local.items()}
       for name, x in arrays.items():
         if x.dtype == "bfloat16":  # In numpy's files it would be bytes without a meaning.
           arrays[name] = x.astype(np.float32)
       np.savez(temporary, **arrays)
-    raise UserError(
-      f"{text} and {rows.name}; that makes {burst} of at most {self.cap} (guard.cap); "
-      f"newest checkpoint: {self.newest()}",
-      exit_code=1,
-    )
+    kept = sorted(path.parent.glob(f"step-*{end}"), key=lambda path: path.stat().st_mtime_ns)
+    for old in kept[: -self.cap - 1]:
+      old.unlink()
 
-  def _write(self, step, values, reason, clips) -> pathlib.Path:
-    """Writes what it takes to replay the step."""
+  def _write(self, step, values, reason, clips) -> tuple[pathlib.Path, list[str | int]]:
+    """Writes what it takes to replay the step; returns where, and the clips by name or number."""
     folder = self.workdir / FOLDER
     path = folder / f"step-{step:08d}.json"
     newest = self.newest()
     begin = newest or 0
+    known = self.names() if jax.process_index() == 0 else {}
+    names = [known.get(clip, clip) for clip in clips]
     about = {
       "step": step,
       "reason": reason,
       "clips": clips,
+      "names": names if known else None,
       "metrics": {name: str(value) for name, value in values.items()},
       "newest_checkpoint": newest,
       "replay": f"python -m launch.train --verify {shlex.quote(str(self.workdir))} "
@@ -110,7 +122,7 @@ class Faults:
     if jax.process_index() == 0:
       with atomic_path(path) as temporary:
         pathlib.Path(temporary).write_text(json.dumps(about, indent=2) + "\n")
-    return path
+    return path, names
 
 
 def reports(workdir: pathlib.Path) -> dict[int, dict[str, float]]:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -27,6 +27,8 @@ from spatialv2a_jax.training.preemption import Interrupted, StopSignal
 from spatialv2a_jax.training.profiler import Profiler
 from spatialv2a_jax.training.train_step import State
 from spatialv2a_jax.training.watchdog import Watchdog
+
+_MOST_BAD = 10_000  # Numbers of damaged records that a checkpoint keeps.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +77,12 @@ class Batch(NamedTuple):
   Attributes:
     local: the rows of this process.
     whole: the arrays of all processes, on the devices.
-    bad: damaged records that were passed over so far.
+    bad: numbers of the damaged records that were passed over so far.
   """
 
   local: Mapping[str, np.ndarray]
   whole: Mapping[str, jax.Array]
-  bad: int = 0
+  bad: Sequence[int] = ()
 
 
 class _Done(NamedTuple):
@@ -99,7 +101,7 @@ class Loop:
     workdir: of the run.
     first: step at which this process begins.
     examples: clips the run had seen before that step.
-    bad: damaged records it had passed over before that step.
+    bad: numbers of the damaged records it had passed over before that step.
     steps: of the whole run.
     batch_size: clips per step over all processes.
     every: how often things happen.
@@ -121,7 +123,7 @@ class Loop:
   workdir: pathlib.Path
   first: int
   examples: int
-  bad: int
+  bad: Sequence[int]
   steps: int
   batch_size: int
   every: Every
@@ -141,7 +143,7 @@ class Loop:
 
   def __post_init__(self):
     self._mark = (self.first, self.ledger.seconds())
-    self._bad = 0  # Of this process, since it began.
+    self._bad: Sequence[int] = ()  # Of this process, since it began.
 
   def __call__(self, state: State, step: Any, source: Iterator[Batch], evaluated: bool) -> State:
     """Trains to the last step.
@@ -263,7 +265,7 @@ class Loop:
           **self.run,
           "step": step,
           "examples": examples,
-          "bad_records": self._bad_records(),
+          "bad_records": sorted(self._bad_records())[:_MOST_BAD],
           "meter": self.meter.state(),
           "ledger": self.ledger.state(),
         },
@@ -273,9 +275,11 @@ class Loop:
     """Calls the hook; if the run is to stop meanwhile, the next process does it again."""
     if self.evaluate is None:
       return
+    before = self.ledger.seconds()["data"]
     with self.ledger.during("eval"):
       self.watchdog.step = step
       scalars = self.evaluate(state, step, self.book, self.stop)
+    self._mark[1]["data"] += self.ledger.seconds()["data"] - before  # No step waited for it.
     if scalars is not None:
       self.book.scalars(step, scalars)
     if self.stop.poll() and (scalars is None or step < self.steps):
@@ -310,9 +314,9 @@ class Loop:
     if counted is not None:
       self.meter.add(counted)
 
-  def _bad_records(self) -> int:
-    """Returns those of all processes since the run began."""
-    return self.bad + cluster.total("bad", self._bad)
+  def _bad_records(self) -> set[int]:
+    """Returns those of all processes since the run began; each counts once."""
+    return {*self.bad, *cluster.union("bad", self._bad)}
 
   def _log(self, step: int) -> None:
     """Writes a line of the log.
@@ -329,7 +333,7 @@ class Loop:
     age = self.checkpoints.age()
     values = self.meter.means() | {
       "skipped": self.faults.skipped,
-      "bad_records": self._bad_records(),
+      "bad_records": len(self._bad_records()),
       "clips_per_s": clips,
       "tokens_per_s": clips * (self.tokens_per_clip or np.nan),
       "data_wait": share,

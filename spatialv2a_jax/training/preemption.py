@@ -6,6 +6,7 @@ A machine that is about to be taken away sends SIGTERM; a person sends SIGINT (C
 import itertools
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 
 from spatialv2a_jax.training import cluster
 
+_REPEAT_SECONDS = 5.0  # A signal to a whole group comes again from the launcher within it.
 EXIT_CODE = 42  # Tells a launcher that the run was interrupted, has saved, and can go on.
 
 
@@ -42,6 +44,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 class StopSignal:
   """Context in which the first SIGTERM or SIGINT is a flag, so that no step is cut in two.
 
+  Another one ends the process at once, but for those that come within seconds of the first.
+
   The loop passes a sequence of points at which it may leave, the same in every process. One signal
   to one process is enough: all processes agree on the first point that none of them has passed.
   """
@@ -50,6 +54,7 @@ class StopSignal:
 
   def __init__(self):
     self._flag = self._told = False
+    self._asked = 0.0  # When, on the monotonic clock.
     self._passed = 0
     self._leave_at: int | None = None
     self._lock = threading.Lock()
@@ -68,10 +73,13 @@ class StopSignal:
 
   def _handle(self, number: int, frame: FrameType | None) -> None:
     del frame
-    self._flag = True
-    # A second one does what it did before; the state is not saved, and so the code is not 42.
-    before = self._old[number]
-    signal.signal(number, signal.SIG_DFL if before is _leave else before)
+    if not self._flag:
+      self._flag, self._asked = True, time.monotonic()
+    elif time.monotonic() - self._asked > _REPEAT_SECONDS:
+      # Does what it did before; the state is not saved, and so the code is not 42.
+      before = self._old[number]
+      signal.signal(number, signal.SIG_DFL if before is _leave else before)
+      signal.raise_signal(number)
 
   def __exit__(
     self,

@@ -17,6 +17,8 @@ from spatialv2a_jax.training.loop import Batch
 from spatialv2a_jax.training.train_step import Loss, State, init_state, make_train_step, overwrite
 
 Batches = Callable[..., Iterator[Mapping[str, np.ndarray]]]
+# Parts of the parameter tree, or of it and of the running statistics.
+Values = Mapping[str, Any] | tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Recipe:
   Attributes:
     batches: from the index of a batch to the iterator that begins there. A batch is a dict of
       arrays with the rows that `sharding.local_rows` gives this process; `id_b` names its clips.
-      The size of the iterator's attribute `bad`, if it has one, is logged as `bad_records`. A run
+      The iterator's attribute `bad`, if it has one, holds the numbers of damaged records; the
+      function's attribute `names`, if it has one, returns the names of clips by their ids. A run
       whose batches were of another size before also gives `offset`, the clips before batch 0.
     batch_size: clips per step over all processes.
     loss: (params, stats, batch, key) -> (value, (metrics, new stats)).
@@ -34,7 +37,7 @@ class Recipe:
     optimizer: from `optim.adamw`.
     mesh: from `sharding.make_mesh`.
     stats: running statistics to start from.
-    values: part of the parameter tree that replaces what `init` makes; called in a new run only.
+    values: parts that replace what `init` makes and `stats`; called in a new run only.
     rules: meaning of the axis names.
     ema: moving average of the parameters; None is the default one.
     seed: of parameters and noise.
@@ -52,7 +55,7 @@ class Recipe:
   optimizer: optim.Optimizer
   mesh: Mesh
   stats: Any = dataclasses.field(default_factory=dict)
-  values: Callable[[], Mapping[str, Any]] | None = None
+  values: Callable[[], Values] | None = None
   rules: sharding.Rules = dataclasses.field(default_factory=sharding.Rules)
   ema: optim.Ema | None = None
   seed: int = 0
@@ -72,7 +75,12 @@ class Recipe:
     create, abstract, layout = init_state(
       self.init, self.stats, self.optimizer, key, self.mesh, self.rules, self.ema
     )
-    return lambda: overwrite(create(), self.values() if self.values else {}), abstract, layout
+
+    def begin() -> State:
+      values = self.values() if self.values else {}
+      return overwrite(create(), *(values if isinstance(values, tuple) else (values,)))
+
+    return begin, abstract, layout
 
   def step(self, layout: State) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
     """Returns the jitted step of a state with these shardings."""
@@ -99,7 +107,7 @@ class Recipe:
     def on_devices() -> Iterator[Batch]:
       for batch in source:
         whole = sharding.global_batch(batch, self.mesh, self.rules, self.batch_size)
-        yield Batch(batch, whole, len(getattr(source, "bad", ())))
+        yield Batch(batch, whole, tuple(getattr(source, "bad", ())))
 
     return on_devices()
 

@@ -73,8 +73,8 @@ def verify(
     log: steps between lines of the log.
     dtype: coarsest type that the network computes in, a key of `TOLERANCE`.
     config: from which the recipe was made; where the run's was another one, that is told.
-    start: step of the checkpoint to begin with; 0: the beginning of the run; None: the last but
-      one, or the beginning if there is only one.
+    start: step of the checkpoint to begin with, or with the one before if it is gone; 0: the
+      beginning of the run; None: the last but one, or the beginning if there is only one.
     steps: how many to replay; None: up to the next checkpoint.
     say: prints one line per comparison.
 
@@ -85,6 +85,10 @@ def verify(
   with _open(run) as checkpoints:
     saved = [0, *checkpoints.steps()]
     start = _begin(saved) if start is None else start
+    if start < saved[-1] and start not in saved:
+      before = max(step for step in saved if step < start)
+      say(f"{run} has no checkpoint of step {start} any more: from step {before}")
+      start, steps = before, None if steps is None else steps + start - before
     if start not in saved:
       raise UserError(f"{run} has no checkpoint of step {start}, only {saved[1:]} and 0")
     rows = {row["step"]: row for row in read_metrics(run) if "loss" in row}

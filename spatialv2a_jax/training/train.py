@@ -5,6 +5,7 @@ again on the same machine, it ends with the same bits as one that was never kill
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -26,12 +27,13 @@ from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.goodput import Ledger
 from spatialv2a_jax.io import atomic_path
 from spatialv2a_jax.logbook import Logbook, read_metrics
-from spatialv2a_jax.training import averages, cluster
+from spatialv2a_jax.training import averages, cluster, optim, waiting
+from spatialv2a_jax.training import recipe as recipes
 from spatialv2a_jax.training.checkpoint import Checkpoints
 from spatialv2a_jax.training.faults import Faults
 from spatialv2a_jax.training.loop import Every, Loop
 from spatialv2a_jax.training.meter import Meter, duration
-from spatialv2a_jax.training.preemption import StopSignal
+from spatialv2a_jax.training.preemption import Interrupted, StopSignal
 from spatialv2a_jax.training.recipe import Recipe
 from spatialv2a_jax.training.train_step import State
 from spatialv2a_jax.training.watchdog import Watchdog
@@ -52,6 +54,7 @@ def fit(
   flops_per_clip: float | None = None,
   tokens_per_clip: int | None = None,
   ledger: Ledger | None = None,
+  watchdog: Watchdog | None = None,
   say: Callable[[str], None] = print,
 ) -> State:
   """Trains to `steps`, from the newest checkpoint of `workdir` if there is one.
@@ -71,6 +74,7 @@ def fit(
     flops_per_clip: of forward and backward pass, for the model FLOP utilisation.
     tokens_per_clip: for the rate of tokens.
     ledger: that of a process which began before this call.
+    watchdog: of that ledger, which then has the limits; None: one for this call alone.
     say: prints one line.
 
   Returns:
@@ -90,17 +94,25 @@ def fit(
     raise UserError(
       "every.average keeps snapshots of power-function averages: set ema.sigma_rel or ema.beside"
     )
-  cluster.see_same(workdir)
   config = json.loads(json.dumps(config))
-  create, abstract, layout = recipe.state()
   about = {"kind": kind, "config": config, "versions": versions(), "machine": machine(recipe.mesh)}
 
-  with (
-    Watchdog(ledger, workdir, limits) as watchdog,
-    Checkpoints(workdir, keep_every=every.keep or None) as checkpoints,
-    StopSignal() as stop,
-    contextlib.ExitStack() as stack,
-  ):
+  with contextlib.ExitStack() as stack:
+    watchdog = watchdog or stack.enter_context(Watchdog(ledger, workdir, limits))
+    cluster.see_same(workdir)
+    checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=every.keep or None))
+    stop = stack.enter_context(StopSignal())
+    if recipe.values is not None:
+      read, origin = recipe.values, config.get("init_from", "")
+
+      def values() -> recipes.Values:
+        found = _patient(read, ledger, stop, say)
+        if origin:
+          say(_taken(found, abstract.params, origin))
+        return found
+
+      recipe = dataclasses.replace(recipe, values=values)
+    create, abstract, layout = recipe.state()
     with ledger.during("restore"):
       state, run = _begin(checkpoints, create, abstract, about, say)
       start, rows = int(state.step), read_metrics(workdir)
@@ -123,7 +135,7 @@ def fit(
       workdir=workdir,
       first=start,
       examples=int(run.get("examples", 0)),
-      bad=int(run.get("bad_records", 0)),
+      bad=run.get("bad_records", ()),
       steps=steps,
       batch_size=recipe.batch_size,
       every=every,
@@ -132,7 +144,13 @@ def fit(
       run=about,
       meter=Meter(**run.get("meter", {})),
       faults=Faults(
-        workdir, recipe.guard.cap, checkpoints.good, say, int(state.guard.skipped), start
+        workdir,
+        recipe.guard.cap,
+        checkpoints.good,
+        say,
+        int(state.guard.skipped),
+        start,
+        getattr(recipe.batches, "names", dict),
       ),
       ledger=ledger,
       book=book,
@@ -145,6 +163,35 @@ def fit(
     )
     feed = iter(()) if start == steps else recipe.feed(loop.examples)
     return loop(state, recipe.step(layout), feed, evaluated)
+
+
+def _patient(
+  values: Callable[[], recipes.Values],
+  ledger: Ledger,
+  stop: StopSignal,
+  say: Callable[[str], None],
+) -> recipes.Values:
+  """Returns `values()`, which may read data, after a wait that heeds signals."""
+  found: recipes.Values = {}
+  with ledger.during("data"), contextlib.suppress(waiting.GivenUpError):
+    found = waiting.run(values, stop.due)
+    waiting.run(cluster.meet, stop.due)  # None goes on while another can still be asked to stop.
+  if stop.poll():
+    say("stopped at step 0 before the first step; the same command goes on from there")
+    raise Interrupted
+  return found
+
+
+def _taken(found: recipes.Values, params: Any, origin: str) -> str:
+  """Returns the line that says how much of a network comes from another; UserError if nothing."""
+  taken = set(optim.names(found[0] if isinstance(found, tuple) else found))
+  known = optim.names(params)
+  rest = [name for name in known if name not in taken]
+  if len(rest) == len(known):
+    raise UserError(f"config.init_from: nothing in {origin} is a parameter of this network")
+  some = ", ".join(rest[:5]) + (", ..." if len(rest) > 5 else "")
+  others = f", others as initialised: {some}" if rest else ""
+  return f"{len(known) - len(rest)} of {len(known)} parameters from {origin}{others}"
 
 
 def _begin(checkpoints, create, abstract, about, say) -> tuple[State, dict[str, Any]]:

@@ -103,31 +103,41 @@ def init_state(
   return create, abstract, layout
 
 
-def overwrite(state: State, values: Mapping[str, Any]) -> State:
-  """Returns the state with some parameters, and their averages, replaced.
+def overwrite(
+  state: State, values: Mapping[str, Any], stats: Mapping[str, Any] | None = None
+) -> State:
+  """Returns the state with some parameters, their averages and running statistics replaced.
 
   Args:
     state: any state.
     values: part of the parameter tree, as arrays on the host.
+    stats: likewise of the running statistics.
 
   Raises:
     UserError: naming the first parameter that is unknown or has another shape.
   """
-  flat: dict[str, Any] = traverse_util.flatten_dict(state.params, sep="/")
-  new: dict[str, Any] = traverse_util.flatten_dict(dict(values), sep="/")
-  for name, value in new.items():
-    have = flat[name].shape if name in flat else None
-    if have != np.shape(value):
-      raise UserError(f"cannot start from {name} of shape {np.shape(value)}: the model has {have}")
-    flat[name] = jax.device_put(np.asarray(value, flat[name].dtype), flat[name].sharding)
-  params = traverse_util.unflatten_dict(flat, sep="/")
+
+  def replaced(tree: Any, part: Mapping[str, Any]) -> Any:
+    flat: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")
+    new: dict[str, Any] = traverse_util.flatten_dict(dict(part), sep="/")
+    for name, value in new.items():
+      have = flat[name].shape if name in flat else None
+      if have != np.shape(value):
+        raise UserError(
+          f"cannot start from {name} of shape {np.shape(value)}: the model has {have}"
+        )
+      flat[name] = jax.device_put(np.asarray(value, flat[name].dtype), flat[name].sharding)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+  params = replaced(state.params, values)
 
   def copy(average):
     # The step donates its state, so that parameters and averages may not share a buffer.
     return jax.tree.map(lambda p, a: jax.device_put(jnp.copy(p), a.sharding), params, average)
 
   beside = tuple(copy(average) for average in state.beside)
-  return state.replace(params=params, ema=copy(state.ema), beside=beside)  # pyright: ignore
+  state = state.replace(params=params, ema=copy(state.ema), beside=beside)  # pyright: ignore
+  return state.replace(stats=replaced(state.stats, stats)) if stats else state  # pyright: ignore
 
 
 def make_train_step(

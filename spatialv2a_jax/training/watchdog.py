@@ -3,20 +3,22 @@
 Each process watches itself. The first that runs out of time tells the others, which write the
 stacks of their threads as well before all of them leave. One that stops for a fault of its own
 tells them too: they would wait for it in a collective, and then start again for nothing.
+
+Where not even this thread gets to run, as something holds the interpreter, an alarm of the system
+writes the stacks to standard error and ends the process by its signal.
 """
 
 import faulthandler
 import itertools
 import os
 import pathlib
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
-
-import jax
 
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.goodput import Ledger
@@ -25,14 +27,16 @@ from spatialv2a_jax.training import cluster, meter
 FOLDER = "stacks"  # Inside a working directory.
 # What does not move, by the phase of the ledger; the limits are in seconds, 0 is none.
 NAMES = {
+  "init": "hung start",
   "data": "data stall: no batch",
   "step": "hung step: the devices did not finish",
   "compile": "hung compilation",
   "eval": "hung evaluation",
-  "save": "hung save of a checkpoint",
+  "save": "hung save of a checkpoint or model",
   "restore": "hung restore of a checkpoint",
 }
 LIMITS = {
+  "init": 3600.0,
   "data": 1800.0,
   "step": 1800.0,
   "compile": 7200.0,
@@ -41,6 +45,7 @@ LIMITS = {
   "restore": 3600.0,
 }
 _GRACE_SECONDS = 10.0  # For the other processes to write their stacks.
+_ALARM_SECONDS = 30.0  # After the limit, for all of that.
 _FAULT_SECONDS = 2.0  # For them to stop by themselves, most often for the same reason.
 _FAULT = "stopped "  # Begins the message of a process that stops for a fault of its own.
 
@@ -75,7 +80,10 @@ class Watchdog:
     self.step = 0  # That is being done, for the message.
 
   def __enter__(self) -> "Watchdog":
-    self._rank = jax.process_index()
+    self._rank, self._count = cluster.place()
+    faulthandler.register(signal.SIGALRM, sys.__stderr__ or 2, all_threads=True, chain=True)
+    self._ledger.beat = self._set_alarm
+    self._set_alarm()
     self._watch = cluster.Watch(f"{self._prefix}/text", self._hear)
     self._thread.start()
     return self
@@ -87,6 +95,10 @@ class Watchdog:
     trace: TracebackType | None,
   ) -> None:
     self._closed.set()
+    self._thread.join()
+    self._ledger.beat = lambda: None
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    faulthandler.unregister(signal.SIGALRM)
     if self._watch is None:
       return
     if isinstance(error, Exception) and not cluster.lost(error):
@@ -94,6 +106,10 @@ class Watchdog:
       self._watch.close(f"{_FAULT}{code} process {self._rank} on {socket.gethostname()}")
     else:
       self._watch.close()
+
+  def _set_alarm(self) -> None:
+    limit = self._limits.get(self._ledger.phase, 0.0)
+    signal.setitimer(signal.ITIMER_REAL, limit + _ALARM_SECONDS if limit else 0.0)
 
   def _hear(self, text: str) -> None:
     """Leaves because another process does."""
@@ -110,7 +126,8 @@ class Watchdog:
     while not self._closed.wait(min(1.0, shortest / 4)):
       phase, since = self._ledger.phase, self._ledger.since
       limit = self._limits.get(phase, 0.0)
-      if limit and (waited := time.monotonic() - since) > limit:
+      waited = time.monotonic() - since
+      if limit and waited > limit:
         what = f"{NAMES[phase]} for {meter.duration(waited)} at step {self.step}"
         where = f"process {self._rank} on {socket.gethostname()}"
         self._end(f"{what} ({where}; limits.{phase}={limit:g})", first=True)
@@ -143,7 +160,7 @@ class Watchdog:
         self._watch.tell(text)
       store.key_value_set(f"{self._prefix}/written/{self._rank}", "", allow_overwrite=True)
       end = time.monotonic() + _GRACE_SECONDS
-      for rank in range(jax.process_count()):
+      for rank in range(self._count):
         left = max(100, round(1000 * (end - time.monotonic())))
         store.blocking_key_value_get(f"{self._prefix}/written/{rank}", left)
     except RuntimeError:

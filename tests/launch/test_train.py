@@ -67,6 +67,12 @@ def _doc(name):
   return " ".join((ROOT / "configs" / f"{name}.py").read_text().split())
 
 
+def test_a_working_directory_in_a_bucket_is_refused():
+  """It would be a folder of that name here."""
+  with pytest.raises(UserError, match="--workdir gs://bucket/run is no folder: mount the bucket"):
+    parse(f"--config={ROOT}/configs/tiny.py:smoke", workdir="gs://bucket/run")
+
+
 @pytest.mark.parametrize(
   "name, variant, ours",
   [

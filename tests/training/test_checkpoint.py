@@ -1,6 +1,9 @@
 import functools
 import json
+import os
 import pathlib
+import re
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -128,14 +131,27 @@ def test_several_processes_set_aside_one_checkpoint_and_no_more_before_the_next(
   assert (folder / "2").is_dir()
 
 
-def test_a_save_under_way_is_not_yet_good(tmp_path):
+def test_a_save_under_way_is_not_yet_good(tmp_path, monkeypatch):
+  """The step goes on before the folder is complete, and the folder appears as a whole."""
   create, _ = state_on(8, 1, 1)
+  go, rename = threading.Event(), os.rename
+
+  def wait(old, new):
+    if pathlib.Path(new) == tmp_path / "checkpoints" / "1":
+      assert go.wait(60)
+    rename(old, new)
+
+  monkeypatch.setattr(os, "rename", wait)
   with checkpoint.Checkpoints(tmp_path) as manager:
     assert manager.good() is None
+    threading.Timer(30, go.set).start()  # Else a save that waits would do so for ever.
     manager.save(1, create(), RUN)
-    assert manager.latest() == 1 and manager.good() is None
+    manager.check()
+    assert manager.latest() == 1 and manager.good() is None and not go.is_set()
+    assert not (tmp_path / "checkpoints" / "1").exists()
+    go.set()
     manager.wait()
-    assert manager.good() == 1
+    assert manager.good() == 1 and (tmp_path / "checkpoints" / "1" / "state").is_dir()
 
 
 def test_another_model_is_refused_by_name(tmp_path):
@@ -145,6 +161,51 @@ def test_another_model_is_refused_by_name(tmp_path):
   with pytest.raises(UserError, match="up/(bias|kernel) has shape .* use another --workdir"):
     checkpoint.Checkpoints(tmp_path).restore(abstract.replace(params=params))
   assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_another_optimiser_is_refused_by_name_and_nothing_is_moved(tmp_path):
+  """A good checkpoint that does not fit is no damaged one."""
+  _, abstract = saved(tmp_path, steps=(1, 2))
+  mesh, shapes = sharding.make_mesh(2, 2, 2), jax.eval_shape(toy.toy_init, jax.random.key(0))
+  adam = optim.adamw(optim.Config(), shapes)
+  before = sorted(tmp_path.rglob("*"))
+  for optimizer, name in (
+    (toy.SGD, "opt/inner_states/trained/inner_state/1/count has shape () there, none here"),
+    (adam, "opt/inner_states/trained/inner_state/1/mu/null/text has shape none there, (8,) here"),
+  ):
+    _, other, _ = train_step.init_state(
+      toy.toy_init, {"mean": jnp.arange(8.0)}, optimizer, jax.random.key(0), mesh, toy.RULES
+    )
+    with pytest.raises(UserError, match=re.escape(name)) as stop:
+      checkpoint.Checkpoints(tmp_path).restore(other)
+    assert stop.value.exit_code == 2 and "leave optim (such as optim.freeze)" in str(stop.value)
+  stats = {"mean": jax.ShapeDtypeStruct((9,), jnp.float32)}
+  with pytest.raises(UserError, match="another model: stats/mean has shape"):
+    checkpoint.Checkpoints(tmp_path).restore(abstract.replace(stats=stats))
+  assert sorted(tmp_path.rglob("*")) == before
+  assert checkpoint.Checkpoints(tmp_path).restore(abstract)
+
+
+def test_the_age_is_that_of_the_last_save_that_is_complete(tmp_path, monkeypatch):
+  """Also while they run back to back, and a new one begins before anybody asked for the last."""
+  create, _ = state_on(8, 1, 1)
+  now = 1000.0
+  monkeypatch.setattr(checkpoint.time, "time", lambda: now)
+  with checkpoint.Checkpoints(tmp_path) as manager:
+    manager.save(1, create(), RUN)
+    now += 10
+    manager.save(2, create(), RUN)
+    assert manager.good() in (1, 2)
+    now += 20
+    manager.save(3, create(), RUN)
+    assert manager.good() in (2, 3)
+    manager.wait()
+    assert manager.good() == 3 and manager.age() == 0
+    now += 7
+    assert manager.age() == 7
+    manager.save(4, create(), RUN)
+    manager.wait()
+    assert manager.age() == 0
 
 
 def test_missing_checkpoints_are_one_line(tmp_path):

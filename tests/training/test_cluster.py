@@ -49,7 +49,7 @@ def test_all_come(port):
   assert codes == [0, 0, 0] and lines[1] == "3 processes, 3 x cpu"
 
 
-TOTAL = """
+UNION = """
 import sys, time
 import jax
 from spatialv2a_jax.training import cluster
@@ -59,7 +59,7 @@ print("preemption:", jax.config.jax_enable_preemption_service)
 store = cluster.client()
 if index == 0:
   store.blocking_key_value_get("told", 60_000)
-print("total:", cluster.total("bad", index + 2), cluster.most("wait", index + 0.5))
+print("all:", sorted(cluster.union("bad", [7, index])), cluster.most("wait", index + 0.5))
 if index == 1:
   store.key_value_set("told", "")
 for path in (folder, folder + str(index)):
@@ -76,7 +76,7 @@ def test_processes_count_together_and_know_whether_they_share_a_disk(port, tmp_p
   folder = str(tmp_path / "run")
   started = [
     subprocess.Popen(
-      [sys.executable, "-c", TOTAL, f"localhost:{port}", str(i), folder],
+      [sys.executable, "-c", UNION, f"localhost:{port}", str(i), folder],
       env=runner.environment(),
       stdout=subprocess.PIPE,
       text=True,
@@ -85,7 +85,7 @@ def test_processes_count_together_and_know_whether_they_share_a_disk(port, tmp_p
   ]
   out = [process.communicate(timeout=60)[0].splitlines()[-4:] for process in started]
   assert [lines[0] for lines in out] == ["preemption: False"] * 2
-  assert [lines[1] for lines in out] == ["total: 5 1.5", "total: 3 1.5"]
+  assert [lines[1] for lines in out] == ["all: [0, 1, 7] 1.5", "all: [1, 7] 1.5"]
   assert [lines[2] for lines in out] == ["all see it"] * 2
   for i, lines in enumerate(out):
     assert lines[3].startswith(f"{folder}{i} must lie on a disk that all processes share; ")

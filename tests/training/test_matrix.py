@@ -100,9 +100,9 @@ def result(workdir):
     for x in logbook.read_metrics(workdir)
     if "loss" in x
   }
-  params, stats, _ = checkpoint.load_params(workdir, "params")
-  ema, _, _ = checkpoint.load_params(workdir, "ema")
-  bits = [np.asarray(x).tobytes() for x in jax.tree.leaves((params, ema, stats))]
+  bits = {name: x.tobytes() for name, x in checkpoint.whole(workdir).items()}
+  parts = {name.split("/")[0] for name in bits}
+  assert {"step", "params", "ema", "opt", "guard"} <= parts
   return curve, bits
 
 
@@ -209,4 +209,15 @@ def test_a_change_of_the_mesh_in_the_middle_changes_neither_curve_nor_clips(tmp_
   for shape, steps in zip(shapes, (4, 8, 12, 15, 18, 22), strict=True):
     fit(tmp_path / "many", folder, shape, steps, seen)
   np.testing.assert_allclose(curve(tmp_path / "many"), expected, rtol=1e-5)
+  assert seen == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 1, 1)])
+def test_a_run_on_eight_devices_goes_on_at_once_on_two_or_one(tmp_path, folder, shape):
+  whole, seen = [], []
+  fit(tmp_path / "one", folder, (1, 1, 1), 8, whole)
+  fit(tmp_path / "two", folder, (2, 2, 2), 4, seen)
+  fit(tmp_path / "two", folder, shape, 8, seen)
+  np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-5)
   assert seen == whole

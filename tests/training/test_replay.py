@@ -225,9 +225,16 @@ def test_the_config_of_a_run_is_read_before_devices_start(finished, tmp_path):
   assert "config.every: " in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_replay_begins_before_a_checkpoint_that_is_gone(finished, monkeypatch):
+  """The reports of updates that were left out name one that may be kept no longer."""
+  agreed, told = verify(finished, monkeypatch, start=5, steps=1)
+  assert agreed and "has no checkpoint of step 5 any more: from step 3" in told
+  assert "replaying steps 4 to 6 of" in told
+
+
 def test_what_cannot_be_replayed_is_one_line(finished, monkeypatch, tmp_path):
-  with pytest.raises(UserError, match="has no checkpoint of step 4, only"):
-    verify(finished, monkeypatch, start=4)
+  with pytest.raises(UserError, match="has no checkpoint of step 12, only"):
+    verify(finished, monkeypatch, start=12)
   with pytest.raises(UserError, match="nothing was logged or saved after step 11"):
     verify(finished, monkeypatch, start=11)
   with pytest.raises(UserError, match="no line of the log and no checkpoint between steps 11 and"):

@@ -322,6 +322,30 @@ def test_given_values_replace_parameters_of_a_new_run_only(tmp_path):
     fit(tmp_path / "typo", values=lambda: {"null": {"test": np.zeros(8)}})
 
 
+def test_a_run_that_begins_with_part_of_another_says_which_and_takes_its_statistics(tmp_path):
+  up, mean = {"bias": np.full(16, 2.0, np.float32)}, np.full(8, 3.0, np.float32)
+  given: dict = {"config": {"init_from": "DIR"}, "optimizer": optim.Optimizer(optax.set_to_zero())}
+  told, seen = [], []
+
+  def evaluate(state, step, book, leave):
+    seen.append(jax.device_get((state.params["up"]["bias"], state.stats["mean"])))
+    return {}
+
+  def values():
+    return {"up": up}, {"mean": mean}
+
+  every = train.Every(log=1, eval=1)
+  fit(
+    tmp_path / "a", steps=1, values=values, say=told.append, every=every, evaluate=evaluate, **given
+  )
+  others = "down/kernel, null/text, up/kernel"
+  assert f"1 of 4 parameters from DIR, others as initialised: {others}" in told
+  np.testing.assert_array_equal(seen[0][0], up["bias"])
+  np.testing.assert_allclose(seen[0][1], 0.9 * mean + 0.1 * toy.toy_batch(0)["x_bw"].mean(0), 1e-5)
+  with pytest.raises(UserError, match="init_from: nothing in DIR is a parameter of this network"):
+    fit(tmp_path / "b", steps=1, values=dict, **given)
+
+
 def test_impossible_batches_are_refused_before_anything_is_built(tmp_path):
   with pytest.raises(UserError, match="use a multiple of 4"):
     fit(tmp_path, shape=(2, 2, 2), batch_size=6)
