@@ -256,6 +256,7 @@ def main(options: Options) -> int:
     "steps": options.steps,
     "every": {name: getattr(options, name) for name in ("log", "eval", "checkpoint", "keep")},
     "limits": options.limits,
+    "optim": {"lr": 1e-2, "warmup": 2},
   }
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(launcher.tasks, "mesh_of", lambda _: made.mesh)
