@@ -61,7 +61,7 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
   c.deterministic = False  # True: two runs on GPUs are equal bit for bit, at some cost in speed.
   # Seconds after which what does not move ends with exit code 43; 0: never.
   c.limits = dict(
-    data=1800.0, step=1800.0, compile=7200.0, eval=7200.0, save=3600.0, restore=3600.0
+    init=3600.0, data=1800.0, step=1800.0, compile=7200.0, eval=7200.0, save=3600.0, restore=3600.0
   )
 
   if variant == "smoke":
