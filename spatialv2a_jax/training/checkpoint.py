@@ -20,8 +20,47 @@ from spatialv2a_jax.model_folder import Path
 from spatialv2a_jax.training import cluster
 from spatialv2a_jax.training.optim import names
 
+_POLL_SECONDS = 0.02
 _FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota exceeded")
 _DAMAGED = "damaged-"  # Begins the name of a checkpoint that was set aside, before its step.
+
+
+class _Future:
+  """Notes why its work failed, for its own process.
+
+  Where there are several, Orbax tells nobody before all of them have done their part.
+  """
+
+  def __init__(self, future: Any, failures: list[BaseException]):
+    self._future, self._failures = future, failures
+
+  def result(self, timeout: float | None = None) -> Any:
+    with _noting(self._failures):
+      return self._future.result(timeout=timeout)
+
+
+@contextlib.contextmanager
+def _noting(failures: list[BaseException]) -> Iterator[None]:
+  try:
+    yield
+  except BaseException as error:
+    failures.append(error)
+    raise
+
+
+def _noted(handler: Any, failures: list[BaseException]) -> Any:
+  """Returns a handler of Orbax which notes why a part of a save failed."""
+  save, finalize = handler.async_save, handler.finalize
+
+  async def async_save(*arguments: Any, **more: Any) -> list[_Future]:
+    return [_Future(x, failures) for x in await save(*arguments, **more) or ()]
+
+  def noting_finalize(*arguments: Any, **more: Any) -> None:
+    with _noting(failures):
+      finalize(*arguments, **more)
+
+  handler.async_save, handler.finalize = async_save, noting_finalize
+  return handler
 
 
 class Checkpoints:
@@ -51,7 +90,11 @@ class Checkpoints:
       more = {"max_to_keep": keep, "keep_period": keep_every, "cleanup_tmp_directories": True}
     # Process 0 says which checkpoints there are: others may see an old state of a shared disk.
     options = ocp.CheckpointManagerOptions(single_host_load_and_broadcast=True, **more)
-    handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+    self._failures: list[BaseException] = []  # Of saves in the background.
+    handlers = {
+      "state": _noted(ocp.StandardCheckpointHandler(), self._failures),
+      "run": _noted(ocp.JsonCheckpointHandler(), self._failures),
+    }
     self._manager = ocp.CheckpointManager(
       self.folder, options=options, item_names=tuple(handlers), item_handlers=handlers
     )
@@ -73,6 +116,9 @@ class Checkpoints:
 
   def check(self) -> None:
     """Raises the error of a save that failed in the background (exit code 1)."""
+    if self._failures:
+      with self._loud():
+        raise self._failures[0]
     if self._saving and not self._manager.is_saving_in_progress():
       with self._loud():
         self._manager.wait_until_finished()  # Raises what its thread met with.
@@ -240,8 +286,8 @@ class Checkpoints:
     Raises:
       UserError: if it could not be written (exit code 1).
     """
-    with self._loud():
-      self._manager.wait_until_finished()
+    while self._saving and self._manager.is_saving_in_progress() and not self._failures:
+      time.sleep(_POLL_SECONDS)
     self.check()
 
   def close(self) -> None:
@@ -255,7 +301,8 @@ class Checkpoints:
   def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
     if error is None:
       self.close()
-    elif not cluster.lost(error):  # A save would wait for the process that is gone.
+    elif not cluster.lost(error) and not self._failures:
+      # Else a save would wait for the process that is gone, or is to hear of this one's fault.
       with contextlib.suppress(Exception):  # The first error is the one to tell.
         self.close()
 

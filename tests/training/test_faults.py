@@ -97,7 +97,7 @@ def test_a_spike_is_left_out_told_and_counted_and_the_run_goes_on(tmp_path):
 def test_a_damaged_record_is_named_passed_over_and_counted_once(tmp_path):
   path = loader_shards.build(tmp_path / "shards")[1]
   loader_shards.damage(path, 2)
-  options = {"shards": str(tmp_path / "shards")}
+  options: dict = {"shards": str(tmp_path / "shards")}
   _, err = run(tmp_path / "run", **options)
   assert f"skipped a damaged record, 1 so far: {path}: record 2" in err
   _, err = run(tmp_path / "run", steps=16, **options)
