@@ -305,14 +305,12 @@ class Source:
   ) -> Iterator[dict[str, np.ndarray]]:
     """Returns the batches of a folder of shards, or synthetic ones: the rows of this process."""
     size = self.config["data"]["batch_size"]
-    first, last = (0, size) if whole else sharding.local_rows(self.mesh, self.rules, size)
-    rows = last - first
+    rows = (0, size) if whole else sharding.local_rows(self.mesh, self.rules, size)
     if path == SYNTHETIC:
-      return self._noise(options.get("start_step", 0), first, last, size)
+      return self._noise(options.get("start_step", 0), *rows, size)
     if not path:
       raise UserError("config.data.path is empty: give the folder of the shards to train on")
-    place = {"host": first // rows, "hosts": size // rows}
-    return self._load(path, batch_size=size, seed=seed, **place, **options)
+    return self._load(path, batch_size=size, seed=seed, rows=rows, **options)
 
   def _load(self, path: str, **options: Any) -> Iterator[dict[str, np.ndarray]]:
     found = shards.paths(*place_of(path))
