@@ -156,9 +156,9 @@ def parameters(params: Any) -> dict[str, int]:
   return counts | {"total": sum(counts.values())}
 
 
-def zero_whole(opt: Any, mesh: Mesh, axes: str | Sequence[str] | None) -> float:
+def zero_whole(opt: Any, mesh: Mesh, axes: sharding.Axes) -> float:
   """Returns the share of the optimiser's bytes that `rules.zero` does not split, 0 without it."""
-  wanted = {axis for axis in ([axes] if isinstance(axes, str) else axes or ()) if axis}
+  wanted = set(sharding.mesh_axes(axes))
   if not any(mesh.shape[axis] > 1 for axis in wanted):
     return 0.0
   whole = total = 0

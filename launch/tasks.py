@@ -85,10 +85,10 @@ def recipe(config: Config, mesh: Mesh) -> tuple[Task, Recipe]:
   Raises:
     UserError: as `build`, or if a section is wrong, or batch or parameters do not fit the mesh.
   """
-  axes = {name: axes or None for name, axes in config["rules"].items()}
-  rules = checked(sharding.Rules, "rules", axes)
+  rules = checked(sharding.Rules, "rules", config["rules"])
   task = build(config, mesh, rules)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
+  sharding.shardings(shapes, mesh, rules)  # Mistakes are told before anything is built.
   return task, Recipe(
     batches=task.batches,
     batch_size=config["data"]["batch_size"],

@@ -42,7 +42,7 @@ class Recipe:
     guard: which updates are left out, and when there are too many of them.
 
   Raises:
-    UserError: if the batch does not divide by the devices or by `accumulate`.
+    UserError: if the batch does not divide by the devices, or its parts by `accumulate` do not.
   """
 
   batches: Batches
@@ -61,9 +61,12 @@ class Recipe:
 
   def __post_init__(self):
     sharding.local_rows(self.mesh, self.rules, self.batch_size)
-    if self.accumulate < 1 or self.batch_size % self.accumulate:
+    parts = sharding.batch_parts(self.mesh, self.rules)
+    # Otherwise the rows of each part would move between devices.
+    if self.accumulate < 1 or self.batch_size % (self.accumulate * parts):
       raise UserError(
-        f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}"
+        f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate} x {parts} "
+        "devices that split the batch; each part must give every device the same number of clips"
       )
 
   def state(self) -> tuple[Callable[[], State], Any, State]:
