@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from launch.listen import Listener
-from spatialv2a_jax import sharding
+from spatialv2a_jax import goodput, sharding
 from spatialv2a_jax.logbook import Logbook
 from spatialv2a_jax.training import preemption, train_step, waiting
 
@@ -30,6 +30,7 @@ class Evaluation:
   source: Any  # `tasks.Source`.
   listener: Listener | None = None
   step: Callable[..., Any] | None = None
+  ledger: goodput.Ledger = dataclasses.field(default_factory=goodput.Ledger)  # Of the run.
 
   def __call__(
     self, state: train_step.State, step: int, book: Logbook, leave: preemption.StopSignal
@@ -74,7 +75,8 @@ class Evaluation:
         rules=self.rules,
         layout=_averages(jax.tree.map(lambda x: x.sharding, state)),
       )
-      self.step = waiting.run(lambda: step.lower(state.ema, state.stats, batch).compile(), leave)
+      with self.ledger.during("compile"):
+        self.step = waiting.run(lambda: step.lower(state.ema, state.stats, batch).compile(), leave)
     return self.step  # pyright: ignore[reportReturnType]
 
 

@@ -53,7 +53,7 @@ class Task(NamedTuple):
   loss: train_step.Loss
   values: Callable[[], Mapping[str, Any]]
   batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
-  evaluate: Callable[..., Mapping[str, float] | None] | None
+  evaluate: Evaluation | None
   export: Callable[[pathlib.Path, train_step.State], None]
   row: Callable[[], Mapping[str, np.ndarray]]
   flops: Callable[[], float | None] = lambda: None

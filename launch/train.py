@@ -36,6 +36,7 @@ After 42, 43 and death by a signal, which is also how JAX ends processes that lo
 it again.
 """
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -145,6 +146,8 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
     span = {"start": arguments.start, "steps": arguments.steps}
     agreed = replay.verify(workdir, recipe, log=every.log, config=config, **span, say=_say)
     return 0 if agreed else 1
+  ledger = ledger or goodput.Ledger()
+  evaluate = task.evaluate and dataclasses.replace(task.evaluate, ledger=ledger)
   state = train.fit(
     workdir,
     recipe,
@@ -153,7 +156,7 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
     steps=config["steps"],
     every=every,
     limits=config.get("limits"),
-    evaluate=task.evaluate,
+    evaluate=evaluate,
     flops_per_clip=task.flops() if meter.peak_flops() else None,
     tokens_per_clip=task.tokens,
     ledger=ledger,

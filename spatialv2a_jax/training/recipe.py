@@ -70,12 +70,13 @@ class Recipe:
       )
 
   def state(self) -> tuple[Callable[[], State], Any, State]:
-    """Returns what makes the state before the first step, its shapes and its shardings."""
+    """Returns what makes the state that `begin` takes, its shapes and its shardings."""
     key = _stream(self.seed, "init")
-    create, abstract, layout = init_state(
-      self.init, self.stats, self.optimizer, key, self.mesh, self.rules, self.ema
-    )
-    return lambda: overwrite(create(), self.values() if self.values else {}), abstract, layout
+    return init_state(self.init, self.stats, self.optimizer, key, self.mesh, self.rules, self.ema)
+
+  def begin(self, state: State) -> State:
+    """Returns the state before the first step: a new one with `values` in it."""
+    return overwrite(state, self.values() if self.values else {})
 
   def step(self, layout: State) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
     """Returns the jitted step of a state with these shardings."""

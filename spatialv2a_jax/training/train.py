@@ -89,6 +89,12 @@ def fit(
   cluster.see_same(workdir)
   config = json.loads(json.dumps(config))
   create, abstract, layout = recipe.state()
+
+  def new() -> State:
+    with ledger.during("compile"):  # Which is what creating takes.
+      state = create()
+    return recipe.begin(state)
+
   about = {"kind": kind, "config": config, "versions": versions(), "machine": machine(recipe.mesh)}
 
   with (
@@ -98,7 +104,7 @@ def fit(
     contextlib.ExitStack() as stack,
   ):
     with ledger.during("restore"):
-      state, run = _begin(checkpoints, create, abstract, about, say)
+      state, run = _begin(checkpoints, new, abstract, about, say)
       start, rows = int(state.step), read_metrics(workdir)
       evaluated = _agreed(start, _evaluated(rows, start), workdir)
     ledger.resume(run.get("ledger"), rows)

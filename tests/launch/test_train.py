@@ -264,6 +264,35 @@ def test_a_stop_is_heeded_while_the_evaluation_is_compiled(monkeypatch):
   assert time.monotonic() - began < 3
 
 
+def test_the_evaluation_is_compiled_in_a_stage_of_its_own(monkeypatch, tmp_path):
+  class Step:
+    def lower(self, *_):
+      time.sleep(0.3)
+      return self
+
+    def compile(self):
+      return lambda *_: {"loss": 1.0, "clips": 2.0}
+
+  class Stop:
+    due = poll = staticmethod(lambda: False)
+
+  class FittedError(Exception):
+    pass
+
+  def fit(*_, evaluate, ledger, **__):
+    ledger.enter("eval")
+    for _ in range(2):
+      evaluate(train_step.State({}, {}, {}, {}, {}, {}), 1, None, Stop())
+    assert ledger.phase == "eval" and ledger.seconds()["compile"] >= 0.3
+    raise FittedError
+
+  monkeypatch.setattr(train_step, "make_eval_step", lambda *_, **__: Step())
+  monkeypatch.setattr(train.train, "fit", fit)
+  config = config_of("tiny", "smoke")
+  with pytest.raises(FittedError):
+    train.run(train.Arguments(config, str(tmp_path / "run")))
+
+
 @pytest.mark.parametrize("name, count", [("tiny", 4), ("vae_tiny", 1)])
 def test_a_loss_takes_a_batch_as_records_hold_it(name, count):
   config = config_of(name, "smoke", **{"data.path": "synthetic", "data.batch_size": 2})
