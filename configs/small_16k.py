@@ -30,7 +30,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
   # Passed as they are to `flow_net.Config`, `features.Config` and `flow.LossConfig`.
   c.model = dict(
     width=448, heads=7, joint_depth=6, ear_depth=12, remat="convolutions",
-    dtype="bfloat16", activations="bfloat16", gemm=False, attention="xla",
+    dtype="bfloat16", activations="bfloat16", gemm=False, attention="auto",
   )  # fmt: skip
   c.features = dict(
     encoder="mmaudio",

@@ -22,7 +22,7 @@ from launch.evaluation import gather as gather
 from launch.listen import Listener
 from spatialv2a_jax import codec, features, flow, model_folder, schema, sharding
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.models import flow_net
+from spatialv2a_jax.models import attention, flow_net
 from spatialv2a_jax.training import guard, optim, train_step
 from spatialv2a_jax.training.recipe import Recipe
 
@@ -119,9 +119,14 @@ def flow_config(config: Config) -> flow_net.Config:
 def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   """The two-ear flow model on stored latents and features."""
   audio, sizes = schema.AUDIO[config["audio"]], flow_config(config)
-  # By the devices of the mesh, which need not be those of this machine.
-  unroll = mesh.devices.flat[0].platform == "cpu" if sizes.unroll is None else sizes.unroll
-  net = flow_net.build(dataclasses.replace(sizes, unroll=unroll), sharding.constrainer(mesh, rules))
+  device = mesh.devices.flat[0]  # Need not be one of this machine.
+  about = (sizes.attention, device, sizes.dtype, sizes.width // sizes.heads)
+  if sizes.attention == "cudnn" and not attention.is_fused(*about):
+    raise UserError(
+      "config.model.attention=cudnn is for dtype=bfloat16, heads of at most 128 in multiples of 8, "
+      f"NVIDIA GPUs since Ampere; this mesh is of {device.device_kind}: use auto"
+    )
+  net = flow_net.build(sizes, sharding.constrainer(mesh, rules), device=device)
   objective = checked(flow.LossConfig, "loss", config["loss"])
   encoders = checked(features.Config, "features", config["features"])
   shapes = schema.feature_shapes(
