@@ -40,7 +40,7 @@ def measure(config: dict[str, Any], devices: int) -> tuple[float, float]:
   predicted = devices * estimate.memory_of(compiled)["peak"]
 
   mesh = jax.tree.leaves(program.state)[0].sharding.mesh
-  rules = sharding.Rules(**{name: axes or None for name, axes in config["rules"].items()})
+  rules = sharding.Rules(**config["rules"])
   rows = NamedSharding(mesh, rules.spec("act_batch"))
   layout = jax.tree.map(lambda x: x.sharding, program.state), dict.fromkeys(program.batch, rows)
 

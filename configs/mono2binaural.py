@@ -64,9 +64,13 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
   c.ema = dict(decay=0.99, sigma_rel=config_dict.placeholder(float), beside=())
   c.accumulate = 1
 
-  # `-1` takes what is left; `rules` are fields of `sharding.Rules` ("": not split).
+  # `-1` takes what is left; `rules` are fields of `sharding.Rules`: the mesh axes that
+  # split each kind of axis ("": none, "data+fsdp": both).
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
-  c.rules = dict(width="fsdp", heads="tensor", ffn="tensor")
+  c.rules = dict(
+    act_batch="data+fsdp", act_time="", act_width="", ear="", layers="", width="fsdp",
+    heads="tensor", head_dim="", ffn="tensor", mod="", latent="", vocab="", zero="",
+  )  # fmt: skip
   c.every = dict(log=25, eval=0, checkpoint=500, keep=0, average=0, profile=(0, 0))
 
   # Updates that are not finite are left out; more than `cap` of them stop the run.

@@ -30,7 +30,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
   # Passed as they are to `flow_net.Config`, `features.Config` and `flow.LossConfig`.
   c.model = dict(
     width=448, heads=7, joint_depth=6, ear_depth=12, remat="convolutions",
-    dtype="bfloat16", activations="bfloat16", gemm=False, attention="xla",
+    dtype="bfloat16", activations="bfloat16", gemm=False, attention="auto",
   )  # fmt: skip
   c.features = dict(
     encoder="mmaudio",
@@ -87,11 +87,15 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
   c.ema = dict(decay=0.9999, sigma_rel=0.05, beside=(0.1,))
   c.accumulate = 1
 
-  # `-1` takes what is left; `rules` are fields of `sharding.Rules` ("": not split).
+  # `-1` takes what is left; `rules` are fields of `sharding.Rules`: the mesh axes that
+  # split each kind of axis ("": none, "data+fsdp": both).
   # `zero`: optimiser and averages split over these mesh axes (ZeRO-1).
   # 7 heads split over 1 or 7 devices only: prefer `fsdp`.
   c.mesh = dict(data=-1, fsdp=1, tensor=1)
-  c.rules = dict(width="fsdp", heads="tensor", ffn="tensor", zero="data")
+  c.rules = dict(
+    act_batch="data+fsdp", act_time="", act_width="", ear="", layers="", width="fsdp",
+    heads="tensor", head_dim="", ffn="tensor", mod="", latent="", vocab="", zero="data",
+  )  # fmt: skip
   c.every = dict(log=50, eval=5_000, checkpoint=1_000, keep=50_000, average=5_000, profile=(0, 0))
 
   # Updates that are not finite, or spike, are left out; more than `cap` of them stop the run.

@@ -195,8 +195,7 @@ def loader(
   shapes: Mapping[str, tuple[int, ...]] | None = None,
   start_step: int = 0,
   offset: int = 0,
-  host: int = 0,
-  hosts: int = 1,
+  rows: tuple[int, int] | None = None,
   workers: int = 0,
   threads: int = 1,
   epochs: int | None = None,
@@ -218,8 +217,8 @@ def loader(
       Fields of `schema.MIRROR_AXES` are read if they are among them.
     start_step: first step to deliver.
     offset: clips of the order that come before step 0, such as those of smaller batches.
-    host: which rows of each batch: [host, host + 1) * batch_size / hosts.
-    hosts: number of hosts.
+    rows: first and last + 1 of this host's rows of each batch, as from `sharding.local_rows`; None:
+      all. Hosts with different numbers of devices have different numbers of rows.
     workers: reading processes; 0 reads in threads of this one, which is faster unless parsing
       dominates. Their number changes no batch.
     threads: batches read at a time, in each process. More than one pay where making a batch leaves
@@ -234,8 +233,9 @@ def loader(
     UserError: shards that are missing, cut short, empty or of another layout; a bad argument; and,
       while iterating, records that contradict their layout or too many damaged ones.
   """
-  if hosts < 1 or batch_size < 1 or batch_size % hosts or not 0 <= host < hosts:
-    raise UserError(f"batch_size {batch_size} must be a multiple of {hosts} hosts, host {host}")
+  first, last = (0, batch_size) if rows is None else rows
+  if not 0 <= first < last <= batch_size:
+    raise UserError(f"rows {first} to {last} are none of a batch of batch_size {batch_size}")
   if mirror and seed is None:
     raise UserError("mirror needs a seed")
   source = tfrecord.TFRecordSource(paths)
@@ -254,7 +254,6 @@ def loader(
   more = {field: name for field, name in schema.MIRROR_AXES.items() if field in shapes}
   fields = {**KINDS[kind], **more}
   _check_layouts(folders, layouts, tables, {field: shapes.get(field) for field in fields}, mirror)
-  rows = batch_size // hosts
   total = None if epochs is None else epochs * len(source)
   max_bad = max(5, len(source) // 100) if max_bad is None else max_bad
   order = grain.MapDataset.range(len(source))
@@ -269,8 +268,8 @@ def loader(
     dtypes=_dtypes(fields, layouts, tables, mirror),
     seed=seed or 0,
     batch_size=batch_size,
-    first=host * rows,
-    last=(host + 1) * rows,
+    first=first,
+    last=last,
     total=total,
     mirror=mirror,
     max_bad=max_bad,

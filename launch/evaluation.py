@@ -91,7 +91,8 @@ class Evaluation:
         rules=self.rules,
         layout=_averages(jax.tree.map(lambda x: x.sharding, state)),
       )
-      self.step = waiting.run(lambda: step.lower(state.ema, state.stats, batch).compile(), leave)
+      with self.ledger.during("compile"):
+        self.step = waiting.run(lambda: step.lower(state.ema, state.stats, batch).compile(), leave)
     return self.step  # pyright: ignore[reportReturnType]
 
 

@@ -22,7 +22,7 @@ from launch.evaluation import gather as gather
 from launch.listen import Listener
 from spatialv2a_jax import codec, features, flow, model_folder, schema, sharding
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.models import flow_net
+from spatialv2a_jax.models import attention, flow_net
 from spatialv2a_jax.training import guard, optim, train_step
 from spatialv2a_jax.training.recipe import Recipe, Values
 
@@ -53,7 +53,7 @@ class Task(NamedTuple):
   loss: train_step.Loss
   values: Callable[[], Values]
   batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
-  evaluate: Callable[..., Mapping[str, float] | None] | None
+  evaluate: Evaluation | None
   export: Callable[[pathlib.Path, train_step.State], None]
   row: Callable[[], Mapping[str, np.ndarray]]
   flops: Callable[[], float | None] = lambda: None
@@ -85,10 +85,10 @@ def recipe(config: Config, mesh: Mesh) -> tuple[Task, Recipe]:
   Raises:
     UserError: as `build`, or if a section is wrong, or batch or parameters do not fit the mesh.
   """
-  axes = {name: axes or None for name, axes in config["rules"].items()}
-  rules = checked(sharding.Rules, "rules", axes)
+  rules = checked(sharding.Rules, "rules", config["rules"])
   task = build(config, mesh, rules)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
+  sharding.shardings(shapes, mesh, rules)  # Mistakes are told before anything is built.
   return task, Recipe(
     batches=task.batches,
     batch_size=config["data"]["batch_size"],
@@ -124,9 +124,14 @@ def flow_config(config: Config) -> flow_net.Config:
 def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   """The two-ear flow model on stored latents and features."""
   audio, sizes = schema.AUDIO[config["audio"]], flow_config(config)
-  # By the devices of the mesh, which need not be those of this machine.
-  unroll = mesh.devices.flat[0].platform == "cpu" if sizes.unroll is None else sizes.unroll
-  net = flow_net.build(dataclasses.replace(sizes, unroll=unroll), sharding.constrainer(mesh, rules))
+  device = mesh.devices.flat[0]  # Need not be one of this machine.
+  about = (sizes.attention, device, sizes.dtype, sizes.width // sizes.heads)
+  if sizes.attention == "cudnn" and not attention.is_fused(*about):
+    raise UserError(
+      "config.model.attention=cudnn is for dtype=bfloat16, heads of at most 128 in multiples of 8, "
+      f"NVIDIA GPUs since Ampere; this mesh is of {device.device_kind}: use auto"
+    )
+  net = flow_net.build(sizes, sharding.constrainer(mesh, rules), device=device)
   objective = checked(flow.LossConfig, "loss", config["loss"])
   encoders = checked(features.Config, "features", config["features"])
   shapes = schema.feature_shapes(
@@ -314,14 +319,12 @@ class Source:
   ) -> Iterator[dict[str, np.ndarray]]:
     """Returns the batches of a folder of shards, or synthetic ones: the rows of this process."""
     size = self.config["data"]["batch_size"]
-    first, last = (0, size) if whole else sharding.local_rows(self.mesh, self.rules, size)
-    rows = last - first
+    rows = (0, size) if whole else sharding.local_rows(self.mesh, self.rules, size)
     if path == SYNTHETIC:
-      return self._noise(options.get("start_step", 0), first, last, size)
+      return self._noise(options.get("start_step", 0), *rows, size)
     if not path:
       raise UserError("config.data.path is empty: give the folder of the shards to train on")
-    place = {"host": first // rows, "hosts": size // rows}
-    return self._load(path, batch_size=size, seed=seed, **place, **options)
+    return self._load(path, batch_size=size, seed=seed, rows=rows, **options)
 
   def _load(self, path: str, **options: Any) -> Iterator[dict[str, np.ndarray]]:
     found = shards.paths(*place_of(path))

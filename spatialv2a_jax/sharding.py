@@ -22,7 +22,9 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """One field per logical axis; its value is the mesh axis (or axes) that splits it, "" is none.
+  """One field per logical axis; its value is the mesh axis that splits it.
+
+  Several are a tuple or, as on a command line, "data+fsdp"; none is None or "".
 
   Attributes:
     act_batch: clips of a batch.
@@ -58,30 +60,48 @@ class Rules:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      for axis in _mesh_axes(getattr(self, field.name)):
-        if axis not in MESH_AXES:
-          raise UserError(f"rule {field.name}={axis!r} names no mesh axis, have: {MESH_AXES}")
+      given = getattr(self, field.name)
+      axes = mesh_axes(given)
+      if unknown := [axis for axis in axes if axis not in MESH_AXES]:
+        have = ", ".join(MESH_AXES)
+        raise UserError(
+          f"rule {field.name}={given!r} names no mesh axis {unknown[0]!r}, have: {have}"
+        )
+      if len(set(axes)) != len(axes):
+        raise UserError(f"rule {field.name}={given!r} names a mesh axis twice")
+      object.__setattr__(self, field.name, axes[0] if len(axes) == 1 else axes or None)
+    self.spec("act_batch", "ear", "act_time", "act_width")  # Of the activations.
 
   def spec(self, *names: str | None) -> P:
     """Returns the spec of an array whose axes have these names (None: never split).
 
     Raises:
-      ValueError: if a name is unknown, or if two names would use one mesh axis.
+      ValueError: if a name is unknown.
+      UserError: if two names would use one mesh axis.
     """
     known = [field.name for field in dataclasses.fields(self) if field.name != "zero"]
     if unknown := [name for name in names if name is not None and name not in known]:
       raise ValueError(f"unknown logical axes {unknown}, have: {known}")
-    axes = tuple(None if name is None else getattr(self, name) or None for name in names)
-    used = [one for axis in axes for one in _mesh_axes(axis)]
-    if len(used) != len(set(used)):
-      raise ValueError(f"axes {names} would use one mesh axis twice: {axes}")
+    axes = tuple(None if name is None else getattr(self, name) for name in names)
+    used = [one for axis in axes for one in mesh_axes(axis)]
+    if twice := [one for one in used if used.count(one) > 1]:
+      shown = ", ".join(
+        f"{name}={'+'.join(mesh_axes(axis))}"
+        for name, axis in zip(names, axes, strict=True)
+        if axis
+      )
+      raise UserError(
+        f"axes {names} would use mesh axis {twice[0]} twice by the rules {shown}; "
+        "leave one of them empty"
+      )
     return P(*axes)
 
 
-def _mesh_axes(axes: Axes) -> tuple[str, ...]:
+def mesh_axes(axes: Axes) -> tuple[str, ...]:
+  """Returns the mesh axes of a rule as a config or a spec has it."""
   if not axes:
     return ()
-  return (axes,) if isinstance(axes, str) else tuple(axes)
+  return tuple(axes.split("+")) if isinstance(axes, str) else tuple(axes)
 
 
 def make_mesh(
@@ -121,6 +141,8 @@ def make_mesh(
 
 # Loops run over these axes: split over devices, every turn would fetch its part from one of them.
 _LOOPED = ("layers", "ear")
+# Fields of `Rules` that are no axes of parameters.
+_NO_PARAMETER = ("act_batch", "act_time", "act_width", "zero")
 # Leaves below this size are cheaper to hold whole than to gather.
 _SMALL = 2**16
 
@@ -139,7 +161,8 @@ def shardings(boxed: Any, mesh: Mesh, rules: Rules, *, zero: bool = False) -> An
       the largest dimension that it divides. Leaves that have none stay as they are.
 
   Raises:
-    UserError: naming the parameter, if a dimension does not divide by its mesh axes.
+    UserError: naming the parameter, if a dimension does not divide by its mesh axes, or if two of
+      its axes would use one mesh axis.
   """
 
   def is_box(x):
@@ -154,7 +177,10 @@ def shardings(boxed: Any, mesh: Mesh, rules: Rules, *, zero: bool = False) -> An
     if len(leaf.names) != len(shape):
       raise ValueError(f"{name}: shape {shape} has other axes than its names {leaf.names}")
     names = [None if size == 1 else axis for axis, size in zip(leaf.names, shape, strict=True)]
-    spec = rules.spec(*names)
+    try:
+      spec = rules.spec(*names)
+    except UserError as error:
+      raise UserError(f"{name}: {error}") from error
     for size, axis, entry in zip(shape, names, spec, strict=True):
       parts = _parts(mesh, entry)
       if size % parts:
@@ -170,12 +196,12 @@ def shardings(boxed: Any, mesh: Mesh, rules: Rules, *, zero: bool = False) -> An
 
 
 def _parts(mesh: Mesh, entry: Axes) -> int:
-  return int(np.prod([mesh.shape[axis] for axis in _mesh_axes(entry)]))
+  return int(np.prod([mesh.shape[axis] for axis in mesh_axes(entry)]))
 
 
 def _split_further(spec: P, names: Sequence[str | None], shape, mesh: Mesh, rules: Rules) -> P:
-  entries = [_mesh_axes(entry) for entry in spec]
-  for axis in _mesh_axes(rules.zero):
+  entries = [mesh_axes(entry) for entry in spec]
+  for axis in mesh_axes(rules.zero):
     if any(axis in entry for entry in entries):
       continue
     parts = [mesh.shape[axis] * _parts(mesh, entry) for entry in entries]
@@ -186,46 +212,55 @@ def _split_further(spec: P, names: Sequence[str | None], shape, mesh: Mesh, rule
   return P(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
 
-def check_split(params: Any, layout: Any, mesh: Mesh, rules: Rules, *, share: float = 0.02) -> None:
-  """Refuses a layout that leaves much of a large model whole on an `fsdp` mesh.
+def check_split(params: Any, layout: Any, mesh: Mesh, rules: Rules) -> None:
+  """Refuses a layout that leaves more than 2 % of a large model whole on an `fsdp` mesh.
+
+  Models below 64 MiB are not looked at.
 
   Args:
     params: shapes of the parameters, plain.
     layout: their shardings.
     mesh: where they live.
     rules: with `fsdp` in `zero`, that axis splits the optimiser and not the parameters.
-    share: of the bytes that may stay whole; models below 64 MiB are not looked at.
 
   Raises:
     UserError: naming the largest parameters that `fsdp` does not split.
   """
-  if mesh.shape["fsdp"] == 1 or "fsdp" in _mesh_axes(rules.zero):
+  if mesh.shape["fsdp"] == 1 or "fsdp" in mesh_axes(rules.zero):
     return
   sizes = {}
   for (path, x), sharding in zip(
     jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(layout), strict=True
   ):
-    split = any("fsdp" in _mesh_axes(entry) for entry in sharding.spec)
+    split = any("fsdp" in mesh_axes(entry) for entry in sharding.spec)
     sizes[parameter_name(path)] = (x.size * x.dtype.itemsize, split)
   total = sum(size for size, _ in sizes.values())
   whole = sorted(((size, name) for name, (size, split) in sizes.items() if not split), reverse=True)
   part = sum(size for size, _ in whole) / max(total, 1)
-  if total >= 2**26 and part > share:
+  if total >= 2**26 and part > 0.02:
     shown = ", ".join(f"{name} ({size / 2**20:.0f} MiB)" for size, name in whole[:3])
+    given = [field.name for field in dataclasses.fields(rules) if field.name not in _NO_PARAMETER]
+    by = [f"rules.{name}=fsdp" for name in given if "fsdp" in mesh_axes(getattr(rules, name))]
+    advice = (
+      f"{', '.join(by)} splits no axis of theirs: set mesh.fsdp=1, or rules.zero=fsdp to split the "
+      "optimiser alone"
+      if by
+      else "give a rule fsdp (rules.width=fsdp), or set mesh.fsdp=1"
+    )
     raise UserError(
-      f"mesh axis fsdp={mesh.shape['fsdp']} leaves {100 * part:.0f} % of the parameters whole on "
-      f"every device, such as {shown}; give a rule fsdp (rules.width=fsdp), or set mesh.fsdp=1"
+      f"mesh axis fsdp={mesh.shape['fsdp']} leaves {100 * part:.1f} % of the parameters whole on "
+      f"every device, such as {shown}; {advice}"
     )
 
 
 def zero_whole(opt: Any, mesh: Mesh, axes: Axes) -> float:
   """Returns the share of the optimiser's bytes that `rules.zero` does not split, 0 without it."""
-  wanted = set(_mesh_axes(axes))
+  wanted = set(mesh_axes(axes))
   if not any(mesh.shape[axis] > 1 for axis in wanted):
     return 0.0
   whole = total = 0
   for x in jax.tree.leaves(opt):
-    used = {axis for entry in x.sharding.spec for axis in _mesh_axes(entry)}
+    used = {axis for entry in x.sharding.spec for axis in mesh_axes(entry)}
     total += x.size * x.dtype.itemsize
     whole += 0 if used & wanted else x.size * x.dtype.itemsize
   return whole / max(total, 1)
@@ -246,7 +281,7 @@ def table(tree: Any) -> list[str]:
   """Returns one line per leaf of a tree of arrays or shapes: name, shape, dtype, spec."""
 
   def entry(axes):
-    return "+".join(_mesh_axes(axes)) or "-"
+    return "+".join(mesh_axes(axes)) or "-"
 
   lines = []
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -276,13 +311,18 @@ def constrainer(mesh: Mesh, rules: Rules) -> Callable[..., jax.Array]:
   return constrain
 
 
+def batch_parts(mesh: Mesh, rules: Rules) -> int:
+  """Returns how many parts of a batch lie on devices of their own."""
+  return _parts(mesh, rules.act_batch)
+
+
 def local_rows(mesh: Mesh, rules: Rules, global_batch_size: int) -> tuple[int, int]:
   """Returns the rows [first, last) of every global batch that this process must load.
 
   Raises:
     UserError: if the batch does not divide by the devices that split it.
   """
-  parts = int(np.prod([mesh.shape[axis] for axis in _mesh_axes(rules.act_batch)]))
+  parts = batch_parts(mesh, rules)
   if global_batch_size % parts:
     raise UserError(
       f"batch_size {global_batch_size} does not divide by the {parts} devices of mesh axes "

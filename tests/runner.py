@@ -119,8 +119,7 @@ def batches(options: Options, mesh):
         mirror=True,
         start_step=start,
         workers=options.workers,
-        host=first // (last - first),
-        hosts=options.batch_size // (last - first),
+        rows=(first, last),
       )
     made = (toy.toy_batch(i, options.batch_size) for i in range(start, 10**9))
     return ({name: x[first:last] for name, x in batch.items()} for batch in made)

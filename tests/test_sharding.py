@@ -1,3 +1,5 @@
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,12 +53,58 @@ def test_names_have_one_meaning():
   assert sharding.Rules(width="", zero="").spec("width", "ffn") == P(None, "tensor")
   with pytest.raises(ValueError, match="unknown logical axes .'widht'"):
     RULES.spec("widht")
-  with pytest.raises(ValueError, match="one mesh axis twice"):
+  with pytest.raises(UserError, match="mesh axis fsdp twice by the rules act_batch=data.fsdp, w"):
     RULES.spec("act_batch", "width")
-  with pytest.raises(UserError, match="names no mesh axis"):
+  with pytest.raises(UserError, match="names no mesh axis 'fsdpp', have: data, fsdp, tensor"):
     sharding.Rules(width="fsdpp")
   with pytest.raises(TypeError):
     sharding.Rules(widht="fsdp")  # pyright: ignore
+
+
+def test_rules_never_change():
+  for field in dataclasses.fields(sharding.Rules):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+      setattr(RULES, field.name, "data")
+  assert hash(RULES) == hash(sharding.Rules())
+
+
+def test_several_mesh_axes_are_one_text():
+  rules = sharding.Rules(act_batch="data+fsdp", width="fsdp+tensor", heads="", ffn="")
+  assert rules == sharding.Rules(width=("fsdp", "tensor"), heads=None, ffn=None)
+  assert rules.spec("act_batch") == P(("data", "fsdp"))
+  mesh = sharding.make_mesh(1, 4, 2)
+  (found,) = sharding.shardings([box((3, 16), None, "width")], mesh, rules)
+  assert found.shard_shape((3, 16)) == (3, 2)
+  for wrong in ("data+", "+data", "data+fdsp", "data,fsdp"):
+    with pytest.raises(UserError, match="names no mesh axis"):
+      sharding.Rules(zero=wrong)
+  with pytest.raises(UserError, match="names a mesh axis twice"):
+    sharding.Rules(zero="data+data")
+
+
+def test_activations_that_would_use_a_mesh_axis_twice_are_refused():
+  with pytest.raises(UserError, match="act_batch=data.fsdp, act_width=fsdp; leave one"):
+    sharding.Rules(act_width="fsdp")
+  sharding.Rules(act_width="tensor")
+
+
+def test_axes_of_a_parameter_that_clash_are_named():
+  tree = {"block": {"qkv": {"kernel": box((4, 8, 2), "width", "heads", None)}}}
+  rules = sharding.Rules(width="tensor")
+  with pytest.raises(UserError) as stop:
+    sharding.shardings(tree, sharding.make_mesh(8, 1, 1), rules)
+  told = str(stop.value)
+  assert told.startswith(
+    "block/qkv/kernel: axes ('width', 'heads', None) would use mesh axis tensor"
+  )
+  assert "width=tensor, heads=tensor" in told
+
+
+def test_the_weights_of_the_ears_may_lie_apart():
+  mesh = sharding.make_mesh(4, 1, 2)
+  rules = sharding.Rules(ear="tensor", heads="", ffn="")
+  (found,) = sharding.shardings([box((2, 3, 8), "ear", "layers", "width")], mesh, rules)
+  assert found.shard_shape((2, 3, 8)) == (1, 3, 8)
 
 
 def test_leaves_go_where_their_names_say():

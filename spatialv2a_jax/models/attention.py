@@ -4,7 +4,7 @@ Axis letters: b batch, t query, s key, h head, k head width, n group of queries.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +165,19 @@ def _biased_backward(saved, d_out):
 
 
 attend_biased.defvjp(_biased_forward, _biased_backward)
+
+
+def is_fused(asked: str, device: Any, dtype: str, head_dim: int) -> bool:
+  """Returns whether attention asked for as "auto", "cudnn" or "xla" is `fused` on a device.
+
+  It is for bfloat16 on NVIDIA GPUs since Ampere, heads of at most 128 in multiples of 8.
+  """
+  if asked == "xla" or dtype != "bfloat16" or head_dim % 8 or head_dim > 128:
+    return False
+  # Topologies without devices are "cuda" and of no capability; AMD's is no number.
+  capability = str(getattr(device, "compute_capability", "9.0"))
+  nvidia = device.platform in ("gpu", "cuda") and capability[:1].isdigit()
+  return nvidia and float(capability) >= 8
 
 
 def fused(

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spatialv2a_jax.models import layers, spatial
+from spatialv2a_jax.models import attention, layers, spatial
 from spatialv2a_jax.models.blocks import EarBlock, FinalLayer, JointBlock
 from spatialv2a_jax.models.conditioning import SYNC_SEGMENT, Condition, Project, TimeEmbedding
 from spatialv2a_jax.models.layers import Constrain
@@ -59,7 +59,7 @@ class Config:
     activations: dtype of what flows between blocks, the residual streams and the conditions;
       MMAudio's own training has bfloat16 there, as its matmuls. Norms and softmax stay float32.
     gemm: the blocks convolve by matrix products instead of convolutions.
-    attention: of the ears' blocks: "xla", or "cudnn" on an NVIDIA GPU.
+    attention: of the ears' blocks: "xla"; "auto" and "cudnn" are cuDNN's where `is_fused` says so.
   """
 
   width: int = 448
@@ -80,7 +80,7 @@ class Config:
   dtype: str = "float32"
   activations: str = "float32"
   gemm: bool = False
-  attention: Literal["xla", "cudnn"] = "xla"
+  attention: Literal["auto", "xla", "cudnn"] = "auto"
 
   def __post_init__(self):
     if self.ears not in (1, 2):
@@ -89,8 +89,8 @@ class Config:
       raise ValueError(f"width {self.width} is not {self.heads} heads of an even width")
     if self.remat not in (False, True, "", *POLICIES):
       raise ValueError(f"remat {self.remat!r} is unknown, have: {list(POLICIES)}")
-    if self.attention not in ("xla", "cudnn"):
-      raise ValueError(f"attention {self.attention!r} is unknown, have: xla, cudnn")
+    if self.attention not in ("auto", "xla", "cudnn"):
+      raise ValueError(f"attention {self.attention!r} is unknown, have: auto, xla, cudnn")
     if min(self.joint_depth, self.ear_depth) < 1:
       raise ValueError("joint_depth and ear_depth must be at least 1")
 
@@ -206,7 +206,11 @@ def unstack(params: Params) -> list[Params]:
 
 
 def build(
-  config: Config, constrain: Constrain = layers.unconstrained, *, sealed: bool = False
+  config: Config,
+  constrain: Constrain = layers.unconstrained,
+  *,
+  sealed: bool = False,
+  device: Any = None,
 ) -> FlowNet:
   """Returns the network of `config`.
 
@@ -215,6 +219,8 @@ def build(
     constrain: pins activations to their logical axes.
     sealed: compiles what one ear has of a block apart (`layers.sealed`): on the CPU, two ears with
       the weights of a mono network then compute what it does, to the bit.
+    device: one of those it is for, by which `unroll` and `attention` are chosen that the config
+      leaves open; None is the first of this machine.
   """
   c = config
   size = {"width": c.width, "ffn": c.ffn or layers.hidden_width(c.width), "dtype": c.dtype}
@@ -224,10 +230,12 @@ def build(
   time_net = TimeEmbedding(width=c.width, v2=c.v2, dtype=c.dtype)
   audio_net = Project(source="latent", first_taps=7, taps=7, v2=c.v2, **size)
   block = {"heads": c.heads, "constrain": constrain, "gemm": c.gemm, **size}
-  unrolled = c.unroll if c.unroll is not None else jax.default_backend() == "cpu"
+  device = jax.devices()[0] if device is None else device
+  unrolled = device.platform == "cpu" if c.unroll is None else c.unroll
   joint_net = JointBlock(ears=c.ears, sealed=sealed, **block)
   joint_last_net = JointBlock(ears=c.ears, last=True, sealed=sealed, **block)
-  ear_net = EarBlock(attention=c.attention, **block)
+  fused = attention.is_fused(c.attention, device, c.dtype, c.width // c.heads)
+  ear_net = EarBlock(attention="cudnn" if fused else "xla", **block)
   final_net = FinalLayer(width=c.width, channels=c.latent_channels, dtype=c.dtype)
 
   seal = layers.sealed if sealed else lambda function: function

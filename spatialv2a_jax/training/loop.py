@@ -214,6 +214,7 @@ class Loop:
     try:
       batch = self._next(feed, self.first + 1)
       self._enter("compile", self.first + 1)
+      self.say("compiling the train step ...")
       clock, known = time.perf_counter(), compile_cache.found()
       lowered = waiting.run(lambda: step.lower(state, batch.whole), self.stop.due)
       traced = time.perf_counter()

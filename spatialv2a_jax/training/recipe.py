@@ -45,7 +45,7 @@ class Recipe:
     guard: which updates are left out, and when there are too many of them.
 
   Raises:
-    UserError: if the batch does not divide by the devices or by `accumulate`.
+    UserError: if the batch does not divide by the devices, or its parts by `accumulate` do not.
   """
 
   batches: Batches
@@ -64,23 +64,23 @@ class Recipe:
 
   def __post_init__(self):
     sharding.local_rows(self.mesh, self.rules, self.batch_size)
-    if self.accumulate < 1 or self.batch_size % self.accumulate:
+    parts = sharding.batch_parts(self.mesh, self.rules)
+    # Otherwise the rows of each part would move between devices.
+    if self.accumulate < 1 or self.batch_size % (self.accumulate * parts):
       raise UserError(
-        f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}"
+        f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate} x {parts} "
+        "devices that split the batch; each part must give every device the same number of clips"
       )
 
   def state(self) -> tuple[Callable[[], State], Any, State]:
-    """Returns what makes the state before the first step, its shapes and its shardings."""
+    """Returns what makes the state that `begin` takes, its shapes and its shardings."""
     key = _stream(self.seed, "init")
-    create, abstract, layout = init_state(
-      self.init, self.stats, self.optimizer, key, self.mesh, self.rules, self.ema
-    )
+    return init_state(self.init, self.stats, self.optimizer, key, self.mesh, self.rules, self.ema)
 
-    def begin() -> State:
-      values = self.values() if self.values else {}
-      return overwrite(create(), *(values if isinstance(values, tuple) else (values,)))
-
-    return begin, abstract, layout
+  def begin(self, state: State) -> State:
+    """Returns the state before the first step: a new one with `values` in it."""
+    values = self.values() if self.values else {}
+    return overwrite(state, *(values if isinstance(values, tuple) else (values,)))
 
   def step(self, layout: State) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
     """Returns the jitted step of a state with these shardings."""

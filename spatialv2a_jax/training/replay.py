@@ -98,7 +98,7 @@ def verify(
       raise UserError(f"nothing was logged or saved after step {start} of {run}")
     end = min(ends) if steps is None else start + steps
     about = checkpoints.run(start) if start else {}
-    state = checkpoints.read(start, abstract) if start else create()
+    state = checkpoints.read(start, abstract) if start else recipe.begin(create())
     step, feed = recipe.step(layout), recipe.feed(int(about.get("examples", 0)))
     say(f"replaying steps {start + 1} to {end} of {run}")
     meter, agreed, compared = Meter(**about.get("meter", {})), True, 0

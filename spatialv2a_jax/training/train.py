@@ -113,8 +113,14 @@ def fit(
 
       recipe = dataclasses.replace(recipe, values=values)
     create, abstract, layout = recipe.state()
+
+    def new() -> State:
+      with ledger.during("compile"):  # Which is what creating takes.
+        state = create()
+      return recipe.begin(state)
+
     with ledger.during("restore"):
-      state, run = _begin(checkpoints, create, abstract, about, say)
+      state, run = _begin(checkpoints, new, abstract, about, say)
       start, rows = int(state.step), read_metrics(workdir)
       evaluated = _agreed(start, _evaluated(rows, start), workdir)
     ledger.resume(run.get("ledger"), rows)

@@ -163,7 +163,11 @@ def make_train_step(
     rules: which mesh axes split the batch.
     layout: shardings of the state.
     ema: moving average; None is the default one.
-    accumulate: parts the batch is processed in, one after the other, to save memory.
+    accumulate: parts the batch is processed in, one after the other, to save memory: part i has
+      the rows i, i + accumulate, ... Value, metrics and gradient are the means over the whole
+      batch, by the weights of its clips, as without parts, but for rounding and for what a loss
+      takes from the batch as a whole: the flow network's BatchNorm normalises each part by the
+      part's own statistics, and moves the running ones once per part.
     guard: which updates are left out; None is the default one.
 
   The metrics are those of the loss and `loss`, `grad_norm` (before clipping), `param_norm`, `lr`,

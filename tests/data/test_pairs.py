@@ -132,11 +132,11 @@ def test_pairs_are_a_function_of_seed_epoch_and_clip(built):
   assert whole[0]["image_byxc"].shape == (4, 32, 64, 3)
   assert whole[0]["image_byxc"].dtype == np.uint8
   resumed = batches(out, 2, start_step=2)
-  halves = [batches(out, 2, host=h, hosts=2) for h in (0, 1)]
+  parts = [batches(out, 2, rows=rows) for rows in ((0, 1), (1, 4))]
   for name in ("id_b", "audio_bep", "image_byxc"):
     for step in (0, 1):
       np.testing.assert_array_equal(resumed[step][name], whole[2 + step][name])
-      joined = np.concatenate([half[step][name] for half in halves])
+      joined = np.concatenate([part[step][name] for part in parts])
       np.testing.assert_array_equal(joined, whole[step][name])
   other = batches(out, 1, seed=2)[0]
   assert not np.array_equal(other["audio_bep"], whole[0]["audio_bep"])

@@ -78,14 +78,12 @@ def test_order_depends_on_the_seed_and_nothing_else(built):
   assert stream(built, 12) == stream(built, 6, batch_size=8)
 
 
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_the_rows_of_each_global_batch(built, hosts):
+@pytest.mark.parametrize("ends", [(0, 4, 8), (0, 2, 4, 6, 8), (0, 2, 6, 8)])
+def test_hosts_share_the_rows_of_each_global_batch(built, ends):
   whole = list(itertools.islice(pipeline.loader(built, batch_size=8, seed=1, mirror=True), 7))
   parts = [
-    itertools.islice(
-      pipeline.loader(built, batch_size=8, seed=1, mirror=True, host=h, hosts=hosts), 7
-    )
-    for h in range(hosts)
+    itertools.islice(pipeline.loader(built, batch_size=8, seed=1, mirror=True, rows=rows), 7)
+    for rows in itertools.pairwise(ends)
   ]
   joined = [
     {name: np.concatenate([part[name] for part in row]) for name in row[0]}
@@ -96,11 +94,9 @@ def test_hosts_share_the_rows_of_each_global_batch(built, hosts):
 
 def test_an_epoch_survives_a_change_of_hosts(built):
   seen, step = collections.Counter(), 0
-  for hosts, until in ((1, 2), (4, 5), (2, 11)):
-    for host in range(hosts):
-      batches = pipeline.loader(
-        built, batch_size=4, seed=3, start_step=step, host=host, hosts=hosts
-      )
+  for ends, until in (((0, 4), 2), ((0, 1, 2, 3, 4), 5), ((0, 1, 4), 11)):
+    for rows in itertools.pairwise(ends):
+      batches = pipeline.loader(built, batch_size=4, seed=3, start_step=step, rows=rows)
       for batch in itertools.islice(batches, until - step):
         seen.update(numbers(batch))
     step = until
@@ -118,17 +114,19 @@ def test_resume_from_the_state_alone(built):
   assert_equal(rest, list(itertools.islice(again, 4)))
 
 
-@pytest.mark.parametrize(("hosts", "epochs"), [(1, 1), (2, 1), (8, 1), (2, 2)])
-def test_evaluation_pads_the_last_batch_with_weight_zero(built, hosts, epochs):
+@pytest.mark.parametrize(
+  ("ends", "epochs"),
+  [((0, 16), 1), ((0, 8, 16), 1), (range(0, 17, 2), 1), ((0, 8, 16), 2), ((0, 4, 12, 16), 1)],
+)
+def test_evaluation_pads_the_last_batch_with_weight_zero(built, ends, epochs):
   rows = []
-  for host in range(hosts):
-    batches = list(
-      pipeline.loader(built, batch_size=16, seed=None, host=host, hosts=hosts, epochs=epochs)
-    )
+  for first, last in itertools.pairwise(ends):
+    part = {"rows": (first, last), "epochs": epochs}
+    batches = list(pipeline.loader(built, batch_size=16, seed=None, **part))
     assert len(batches) == -(-epochs * CLIPS // 16)
-    assert all(len(batch["id_b"]) == 16 // hosts for batch in batches)
+    assert all(len(batch["id_b"]) == last - first for batch in batches)
     rows += [
-      (step * 16 + host * 16 // hosts + row, n, weight)
+      (step * 16 + first + row, n, weight)
       for step, batch in enumerate(batches)
       for row, (n, weight) in enumerate(zip(numbers(batch), batch["weight_b"], strict=True))
     ]
@@ -253,8 +251,9 @@ def test_records_that_contradict_their_layout_are_named(paths, workers):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"batch_size": 5, "hosts": 2}, "batch_size 5"),
-    ({"host": 2, "hosts": 2}, "host 2"),
+    ({"rows": (2, 5)}, "rows 2 to 5 are none of a batch of batch_size 4"),
+    ({"rows": (2, 2)}, "rows 2 to 2"),
+    ({"batch_size": 0}, "batch_size 0"),
     ({"seed": None, "mirror": True}, "mirror needs a seed"),
   ],
 )

@@ -76,7 +76,7 @@ def test_a_missing_compiler_is_named(monkeypatch, capsys):
     ([*ARGUMENTS[:2], "--topology=v5e:banana"], "v5e:16x16"),
     ([*ARGUMENTS, "--config.mesh.data=3"], "does not fit 8 device"),
     ([*ARGUMENTS, "--config.data.batch_size=12"], "multiple of 8"),
-    ([*ARGUMENTS, "--config.accumulate=3"], "does not divide by accumulate 3"),
+    ([*ARGUMENTS, "--config.accumulate=3"], "does not divide by accumulate 3 x"),
   ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):

@@ -27,6 +27,9 @@ CONFIGS = [
 VARIANTS = [(name, variant) for name, *variants in CONFIGS for variant in variants]
 
 
+TINY = ("--config={0}/configs/tiny.py:smoke",)
+
+
 def parse(*arguments, workdir="runs/none"):
   return train.parse(["launch.train", *arguments, f"--workdir={workdir}"])[0]
 
@@ -45,7 +48,7 @@ def one_device():
 @pytest.mark.parametrize("name, variant", VARIANTS)
 def test_every_config_builds_its_model_and_optimizer(name, variant):
   config = config_of(name, variant, **{"data.path": "synthetic", "data.batch_size": 2})
-  rules = sharding.Rules(**{name: axes or None for name, axes in config["rules"].items()})
+  rules = sharding.Rules(**config["rules"])
   task = tasks.build(config, one_device(), rules)
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   optimizer = optim.adamw(optim.from_mapping(config["optim"]), shapes)
@@ -137,6 +140,12 @@ def test_the_loader_mirrors_if_the_config_says_so(tmp_path, monkeypatch, mirror)
     (["--config={0}/configs/tiny.py", "--config.steps=many"], "config.steps=many"),
     (["--confi={0}/configs/tiny.py"], "Did you mean: config"),
     (["--config={0}/configs/tiny.py", "twice"], "unexpected argument 'twice'"),
+    (
+      [*TINY, "--config.rules.width=tensor"],
+      "kernel: axes (None, 'ffn', 'width') would use mesh axis tensor",
+    ),
+    ([*TINY, "--config.rules.act_width=fsdp"], "act_batch=data+fsdp, act_width=fsdp"),
+    ([*TINY, "--config.rules.zero=data+fdsp"], "names no mesh axis 'fdsp'"),
     ([], "give --config"),
     (["--verify=d", "--config.optim.lr=1"], "only values of another place may be given: config.m"),
     (["--verify=d", "--config.data.path=p"], "and --workdir; only values of another place"),
@@ -155,6 +164,11 @@ def test_values_of_the_command_line_replace_those_of_the_file():
   assert config["optim"]["lr"] == 3e-4 and config["steps"] == 7
   assert config["rules"]["width"] == ""
   assert config["optim"]["steps"] == 7  # The schedule ends with the run.
+  fields = [field.name for field in dataclasses.fields(sharding.Rules)]
+  for name in ("tiny", "vae_tiny", "small_16k", "large_44k", "mono2binaural"):
+    given = {f"rules.{field}": "data" for field in fields}
+    config = config_of(name, "smoke", **given | {"rules.zero": "data+fsdp"})
+    assert config["rules"] == dict.fromkeys(fields, "data") | {"zero": "data+fsdp"}
 
 
 @pytest.mark.parametrize(
@@ -202,6 +216,12 @@ def test_a_mistake_in_a_config_is_one_line(options, message):
     ("every", "lag", 1, "config.every: "),
     ("mesh", "dta", 1, "config.mesh: "),
     ("rules", "widht", "fsdp", "config.rules: "),
+    (
+      "rules",
+      "zero",
+      "data+fdsp",
+      "rule zero='data+fdsp' names no mesh axis 'fdsp', have: data, f",
+    ),
     ("ema", "decai", 0.9, "config.ema: "),
     ("optim", "clip", -1.0, "config.optim: clip=-1.0 is not 0 or more"),
     ("optim", "lrr", 1.0, "optim has no ['lrr'], have: "),
@@ -250,6 +270,35 @@ def test_a_stop_is_heeded_while_the_evaluation_is_compiled(monkeypatch):
   began = time.monotonic()
   assert task.evaluate is not None and task.evaluate(state, 1, None, Stop()) is None
   assert time.monotonic() - began < 3
+
+
+def test_the_evaluation_is_compiled_in_a_stage_of_its_own(monkeypatch, tmp_path):
+  class Step:
+    def lower(self, *_):
+      time.sleep(0.3)
+      return self
+
+    def compile(self):
+      return lambda *_: {"loss": 1.0, "clips": 2.0}
+
+  class Stop:
+    due = poll = staticmethod(lambda: False)
+
+  class FittedError(Exception):
+    pass
+
+  def fit(*_, evaluate, ledger, **__):
+    ledger.enter("eval")
+    for _ in range(2):
+      evaluate(train_step.State({}, {}, {}, {}, {}, {}), 1, None, Stop())
+    assert ledger.phase == "eval" and ledger.seconds()["compile"] >= 0.3
+    raise FittedError
+
+  monkeypatch.setattr(train_step, "make_eval_step", lambda *_, **__: Step())
+  monkeypatch.setattr(train.train, "fit", fit)
+  config = config_of("tiny", "smoke")
+  with pytest.raises(FittedError):
+    train.run(train.Arguments(config, str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize("name, count", [("tiny", 4), ("vae_tiny", 1)])

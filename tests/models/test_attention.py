@@ -1,13 +1,15 @@
 """Attention against its definition."""
 
 import functools
+import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatialv2a_jax.models import attention
+from spatialv2a_jax.models import attention, flow_net
 
 
 def normal(seed, *shape):
@@ -63,6 +65,53 @@ def test_in_bfloat16_the_values_and_gradients_of_attention_are_near():
   # Large logits neither overflow nor vanish.
   out, lse = attention.attend(100 * low[0], *low[1:])
   assert np.isfinite(out.astype(jnp.float32)).all() and np.isfinite(lse).all()
+
+
+def gpu(**about):
+  return types.SimpleNamespace(**{"platform": "gpu", "compute_capability": "9.0", **about})
+
+
+TPU = types.SimpleNamespace(platform="tpu")
+TOPOLOGY = types.SimpleNamespace(platform="cuda")
+
+
+@pytest.mark.parametrize(
+  "asked, device, dtype, used",
+  [
+    ("auto", gpu(), "bfloat16", True),
+    ("auto", TOPOLOGY, "bfloat16", True),
+    ("cudnn", gpu(), "bfloat16", True),
+    ("xla", gpu(), "bfloat16", False),
+    ("auto", gpu(), "float32", False),
+    ("auto", gpu(compute_capability="7.5"), "bfloat16", False),
+    ("auto", gpu(compute_capability="gfx942"), "bfloat16", False),
+    ("auto", TPU, "bfloat16", False),
+    ("auto", None, "bfloat16", False),
+    ("cudnn", None, "bfloat16", False),  # A model trained on a GPU, opened on a CPU.
+  ],
+)
+def test_the_device_decides_which_attention_the_ears_have(monkeypatch, asked, device, dtype, used):
+  taken = []
+
+  def record(q, k, v, *, implementation, **_):
+    taken.append(implementation)
+    return v
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+  inputs = {"latent_channels": 4, "clip_dim": 4, "sync_dim": 4, "text_dim": 4, "text_len": 2}
+  depth = {"joint_depth": 1, "ear_depth": 1, "unroll": False}
+  sizes = {"width": 16, "heads": 2, "dtype": dtype, "attention": asked}
+  net = flow_net.build(flow_net.Config(**sizes, **depth, **inputs), device=device)
+  prepared = {"global_bd": (1, 16), "sync_btd": (1, 6, 16), "spatial_btd": (1, 6, 16)}
+  prepared |= {"clip_bvd": (1, 3, 16), "text_bwd": (1, 2, 16)}
+  jax.eval_shape(
+    net.velocity,
+    nn.unbox(jax.eval_shape(net.init, jax.random.key(0))),
+    jnp.zeros((1, 2, 6, 4)),
+    jnp.zeros(1),
+    {name: jnp.zeros(shape) for name, shape in prepared.items()},
+  )
+  assert set(taken) == ({"cudnn"} if used else set())
 
 
 @pytest.mark.parametrize("frames", [6, 7])

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import goodput
+from spatialv2a_jax import goodput, logbook
 from spatialv2a_jax.training import meter, recipe, train, train_step
 from tests.training import test_train_step as toy
 from tests.training.test_train import fit, lines
@@ -30,6 +30,40 @@ def test_nothing_compiles_after_the_second_step(tmp_path):
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
   assert compiled and step == [8] and max(compiled) <= 2
+
+
+def test_compiling_is_told_before_it_begins_and_is_its_own_stage(tmp_path, monkeypatch):
+  told = []
+
+  def slow(function):
+    def run(*arguments):
+      time.sleep(0.5)
+      return function(*arguments)
+
+    return run
+
+  def make(*arguments, **options):
+    real = train_step.make_train_step(*arguments, **options)
+
+    def lower(*arguments):
+      assert told[-1] == "compiling the train step ..."
+      return slow(real.lower)(*arguments)
+
+    return types.SimpleNamespace(lower=lower)
+
+  def init(*arguments):
+    create, *rest = train_step.init_state(*arguments)
+    return slow(create), *rest
+
+  monkeypatch.setattr(recipe, "make_train_step", make)
+  monkeypatch.setattr(recipe, "init_state", init)
+  fit(tmp_path, steps=2, say=told.append)
+  first, *_, last = logbook.read_metrics(tmp_path)
+  assert first["goodput/compile_s"] >= 0.5  # The state is there, the step is not compiled yet.
+  assert last["goodput/compile_s"] >= first["goodput/compile_s"] + 0.5
+  assert told.index("compiling the train step ...") + 1 == next(
+    i for i, line in enumerate(told) if line.startswith("traced in")
+  )
 
 
 class Late:

@@ -349,8 +349,11 @@ def test_a_run_that_begins_with_part_of_another_says_which_and_takes_its_statist
 def test_impossible_batches_are_refused_before_anything_is_built(tmp_path):
   with pytest.raises(UserError, match="use a multiple of 4"):
     fit(tmp_path, shape=(2, 2, 2), batch_size=6)
-  with pytest.raises(UserError, match="does not divide by accumulate 3"):
+  with pytest.raises(UserError, match="does not divide by accumulate 3 x 1 devices"):
     fit(tmp_path, accumulate=3)
+  for shape in ((8, 1, 1), (2, 4, 1)):  # A part of 4 clips cannot span 8 devices.
+    with pytest.raises(UserError, match="batch_size 8 does not divide by accumulate 2 x 8 devices"):
+      fit(tmp_path, shape=shape, accumulate=2)
   assert not list(tmp_path.iterdir())
 
 
