@@ -23,6 +23,16 @@ from spatialv2a_jax.training import optim
 # of 448 to 896 that takes twice as long as to gather them and multiply at once.
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
+# A program that runs once, of one random generator per parameter: LLVM would take minutes to make
+# it no faster. Below level 1 it would also round otherwise.
+INIT_OPTIONS = {
+  "cpu": {
+    "xla_backend_optimization_level": 1,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+  }
+}
+
 Loss = Callable[..., Any]  # (params, stats, batch, key) -> (value, (metrics, new stats))
 
 
@@ -98,7 +108,8 @@ def init_state(
     def plain(key, stats):
       return sharding.unboxed(boxed(key, stats))
 
-    return jax.jit(plain, out_shardings=layout)(key, stats)
+    options = INIT_OPTIONS.get(mesh.devices.flat[0].platform)
+    return jax.jit(plain, out_shardings=layout, compiler_options=options)(key, stats)
 
   return create, abstract, layout
 

@@ -165,6 +165,28 @@ def test_the_moments_are_split_like_the_parameters():
   assert state.ema["up"]["kernel"].sharding == kernel
 
 
+def test_a_state_that_is_compiled_in_haste_has_the_same_bits():
+  def init(key):
+    keys = jax.random.split(key)
+    return {
+      "normal": 0.02 * jax.random.normal(keys[0], (37, 64)),
+      "uniform": jax.random.uniform(keys[1], (3, 70), minval=-0.1, maxval=0.1),
+    }
+
+  key = jax.random.key(5)
+  create, _, _ = train_step.init_state(init, {}, SGD, key, one_device(), RULES)
+  thorough = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+  }
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    create().params,
+    jax.jit(init, compiler_options=thorough)(key),
+  )
+
+
 def test_evaluation_does_not_depend_on_the_step():
   mesh = one_device()
   state, _, step = prepare(mesh)
