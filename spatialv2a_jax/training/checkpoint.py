@@ -17,50 +17,12 @@ import orbax.checkpoint as ocp
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.model_folder import CHECKPOINTS as FOLDER
 from spatialv2a_jax.model_folder import Path
-from spatialv2a_jax.training import cluster
+from spatialv2a_jax.training import cluster, save_failures
 from spatialv2a_jax.training.optim import names
 
 _POLL_SECONDS = 0.02
 _FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota exceeded")
 _DAMAGED = "damaged-"  # Begins the name of a checkpoint that was set aside, before its step.
-
-
-class _Future:
-  """Notes why its work failed, for its own process.
-
-  Where there are several, Orbax tells nobody before all of them have done their part.
-  """
-
-  def __init__(self, future: Any, failures: list[BaseException]):
-    self._future, self._failures = future, failures
-
-  def result(self, timeout: float | None = None) -> Any:
-    with _noting(self._failures):
-      return self._future.result(timeout=timeout)
-
-
-@contextlib.contextmanager
-def _noting(failures: list[BaseException]) -> Iterator[None]:
-  try:
-    yield
-  except BaseException as error:
-    failures.append(error)
-    raise
-
-
-def _noted(handler: Any, failures: list[BaseException]) -> Any:
-  """Returns a handler of Orbax which notes why a part of a save failed."""
-  save, finalize = handler.async_save, handler.finalize
-
-  async def async_save(*arguments: Any, **more: Any) -> list[_Future]:
-    return [_Future(x, failures) for x in await save(*arguments, **more) or ()]
-
-  def noting_finalize(*arguments: Any, **more: Any) -> None:
-    with _noting(failures):
-      finalize(*arguments, **more)
-
-  handler.async_save, handler.finalize = async_save, noting_finalize
-  return handler
 
 
 class Checkpoints:
@@ -92,8 +54,8 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(single_host_load_and_broadcast=True, **more)
     self._failures: list[BaseException] = []  # Of saves in the background.
     handlers = {
-      "state": _noted(ocp.StandardCheckpointHandler(), self._failures),
-      "run": _noted(ocp.JsonCheckpointHandler(), self._failures),
+      "state": save_failures.noted(ocp.StandardCheckpointHandler(), self._failures),
+      "run": save_failures.noted(ocp.JsonCheckpointHandler(), self._failures),
     }
     self._manager = ocp.CheckpointManager(
       self.folder, options=options, item_names=tuple(handlers), item_handlers=handlers
@@ -145,7 +107,8 @@ class Checkpoints:
       which = "" if step is None else f" of step {step}"
       raise UserError(
         f"{'the disk is full: ' if full else ''}the checkpoint{which} in {self.folder} cannot be "
-        f"written ({_reason(error)}); the last good one: {last}; mend it and run the same command",
+        f"written ({save_failures.reason(error)}); the last good one: {last}; mend it and run the "
+        "same command",
         exit_code=cluster.EXIT_CODE if cluster.lost(error) else 1,
       ) from error
 
@@ -252,7 +215,9 @@ class Checkpoints:
     try:
       return self._manager.restore(step, args=args)["state"]
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
-      raise UserError(f"cannot read checkpoint {self.folder}/{step}: {_reason(error)}") from error
+      raise UserError(
+        f"cannot read checkpoint {self.folder}/{step}: {save_failures.reason(error)}"
+      ) from error
 
   def _check_layout(self, step: int, abstract: Any) -> None:
     """Raises UserError, naming what differs first, unless the checkpoint holds such a state."""
@@ -399,17 +364,3 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _first_line(error: Exception) -> str:
   return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-def _reason(error: BaseException) -> str:
-  """Returns the line that says why a save failed, from the chain of exceptions."""
-  chain = []
-  one: BaseException | None = error
-  while one is not None and one not in chain:
-    chain.append(one)
-    one = one.__cause__ or one.__context__
-  lines = [line.strip() for one in chain for line in str(one).splitlines() if line.strip()]
-  signs = ("No space left", "File too large", "Errno", "ermission")
-  line = next((line for line in lines if any(s in line for s in signs)), next(iter(lines), ""))
-  # TensorStore names the file and its temporary folders first, and the cause last.
-  return line.rpartition('": ')[2].partition(" [")[0][:200]
