@@ -201,7 +201,8 @@ def test_a_signal_makes_it_save_and_it_goes_on_from_there(slurm, tmp_path, batch
   slurm.ask("scancel", "--signal=TERM", *batch, job.number)
   job.see("left with 42: back into the queue, restart 1")
   job.wait("PENDING")
-  slurm.ask("scontrol", "update", f"JobId={job.number}", "StartTime=now")  # Else in two minutes.
+  # Else in two minutes; in the second in which a job was killed, SLURM does not start it again.
+  slurm.ask("scontrol", "update", f"JobId={job.number}", "StartTime=now+5")
   job.wait("COMPLETED", "FAILED")
   assert job.field("ExitCode") == "0:0" and job.field("Restarts") == "1", job.log
   assert "resumed at step" in job.log and "finished: step 20" in job.log
