@@ -33,7 +33,7 @@ from spatialv2a_jax import logbook
 from spatialv2a_jax.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS = 400
+STEPS, EVERY = 100, 5  # Of the small run, and between its saves.
 LEAVE = 120.0  # Seconds that the others have to leave after one is gone.
 
 
@@ -45,7 +45,8 @@ def _start(workdir: pathlib.Path, processes: int) -> list[subprocess.Popen[bytes
   fixed = {"JAX_PLATFORMS": "cpu", "NPROC": "16", "JAX_NUM_CPU_DEVICES": str(2 // processes)}
   started = []
   for index in range(processes):
-    options: dict[str, Any] = {"workdir": str(workdir), "steps": STEPS, "shape": (2, 1, 1)}
+    options: dict[str, Any] = {"workdir": str(workdir), "steps": STEPS, "checkpoint": EVERY}
+    options["shape"] = (2, 1, 1)
     if processes > 1:
       join = {"coordinator": coordinator, "count": processes, "index": index, "timeout": 60}
       options["join"] = join
@@ -85,8 +86,7 @@ def kills(count: int, processes: int) -> int:
     rng, done, codes = random.Random(0), 0, set()
     while done < count:
       group = _start(killed, processes)
-      # Towards the beginning: later, there is nothing but steps and saves.
-      time.sleep(lasts * rng.random() ** 2)
+      time.sleep(lasts * rng.random())
       victim = rng.choice(group)
       if any(process.poll() is not None for process in group):
         _leave(group)  # Done, which takes no kill: begin anew.
@@ -97,6 +97,8 @@ def kills(count: int, processes: int) -> int:
       victim.send_signal(signal.SIGKILL)
       codes |= {code for code in _leave(group) if code != -signal.SIGKILL}
       done += 1
+      if done % 10 == 0:
+        print(f"{done} kills, {time.monotonic() - began:.0f} s", flush=True)
     for process in _start(killed, processes):
       process.wait()
     same = _digest(killed) == _digest(whole)

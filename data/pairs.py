@@ -15,12 +15,12 @@ i source of a pair.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data import pipeline, sources, tfrecord
+from data import pipeline, rows, sources, tfrecord
 from spatialv2a_jax import schema
 from spatialv2a_jax.spatial import hrtf
 from spatialv2a_jax.spatial import spatializer as ways
@@ -118,7 +118,7 @@ def cut(rng: np.random.Generator, fields: dict[str, np.ndarray]) -> Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows(pipeline.Rows):
+class Rows(rows.Rows):
   """Reads records of `sources` and mixes a pair for each row.
 
   Attributes:
@@ -127,29 +127,37 @@ class Rows(pipeline.Rows):
 
   spatializer: str = "sphere"
 
-  def parse(self, record: int, payload: bytes, epoch: int) -> dict[str, Any]:
+  def parse(
+    self,
+    place: tfrecord.Place,
+    raw: Mapping[str, memoryview],
+    epoch: int,
+    fields: Mapping[str, str],
+  ) -> dict[str, Any]:
     """Returns `id_b`, `audio_bep` [2, 10080] and `image_byxc` of one pair."""
-    clip, fields = self._fields(record, payload)
+    del fields  # A pair takes all.
+    clip = self.clip(place, raw)
     rng = np.random.default_rng([self.seed, epoch, schema.clip_id(clip)])
-    found = [cut(rng, fields)]
-    for other in rng.integers(len(self.source), size=rng.choice(COUNTS, p=SHARES) - 1).tolist():
+    found = [cut(rng, self._fields(place, raw))]
+    others = rng.integers(len(self.source), size=rng.choice(COUNTS, p=SHARES) - 1)
+    for other in self.source.find(others.tolist()):
       try:
-        found.append(cut(rng, self._fields(other, self.source[other])[1]))
+        payload = self.source[other.index]
       except tfrecord.CorruptRecordError:  # Reported when its own turn comes.
         continue
+      found.append(cut(rng, self._fields(other, self.decode(other, payload))))
     found = [found[i] for i in rng.permutation(len(found))]
     column_i = draw_columns(rng, len(found))
-    place = ways.load(self.spatializer, schema.PAIR_RATE)
+    way = ways.load(self.spatializer, schema.PAIR_RATE)
     return {
       "id_b": np.uint32(schema.clip_id(clip)),
-      "audio_bep": mix(rng, found, column_i, place),
+      "audio_bep": mix(rng, found, column_i, way),
       "image_byxc": relit(rng, canvas(found, column_i)),
     }
 
-  def _fields(self, record: int, payload: bytes) -> tuple[str, dict[str, Any]]:
-    clip, raw = self.raw(record, payload)
-    layout = self.layouts[self.folder(record)]
-    return clip, {name: self.value(record, raw, layout, name) for name in self.fields}
+  def _fields(self, place: tfrecord.Place, raw: Mapping[str, memoryview]) -> dict[str, Any]:
+    layout = self.layouts[self.folder(place)]
+    return {name: self.value(place, raw, layout, name) for name in self.fields}
 
 
 def loader(

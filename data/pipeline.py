@@ -3,28 +3,26 @@
 Grain makes the order (shuffle, repeat) of record *numbers*; a host looks up and reads only its rows
 of each global batch. So the batch of a step is a function of (seed, step) alone and neither the
 number of hosts nor of worker processes changes it. Fields keep the 16 bits of the records
-(`schema.widen` is for the devices), and are copied once. Imports no jax.
+(`schema.widen` is for the devices). Imports no jax.
 
 Axes: b clip, e ear (0 left, 1 right); the others as in `spatialv2a_jax.schema`.
 """
 
 import contextlib
-import dataclasses
-import hashlib
 import json
 import logging
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import grain
 import numpy as np
 from absl import flags
 
 from data import captions, layout, shards, tf_example, tfrecord
-from data.memory import Memory
+from data.rows import MIRRORED, Rows
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
 
@@ -33,120 +31,7 @@ KINDS: Mapping[str, Mapping[str, str]] = {
   "audio": {"audio": "audio_bep"},
   "pairs": {name: name for name in ("mono", "jpeg", "ends", "column")},  # Read by `data.pairs`.
 }
-MIRRORED = {  # Stored beside the field they replace.
-  "clip": "clip_mirror",
-  "sync": "sync_mirror",
-  "spatial": "spatial_mirror",
-}
 AHEAD = 4  # Batches that are ready before they are asked for, if reading is fast enough.
-EARS = ("mean", "std", "audio")  # Fields whose first axis is the ear.
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-  """Reads the rows that one host has of a global batch. Pickled to workers."""
-
-  source: tfrecord.TFRecordSource
-  order: Any  # grain.MapDataset: record numbers by position, endless.
-  fields: Mapping[str, str]  # Name in the records -> name in the batch.
-  layouts: Mapping[str, Mapping[str, tf_example.Tensor]]  # Folder -> fields of its records.
-  tables: Mapping[str, captions.Table]  # Folder -> text features of its captions.
-  dtypes: Mapping[str, str]  # Name in the batch -> what all folders can be in.
-  seed: int
-  batch_size: int
-  first: int
-  last: int
-  total: int | None
-  mirror: bool
-  max_bad: int
-  offset: int = 0
-  memory: Memory = dataclasses.field(default_factory=Memory)
-
-  def __call__(self, step: int) -> dict[str, np.ndarray]:
-    """Returns this host's rows of the batch of a step."""
-    start, rows = self.offset + step * self.batch_size, self.last - self.first
-    batch: dict[str, np.ndarray] = {}
-    bad: list[int] = []
-    room = np.empty(self.source.longest, np.uint8)
-    positions = range(start + self.first, start + self.last)
-    records = [self.order[position] for position in positions]
-    self.source.advise(records)
-    for row, (position, record) in enumerate(zip(positions, records, strict=True)):
-      example, skipped = self._read(record, position // len(self.source), room)
-      example["weight_b"] = np.asarray(self.total is None or position < self.total, np.float32)
-      if not batch:
-        kinds = {
-          name: ((rows, *value.shape), np.dtype(self.dtypes.get(name, value.dtype)))
-          for name, value in example.items()
-        }
-        batch = self.memory.arrays(kinds)
-      for name, value in example.items():  # Before the next record takes its place in `room`.
-        same = value.dtype == batch[name].dtype
-        batch[name][row] = value if same else schema.as_float32(value)
-      bad += skipped
-    return {**batch, "bad_records": np.array(bad, np.int64)}
-
-  def _read(
-    self, record: int, epoch: int, room: np.ndarray
-  ) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Reads a record, or the next intact one, by way of `room`; says which were skipped."""
-    skipped = []
-    while True:
-      try:
-        return self.parse(record, self.source.read(record, room), epoch), skipped
-      except tfrecord.CorruptRecordError:
-        skipped.append(record)
-        if len(skipped) > self.max_bad:
-          raise
-        record = (record + 1) % len(self.source)
-
-  def parse(self, record: int, payload: memoryview, epoch: int) -> dict[str, np.ndarray]:
-    """Returns the fields of one clip by their names in a batch, as parts of the payload."""
-    clip, raw = self.raw(record, payload)
-    folder = self.folder(record)
-    fields = self.layouts[folder]
-    mirrored = self.mirror and is_mirrored(self.seed, epoch, clip)
-    example: dict[str, Any] = {"id_b": np.uint32(schema.clip_id(clip))}
-    for wanted, name in self.fields.items():
-      field = wanted.removesuffix("_mirror")
-      stored = MIRRORED.get(field, field) if mirrored != (field != wanted) else field
-      value = self.value(record, raw, fields, stored if stored in fields else "caption")
-      if isinstance(value, str):
-        value = self.tables[folder][value]
-      if mirrored and field in EARS:
-        value = value[::-1]
-      example[name] = value
-    return example
-
-  def raw(self, record: int, payload: bytes | memoryview) -> tuple[str, dict[str, memoryview]]:
-    """Returns the id and the bytes of each field of a record; UserError if it is none."""
-    try:
-      raw = tf_example.decode(payload)
-      return bytes(raw["id"]).decode(), raw
-    except (ValueError, KeyError) as error:
-      path, place = self.source.locate(record)
-      raise UserError(f"{path}: record {place} cannot be read ({error})") from error
-
-  def value(
-    self,
-    record: int,
-    raw: Mapping[str, memoryview],
-    fields: Mapping[str, tf_example.Tensor],
-    field: str,
-  ) -> np.ndarray | str:
-    """Returns a field of a record; UserError if it is missing or has another size."""
-    try:
-      if field in raw:
-        return tf_example.value_of(raw[field], fields[field])
-      problem = f" has no field {field}, only {sorted(raw)}"
-    except ValueError as error:
-      problem = f", field {field}: {error}"
-    path, place = self.source.locate(record)
-    raise UserError(f"{path}: record {place}{problem}")
-
-  def folder(self, record: int) -> str:
-    """Returns the folder of a record's shard, which names its layout."""
-    return os.path.dirname(self.source.locate(record)[0])  # A tenth of the time of `pathlib`.
 
 
 class Loader(Iterator[dict[str, np.ndarray]]):
@@ -259,13 +144,15 @@ def loader(
   order = grain.MapDataset.range(len(source))
   if seed is not None:
     order = order.seed(seed).shuffle()
+  dtypes = _dtypes(fields, layouts, tables, mirror)
   read = reader(
     source=source,
     order=order.repeat(),
     fields=fields,
     layouts=layouts,
     tables=tables,
-    dtypes=_dtypes(fields, layouts, tables, mirror),
+    dtypes=dtypes,
+    straight={} if mirror else _straight(fields, layouts, dtypes),
     seed=seed or 0,
     batch_size=batch_size,
     first=first,
@@ -313,11 +200,6 @@ def names(paths: Sequence[pathlib.Path]) -> dict[int, str]:
   return found
 
 
-def is_mirrored(seed: int, epoch: int, clip: str) -> bool:
-  """Returns whether a clip is mirrored in an epoch: a fair coin of (seed, epoch, clip)."""
-  return bool(hashlib.blake2b(f"{seed}/{epoch}/{clip}".encode(), digest_size=1).digest()[0] & 1)
-
-
 def _dtypes(
   fields: Mapping[str, str],
   layouts: Mapping[str, Mapping[str, tf_example.Tensor]],
@@ -337,6 +219,22 @@ def _dtypes(
     narrow = len(found) == 1 and np.dtype(next(iter(found))).itemsize == 2
     dtypes[name] = found.pop() if narrow else "float32"
   return dtypes
+
+
+def _straight(
+  fields: Mapping[str, str],
+  layouts: Mapping[str, Mapping[str, tf_example.Tensor]],
+  dtypes: Mapping[str, str],
+) -> dict[str, dict[str, str]]:
+  """Returns the fields of each folder that are stored as a batch has them: their names there."""
+  return {
+    folder: {
+      field: name
+      for field, name in fields.items()
+      if field in have and have[field].dtype == dtypes[name]
+    }
+    for folder, have in layouts.items()
+  }
 
 
 def _check_layouts(

@@ -6,7 +6,7 @@ their shapes and dtypes stand beside the shards (`data.layout`).
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401  (makes numpy know "bfloat16")
@@ -39,13 +39,14 @@ def decode(payload: bytes | memoryview) -> dict[str, memoryview]:
     ValueError: not an Example, or a feature is not a `bytes_list` of one value.
   """
   message = memoryview(payload)
-  known = _framings.get(len(message))
-  if known is None or not all(message[a:b] == framing for a, b, framing in known.framing):
-    known = _Framing.of(message)
-    if len(_framings) >= MAX_FRAMINGS:
-      _framings.clear()
-    _framings[len(message)] = known
-  return {name: message[a:b] for name, (a, b) in known.spans.items()}
+  known = framing(len(message))
+  found = known.rest(message, ()) if known else None
+  if found is not None:
+    return found
+  if len(_framings) >= MAX_FRAMINGS:
+    _framings.clear()
+  known = _framings[len(message)] = Framing.of(message)
+  return {name: message[a:b] for name, a, b in known.spans}
 
 
 def _parse(message: memoryview) -> dict[str, tuple[int, int]]:
@@ -66,25 +67,66 @@ def _parse(message: memoryview) -> dict[str, tuple[int, int]]:
   return fields
 
 
-class _Framing(NamedTuple):
+class Framing(NamedTuple):
   """What an Example is besides its values: the same in most records of a data set.
 
   Where the values are follows from these bytes alone, so that records which agree in them need not
   be parsed again.
+
+  Attributes:
+    spans: name, start and end of each value, in their order.
+    between: start, end and bytes of what is before, between and after them.
   """
 
-  spans: dict[str, tuple[int, int]]
-  framing: list[tuple[int, int, bytes]]
+  spans: list[tuple[str, int, int]]
+  between: list[tuple[int, int, bytes]]
+
+  @property
+  def length(self) -> int:
+    """Of the whole Example, in bytes."""
+    return self.between[-1][1]
 
   @classmethod
-  def of(cls, message: memoryview) -> "_Framing":
-    spans = _parse(message)
-    ends = [0, *(edge for span in sorted(spans.values()) for edge in span), len(message)]
+  def of(cls, message: memoryview) -> "Framing":
+    """Parses an Example; ValueError as `decode`."""
+    spans = sorted(((name, *span) for name, span in _parse(message).items()), key=lambda x: x[1])
+    ends = [0, *(edge for _, *span in spans for edge in span), len(message)]
     gaps = zip(ends[::2], ends[1::2], strict=True)
     return cls(spans, [(a, b, bytes(message[a:b])) for a, b in gaps])
 
+  def parts(self, apart: Mapping[str, int]) -> list[str | slice] | None:
+    """Returns what of an Example goes where, in the order of its bytes, to read it in one go.
 
-_framings: dict[int, _Framing] = {}  # By the length of the record.
+    Args:
+      apart: names and sizes in bytes of values that go to a place of their own.
+
+    Returns:
+      those names, and the parts of the Example between them; None if a size is another one.
+    """
+    found: list[str | slice] = []
+    start = 0
+    for name, a, b in self.spans:
+      if name in apart:
+        if b - a != apart[name]:
+          return None
+        found += [slice(start, a), name]
+        start = b
+    return [*found, slice(start, self.length)]
+
+  def rest(self, message: memoryview, apart: Container[str]) -> dict[str, memoryview] | None:
+    """Returns the values that are not `apart`; None if the Example has another framing."""
+    for a, b, expected in self.between:
+      if message[a:b] != expected:
+        return None
+    return {name: message[a:b] for name, a, b in self.spans if name not in apart}
+
+
+_framings: dict[int, Framing] = {}  # By the length of the record.
+
+
+def framing(length: int) -> Framing | None:
+  """Returns the framing of the last Example of that length that was parsed."""
+  return _framings.get(length)
 
 
 def value_of(raw: memoryview, tensor: Tensor) -> np.ndarray | str:

@@ -14,7 +14,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -43,16 +43,43 @@ class CorruptRecordError(UserError):
     return type(self), (self.path, self.record, self.why)
 
 
-def masked_crc(data: bytes | np.ndarray) -> bytes:
+class Place(NamedTuple):
+  """Where a record is.
+
+  Attributes:
+    index: its number among all of a source.
+    shard: number of its shard.
+    record: its position there.
+    offset: of its first byte.
+    length: of its payload.
+  """
+
+  index: int
+  shard: int
+  record: int
+  offset: int
+  length: int
+
+
+def masked_crc(data: bytes) -> bytes:
   """Returns the four bytes of the checksum that TFRecord stores."""
-  crc = google_crc32c.value(data)
+  return _masked(google_crc32c.value(data))
+
+
+def _masked(crc: int) -> bytes:
   return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+@functools.lru_cache
+def _header(length: int) -> bytes:
+  """Returns the length of a payload and the checksum of it."""
+  packed = struct.pack("<Q", length)
+  return packed + masked_crc(packed)
 
 
 def frame(payload: bytes) -> bytes:
   """Returns the payload as one TFRecord."""
-  length = struct.pack("<Q", len(payload))
-  return b"".join([length, masked_crc(length), payload, masked_crc(payload)])
+  return b"".join([_header(len(payload)), payload, masked_crc(payload)])
 
 
 def write(path: str | pathlib.Path, payloads: Iterable[bytes]) -> str:
@@ -122,13 +149,13 @@ class TFRecordSource:
       UserError: a shard is missing or cut short.
     """
     self.paths = [str(path) for path in paths]
-    self._indices = [read_index(path) for path in self.paths]
-    self._starts = np.cumsum([0, *(len(index_r2) for index_r2 in self._indices)])
-    lengths = [int(index_r2[:, 1].max()) for index_r2 in self._indices if len(index_r2)]
-    self.longest = HEADER + max(lengths, default=0) + FOOTER
+    indices = [read_index(path) for path in self.paths]
+    self._starts = np.cumsum([0, *(len(index_r2) for index_r2 in indices)])
+    self._index_r2 = np.concatenate([np.empty((0, 2), np.int64), *indices])
+    self.longest = HEADER + int(self._index_r2[:, 1].max(initial=0)) + FOOTER
 
   def __len__(self) -> int:
-    return int(self._starts[-1])
+    return len(self._index_r2)
 
   def __getstate__(self) -> dict[str, Any]:
     return {name: value for name, value in self.__dict__.items() if name != "_open"}
@@ -138,16 +165,19 @@ class TFRecordSource:
     # A file leaves the cache by losing a reference; a thread that still reads it holds another.
     return functools.lru_cache(MAX_OPEN_FILES)(functools.partial(open, mode="rb", buffering=0))
 
+  def find(self, indices: Sequence[int]) -> list[Place]:
+    """Returns where records are, all at once; IndexError if there is no such record."""
+    index_r = np.asarray(indices, np.int64)
+    if index_r.size and not 0 <= index_r.min() <= index_r.max() < len(self):
+      raise IndexError(f"record {index_r.min()} or {index_r.max()} of {len(self)}")
+    shard_r = np.searchsorted(self._starts, index_r, side="right") - 1
+    columns = (index_r, shard_r, index_r - self._starts[shard_r], *self._index_r2[index_r].T)
+    return [Place(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
   def locate(self, index: int) -> tuple[str, int]:
     """Returns the shard of a record and its position there."""
-    shard, record = self._locate(index)
-    return self.paths[shard], record
-
-  def _locate(self, index: int) -> tuple[int, int]:
-    if not 0 <= index < len(self):
-      raise IndexError(f"record {index} of {len(self)}")
-    shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-    return shard, index - int(self._starts[shard])
+    [place] = self.find([index])
+    return self.paths[place.shard], place.record
 
   def __getitem__(self, index: int) -> bytes:
     """Returns the payload of a record.
@@ -156,54 +186,39 @@ class TFRecordSource:
       CorruptRecordError: a checksum does not match.
       UserError: the index is that of another shard.
     """
-    place, file, offset, length = self._find(index)
-    descriptor = file.fileno()
-    header = os.pread(descriptor, HEADER, offset)
-    payload = os.pread(descriptor, length, offset + HEADER)  # Apart: a slice would copy it.
-    footer = os.pread(descriptor, FOOTER, offset + HEADER + length)
-    _verify(*place, length, header, payload, footer)
-    return payload
+    [place] = self.find([index])
+    payload = np.empty(place.length, np.uint8)
+    self.read(place, [payload])
+    return payload.tobytes()
 
-  def read(self, index: int, room: np.ndarray) -> memoryview:
-    """Returns the payload of a record as part of `room`, uint8 [`longest`]; raises as `[]`.
+  def read(self, place: Place, parts: Sequence[np.ndarray]) -> None:
+    """Reads the payload of a record into uint8 arrays, one after the other; raises as `[]`.
 
-    Memory that is used again and again stays in the processor's cache.
+    Args:
+      place: from `find`.
+      parts: together as long as the payload.
     """
-    place, file, offset, length = self._find(index)
-    got = os.preadv(file.fileno(), [room[: HEADER + length + FOOTER].data], offset)
-    header, payload, footer = room[:HEADER], room[HEADER : HEADER + length], room[HEADER + length :]
-    kept = min(max(got - HEADER - length, 0), FOOTER)
-    _verify(*place, length, header.tobytes()[:got], payload, footer[:kept].tobytes())
-    return payload.data
+    header, footer = bytearray(HEADER), bytearray(FOOTER)
+    path = self.paths[place.shard]
+    file = self._open(path)  # A file that is held stays open.
+    memory = [header, *(part.data for part in parts), footer]
+    got = os.preadv(file.fileno(), memory, place.offset)
+    if got != HEADER + place.length + FOOTER:
+      raise CorruptRecordError(path, place.record, "the file ends inside it")
+    if header != _header(place.length):
+      if masked_crc(bytes(header[:8])) != header[8:]:
+        raise CorruptRecordError(path, place.record, "checksum of the length")
+      raise UserError(f"{path}: {path}.index belongs to another shard; delete the index")
+    if _masked(functools.reduce(google_crc32c.extend, parts, 0)) != footer:
+      raise CorruptRecordError(path, place.record, "checksum of the payload")
 
-  def advise(self, indices: Iterable[int]) -> None:
+  def advise(self, places: Iterable[Place]) -> None:
     """Has the system fetch records at the same time, ahead of their reading, where it can."""
     with contextlib.suppress(OSError):  # Of a file that cannot be read, reading will say so.
-      for index in indices if hasattr(os, "posix_fadvise") else ():
-        _, file, offset, length = self._find(index)
-        for start in range(offset, offset + HEADER + length + FOOTER, ADVICE):
+      for place in places if hasattr(os, "posix_fadvise") else ():
+        file = self._open(self.paths[place.shard])
+        for start in range(place.offset, place.offset + HEADER + place.length + FOOTER, ADVICE):
           os.posix_fadvise(file.fileno(), start, ADVICE, os.POSIX_FADV_WILLNEED)
-
-  def _find(self, index: int) -> tuple[tuple[str, int], Any, int, int]:
-    """Returns where a record is: shard and position there, its file, offset, length."""
-    shard, record = self._locate(int(index))
-    path = self.paths[shard]
-    offset, length = self._indices[shard][record].tolist()
-    return (path, record), self._open(path), offset, length  # A file that is held stays open.
-
-
-def _verify(
-  path: str, record: int, length: int, header: bytes, payload: bytes | np.ndarray, footer: bytes
-) -> None:
-  """Raises CorruptRecordError or UserError if what was read is no record of that length."""
-  if len(header) + len(payload) + len(footer) != HEADER + length + FOOTER:
-    raise CorruptRecordError(path, record, "the file ends inside it")
-  if masked_crc(header[:8]) != header[8:]:
-    raise CorruptRecordError(path, record, "checksum of the length")
-  if struct.unpack("<Q", header[:8])[0] != length:
-    raise UserError(f"{path}: {path}.index belongs to another shard; delete the index")
-  if masked_crc(payload) != footer:
-    raise CorruptRecordError(path, record, "checksum of the payload")
 
 
 def _scan(path: str | pathlib.Path, size: int) -> np.ndarray:

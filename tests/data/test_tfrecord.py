@@ -146,7 +146,7 @@ def test_advice_covers_records_to_their_last_byte(tmp_path, monkeypatch):
     heard.update(range(start, start + length))
 
   monkeypatch.setattr(os, "posix_fadvise", listen)
-  source.advise([2, 0])
+  source.advise(source.find([2, 0]))
   ends = np.cumsum([len(payload) + 16 for payload in payloads]).tolist()
   assert heard >= {*range(ends[0]), *range(ends[1], ends[2])}
   assert len(heard - {*range(ends[0]), *range(ends[1], ends[2])}) < 200  # Rounded up, no more.

@@ -1,0 +1,92 @@
+"""Values that are read straight into a batch are those that the records hold."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from data import pipeline, shards, tf_example, tfrecord
+from spatialv2a_jax import schema
+from tests.loader_shards import SHAPES, damage
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """Two folders; records of one length with other lengths of ids; `mean` in 32 and in 16 bits."""
+  root = tmp_path_factory.mktemp("rows")
+
+  def record(item: shards.Item) -> shards.Record:
+    rng = np.random.default_rng(item.payload)
+    fields: dict[str, np.ndarray | str] = {
+      name: rng.integers(-99, 99, shape).astype("float16") for name, shape in SHAPES.items()
+    }
+    if item.payload < 100:
+      fields["mean"] = rng.standard_normal(SHAPES["mean"], np.float32)
+    return {**fields, "caption": "x" * (20 - len(item.id))}
+
+  for first in (0, 100):
+    items = [shards.Item("n" * (1 + i // 4 % 3) + f"{first + i:03d}", first + i) for i in range(24)]
+    shards.build(items, record, root / f"{first}", shards=2, config={})
+  return [shards.paths(root / f"{first}") for first in (0, 100)]
+
+
+def stored(paths) -> dict[int, dict[str, np.ndarray]]:
+  """Returns the fields of each clip by its id, parsed one record at a time."""
+  source, found = tfrecord.TFRecordSource(paths), {}
+  for i in range(len(source)):
+    raw = tf_example.decode(source[i])
+    tensor = {
+      name: tf_example.Tensor(
+        "float32" if len(raw[name]) == 96 and name == "mean" else "float16", x
+      )
+      for name, x in SHAPES.items()
+    }
+    found[schema.clip_id(bytes(raw["id"]).decode())] = {
+      name: np.asarray(tf_example.value_of(raw[name], x)) for name, x in tensor.items()
+    }
+  return found
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
+def test_a_batch_is_what_its_records_hold(folders, which):
+  paths = [path for i in which for path in folders[i]]
+  expected, seen = stored(paths), set()
+  batches = pipeline.loader(paths, batch_size=8, seed=2, shapes=SHAPES)
+  for batch in itertools.islice(batches, 12):
+    assert batch["mean_betc"].dtype == ("float16" if which == (1,) else "float32")
+    for row, clip in enumerate(batch["id_b"].tolist()):
+      seen.add(clip)
+      for field, name in schema.AXES.items():
+        np.testing.assert_array_equal(batch[name][row], expected[clip][field])
+  assert seen == expected.keys()
+
+
+def test_only_what_is_stored_otherwise_is_copied(folders, monkeypatch):
+  """The first row of a batch is: it says how large the batch is."""
+  read, taken = tfrecord.TFRecordSource.read, []
+
+  def listen(source, place, parts):
+    taken.append(parts)
+    read(source, place, parts)
+
+  monkeypatch.setattr(tfrecord.TFRecordSource, "read", listen)
+  batch = next(pipeline.loader(folders[0], batch_size=12, seed=2, shapes=SHAPES))
+  straight = {
+    name for name in batch for parts in taken for x in parts if np.shares_memory(x, batch[name])
+  }
+  assert straight == set(schema.AXES.values())
+
+
+def test_damage_leaves_its_row_to_the_next_record(folders, tmp_path):
+  paths = [tmp_path / path.name for path in folders[0]]
+  for path in folders[0][0].parent.iterdir():
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+  expected = stored(paths)
+  damage(paths[0], 3)
+  damaged = next(
+    batch
+    for batch in pipeline.loader(paths, batch_size=24, seed=0, shapes=SHAPES)
+    if len(set(batch["id_b"].tolist())) == 23
+  )
+  for row, clip in enumerate(damaged["id_b"].tolist()):
+    np.testing.assert_array_equal(damaged["clip_bvf"][row], expected[clip]["clip"])
