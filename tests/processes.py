@@ -64,7 +64,7 @@ def members(
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
   """Waits for the end; returns what it printed and its errors."""
   try:
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=500)
   finally:
     process.kill()
   assert process.returncode == code, out + err

@@ -23,6 +23,7 @@ pytestmark = [
 
 # Their names are addresses as well: a task finds the host of process 0 by that of its node.
 NODES = (socket.gethostname(), "localhost")
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 CONF = """
 ClusterName=here
 SlurmctldHost={host}(127.0.0.1)
@@ -163,12 +164,13 @@ class Submitted:
 
   def see(self, text: str, seconds: float = 300) -> None:
     """Waits for the text in the log, as long as the job has not ended."""
-    end, lives = time.monotonic() + seconds, ("PENDING", "RUNNING", "COMPLETING")
+    end = time.monotonic() + seconds
     while True:
       state, log = self.field("JobState"), self.log
       if text in log:
         return
-      assert time.monotonic() < end and "left with" not in log and state in lives, state + log
+      lives = state not in ENDED and "left with" not in log
+      assert lives and time.monotonic() < end, state + log
       time.sleep(0.2)
 
 
