@@ -101,16 +101,17 @@ class Framing(NamedTuple):
       apart: names and sizes in bytes of values that go to a place of their own.
 
     Returns:
-      those names, and the parts of the Example between them; None if a size is another one.
+      those names, and the parts of the Example between them; None if it has not all of these
+      values, or in another size.
     """
+    spans = [(name, a, b) for name, a, b in self.spans if name in apart]
+    if {name: b - a for name, a, b in spans} != dict(apart):
+      return None
     found: list[str | slice] = []
     start = 0
-    for name, a, b in self.spans:
-      if name in apart:
-        if b - a != apart[name]:
-          return None
-        found += [slice(start, a), name]
-        start = b
+    for name, a, b in spans:
+      found += [slice(start, a), name]
+      start = b
     return [*found, slice(start, self.length)]
 
   def rest(self, message: memoryview, apart: Container[str]) -> dict[str, memoryview] | None:

@@ -7,6 +7,7 @@ import pytest
 
 from data import pipeline, shards, tf_example, tfrecord
 from spatialv2a_jax import schema
+from spatialv2a_jax.errors import UserError
 from tests.loader_shards import SHAPES, damage
 
 
@@ -90,3 +91,21 @@ def test_damage_leaves_its_row_to_the_next_record(folders, tmp_path):
   )
   for row, clip in enumerate(damaged["id_b"].tolist()):
     np.testing.assert_array_equal(damaged["clip_bvf"][row], expected[clip]["clip"])
+
+
+def test_what_a_record_lacks_is_missed_even_if_one_like_it_was_seen(tmp_path):
+  """Else its row would keep what an earlier batch had there."""
+
+  def record(item: shards.Item) -> shards.Record:
+    return {name: np.ones(shape, np.float16) for name, shape in SHAPES.items()}
+
+  shards.build([shards.Item(f"{i}", i) for i in range(8)], record, tmp_path, shards=1, config={})
+  [path] = shards.paths(tmp_path)
+  payloads = list(map(tfrecord.TFRecordSource([path]).__getitem__, range(8)))
+  raw = {name: np.frombuffer(x, np.uint8) for name, x in tf_example.decode(payloads[3]).items()}
+  del raw["std"]
+  payloads[3] = tf_example.encode(raw)
+  tf_example.decode(payloads[3])
+  tfrecord.write(path, payloads)
+  with pytest.raises(UserError, match="record 3 has no field std"):
+    next(pipeline.loader([path], batch_size=8, seed=None, shapes=SHAPES))
