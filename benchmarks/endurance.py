@@ -127,7 +127,7 @@ def goodput(minutes: float, count: int, processes: int) -> int:
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder) / "run"
     values = {"data.path": tasks.SYNTHETIC, "data.eval": "", "steps": 10**9, "every.log": 20}
-    values |= {"every.checkpoint": 200}
+    values |= {"every.checkpoint": 400}
     command = ["launch.local", f"--processes={processes}", f"--restarts={count}", "--"]
     command += ["--config=configs/tiny.py:smoke", f"--workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in values.items()]
