@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import rich.console
 import rich.progress
-import scipy.signal
+import scipy
 
 from spatialv2a_jax.io import atomic_path
 

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import signal
+import scipy
 
 from spatialv2a_jax.spatial import sh
 from spatialv2a_jax.spatial.hrtf import Hrtf
@@ -205,7 +205,9 @@ def _values(
 
 def _convolve(mono_p: np.ndarray, filter_et: np.ndarray, lead: int = 0) -> np.ndarray:
   """Full convolution cropped to the input's span, `lead` samples into it."""
-  full = [signal.oaconvolve(mono_p, filter_t)[lead : lead + mono_p.size] for filter_t in filter_et]
+  full = [
+    scipy.signal.oaconvolve(mono_p, filter_t)[lead : lead + mono_p.size] for filter_t in filter_et
+  ]
   return np.stack(full).astype(np.float32)
 
 

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import h5py
 import numpy as np
-from scipy import signal, spatial
+import scipy
 
 from spatialv2a_jax.errors import UserError
 
@@ -51,7 +51,9 @@ def read(path: str, sample_rate: int, taps: int) -> Measured:
   response_det, rate, direction_d3 = _read_file(path)
   ratio = Fraction(sample_rate, rate)
   # a response is a density over samples: fewer samples per second need proportionally larger ones
-  response_det = signal.resample_poly(response_det, ratio.numerator, ratio.denominator, axis=-1)
+  response_det = scipy.signal.resample_poly(
+    response_det, ratio.numerator, ratio.denominator, axis=-1
+  )
   response_det = response_det / float(ratio)
   onset_de = np.stack([_onsets(response_et) for response_et in response_det])
   _check_ears(path, response_det, onset_de, direction_d3)
@@ -81,7 +83,7 @@ class Triangles:
     corner_d3 = np.concatenate([direction_d3, axis_63[lonely_6]])
     self.measured = len(direction_d3)
     self.direction_d3 = direction_d3
-    self.corner_hk = spatial.ConvexHull(corner_d3).simplices
+    self.corner_hk = scipy.spatial.ConvexHull(corner_d3).simplices
     inverse_hk3 = np.linalg.pinv(corner_d3[self.corner_hk].transpose(0, 2, 1))
     self.inverse_kh3 = np.ascontiguousarray(inverse_hk3.transpose(1, 0, 2))
 
