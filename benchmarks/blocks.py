@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from launch import flops, hlo, hlo_cost, targets
+from launch import flops, hlo, hlo_cost, roofline, targets
 from spatialv2a_jax import sharding
-from spatialv2a_jax.models import blocks, flow_net, layers
+from spatialv2a_jax.models import blocks, layers, remat
 from spatialv2a_jax.training import train_step
 
 VIDEO, TEXT = 64, 77  # Tokens of a clip of 8 s; 250 latent frames at 16 kHz.
@@ -32,13 +32,15 @@ def network(given: argparse.Namespace, dtype: Any = jnp.bfloat16) -> tuple[Any, 
   """Returns the block, and the shapes of its tokens and conditions for one clip."""
   d, frames, kind = given.width, given.frames, jnp.dtype(given.activations)
   options = {"dtype": dtype, "gemm": given.gemm}
+  if dtype == jnp.bfloat16:
+    options["attention"] = given.attention
 
   def shape(*sizes):
     return jax.ShapeDtypeStruct((1, *sizes), kind)
 
   size = (d, given.heads, layers.hidden_width(d))
   if given.kind == "ear":
-    block = blocks.EarBlock(*size, attention=given.attention, **options)
+    block = blocks.EarBlock(*size, **options)
     return block, (shape(frames, d), (shape(frames, d),))
   tokens = shape(2, frames, d), shape(1, VIDEO, d), shape(1, TEXT, d)
   return blocks.JointBlock(2, *size, **options), (tokens, (shape(1, frames, d), shape(1, 1, d)))
@@ -64,7 +66,7 @@ def measure(given: argparse.Namespace) -> str:
     return net.apply({"params": p}, x, *condition)
 
   if given.remat:
-    block = jax.checkpoint(block, policy=flow_net.POLICIES[given.remat], prevent_cse=False)
+    block = jax.checkpoint(block, policy=remat.POLICIES[given.remat], prevent_cse=False)
 
   def loss(params, x, condition):
     turn = lambda x, p: (block(p, x, condition), None)  # noqa: E731
@@ -90,7 +92,7 @@ def measure(given: argparse.Namespace) -> str:
   if chip.clock:
     seconds = sum(hlo_cost.cycles(module).values()) / chip.clock
   else:
-    seconds = hlo_cost.roofline_seconds(module, chip.peak_flops, chip.bandwidth)
+    seconds = roofline.seconds(module, chip.peak_flops, chip.bandwidth)
   share = useful * given.clips * given.layers / (seconds * chip.peak_flops)
   return (
     f"{given.kind} block on {target.text}, {given.clips} clips a chip: "
@@ -105,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("kind", choices=("ear", "joint"))
   parser.add_argument("--topology", required=True)
   parser.add_argument("--clips", type=int, default=32)
-  parser.add_argument("--remat", default="convolutions", choices=("", *flow_net.POLICIES))
+  parser.add_argument("--remat", default="convolutions", choices=("", *remat.POLICIES))
   parser.add_argument("--activations", default="bfloat16", choices=("float32", "bfloat16"))
   parser.add_argument("--gemm", action="store_true")
   parser.add_argument("--width", type=int, default=448)

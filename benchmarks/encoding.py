@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from data import catalogue
 from data.funnel import ALL_OF_VGGSOUND
-from launch import flops, hlo, hlo_cost, targets
+from launch import flops, hlo, hlo_cost, roofline, targets
 from launch.targets import CHIPS
 from spatialv2a_jax import codec, encoders, io, schema, sharding
 from spatialv2a_jax.models import clip, localizer, synchformer
@@ -151,7 +151,7 @@ def reached(net: Network, target: targets.Target, rows: int) -> tuple[float, int
   if chip.clock:
     seconds = sum(hlo_cost.cycles(module).values()) / chip.clock
   else:
-    seconds = hlo_cost.roofline_seconds(module, chip.peak_flops, chip.bandwidth)
+    seconds = roofline.seconds(module, chip.peak_flops, chip.bandwidth)
   work = flops.count(net.run, net.params, x, *net.rest) / target.count
   return work / (seconds * chip.peak_flops), round(hlo_cost.flops(module) * net.rows / rows)
 

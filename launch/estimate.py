@@ -34,7 +34,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from launch import command, early, hlo, hlo_cost, targets, tasks
+from launch import command, early, hlo, hlo_cost, roofline, targets, tasks
 from spatialv2a_jax import compile_cache, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.io import atomic_path
@@ -201,7 +201,7 @@ def times(
     optional = hlo_cost.optional_cycles(module) / chip.clock
     scopes = [(name, n / chip.clock) for name, n in hlo_cost.cycles_by_scope(module)]
   else:
-    seconds = hlo_cost.roofline_seconds(module, chip.peak_flops, chip.bandwidth)
+    seconds = roofline.seconds(module, chip.peak_flops, chip.bandwidth)
     source, matrix, optional, scopes = "bound by peak and memory", None, 0.0, []
   return {
     "seconds": seconds,

@@ -1,4 +1,4 @@
-"""What a compiled program costs one device: matrix FLOPs, collectives, cycles, memory traffic.
+"""What a compiled program costs one device: matrix FLOPs, collectives, cycles.
 
 All numbers count loops as often as they run (see `launch.hlo`).
 """
@@ -22,11 +22,6 @@ COLLECTIVES = (
   "collective-broadcast",
   "ragged-all-to-all",
 )
-# Instructions that move nothing themselves; what a loop or a call moves is counted inside it.
-_FREE = {
-  "after-all", "bitcast", "call", "conditional", "constant", "get-tuple-element", "opt-barrier",
-  "parameter", "partition-id", "replica-id", "tuple", "while",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,63 +302,3 @@ def _multiplies(module: Module, instruction: Instruction) -> bool:
   if instruction.opcode != "fusion" or callee is None:
     return False
   return any(_multiplies(module, inner) for inner in module.computations[callee].values())
-
-
-def roofline_seconds(module: Module, peak_flops: float, bytes_per_second: float) -> float:
-  """Returns the time if each kernel ran at the matrix peak or at the speed of memory.
-
-  A lower bound, for targets whose compiler gives no cycles. Collectives are not in it.
-  """
-  total = 0.0
-  for op in hlo.walk(module):
-    opcode = op.instruction.opcode
-    if not op.inside and opcode not in _FREE and not opcode.endswith("-done"):
-      busy = kernel_flops(module, op) / peak_flops
-      total += op.times * max(busy, traffic(module, op) / bytes_per_second)
-  return total
-
-
-def kernel_flops(module: Module, op: Op) -> int:
-  """Returns the matrix FLOPs of one run of a kernel, those inside a fusion included."""
-  callee = op.instruction.attribute(r"calls=%([\w.\-]+)")
-  if op.instruction.opcode not in ("fusion", "async-start") or callee is None:
-    return instruction_flops(op)
-  return sum(inner.times * instruction_flops(inner) for inner in hlo.walk(module, callee))
-
-
-def traffic(module: Module, op: Op) -> int:
-  """Returns the bytes that one run of a kernel reads and writes; slices count, not their source."""
-  i = op.instruction
-  if i.opcode.removesuffix("-start") in COLLECTIVES:
-    return 0
-  callee = i.attribute(r"calls=%([\w.\-]+)") if i.opcode == "fusion" else None
-  body = module.computations[callee] if callee else {i.name: i}
-  source = body if callee else op.computation
-  written = 0
-  updated = set()
-  for result in _results(body):
-    if result.opcode == "dynamic-update-slice":
-      written += source[result.operands[1]].bytes
-      updated.add(result.operands[0])
-    else:
-      written += result.bytes
-  if not callee:
-    if i.opcode in ("dynamic-slice", "gather"):
-      return 2 * i.bytes
-    return written + sum(op.computation[name].bytes for name in i.operands if name not in updated)
-  read = 0
-  for parameter in body.values():
-    if parameter.opcode != "parameter" or parameter.name in updated:
-      continue
-    users = [user for user in body.values() if parameter.name in user.operands]
-    sliced = (u.opcode == "dynamic-slice" and u.operands[0] == parameter.name for u in users)
-    if users and all(sliced):
-      read += sum(user.bytes for user in users)
-    else:
-      read += parameter.bytes
-  return written + read
-
-
-def _results(body: hlo.Computation) -> Iterable[Instruction]:
-  root = next((i for i in body.values() if i.root), next(iter(body.values())))
-  return [body[name] for name in root.operands] if root.opcode == "tuple" else [root]

@@ -128,7 +128,7 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   about = (sizes.attention, device, sizes.dtype, sizes.width // sizes.heads)
   if sizes.attention == "cudnn" and not attention.is_fused(*about):
     raise UserError(
-      "config.model.attention=cudnn is for dtype=bfloat16, heads of at most 128 in multiples of 8, "
+      "config.model.attention=cudnn is for dtype=bfloat16, heads of at most 120 in multiples of 8, "
       f"NVIDIA GPUs since Ampere; this mesh is of {device.device_kind}: use auto"
     )
   net = flow_net.build(sizes, sharding.constrainer(mesh, rules), device=device)

@@ -128,7 +128,10 @@ def _columns(q_bthk, k_bshk, group_tn, bias_shn):
   group = jnp.broadcast_to(group_tn.astype(dtype)[None, :, None], (b, t, h, n))
   high = bias_shn.astype(dtype)  # Two columns for the digits that one does not hold.
   low = (bias_shn - high.astype(bias_shn.dtype)).astype(dtype)
-  biases = (jnp.broadcast_to(x[None], (b, s, h, n)) for x in (high, low))
+  # Broadcast in float32, in which their gradient is then summed over the clips.
+  biases = (
+    jnp.broadcast_to(x.astype(jnp.float32)[None], (b, s, h, n)).astype(dtype) for x in (high, low)
+  )
   return (
     jnp.concatenate([q_bthk * (1 / math.sqrt(k)), group, group], axis=-1),
     jnp.concatenate([k_bshk, *biases], axis=-1),
@@ -170,9 +173,10 @@ attend_biased.defvjp(_biased_forward, _biased_backward)
 def is_fused(asked: str, device: Any, dtype: str, head_dim: int) -> bool:
   """Returns whether attention asked for as "auto", "cudnn" or "xla" is `fused` on a device.
 
-  It is for bfloat16 on NVIDIA GPUs since Ampere, heads of at most 128 in multiples of 8.
+  It is for bfloat16 on NVIDIA GPUs since Ampere, heads of at most 120 in multiples of 8: cuDNN's
+  may have 128 there, and the mass of the other ear takes 4 columns more.
   """
-  if asked == "xla" or dtype != "bfloat16" or head_dim % 8 or head_dim > 128:
+  if asked == "xla" or dtype != "bfloat16" or head_dim % 8 or head_dim > 120:
     return False
   # Topologies without devices are "cuda" and of no capability; AMD's is no number.
   capability = str(getattr(device, "compute_capability", "9.0"))
@@ -184,23 +188,53 @@ def fused(
   q_bthk: jax.Array,
   k_bshk: jax.Array,
   v_bshk: jax.Array,
+  *,
+  scale: float | None = None,
   implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
   """Attention in one kernel of cuDNN: for bfloat16 on an NVIDIA GPU.
 
-  Its backward pass refuses an odd number of tokens, to which one is added that nobody attends to.
+  Its backward pass refuses odd numbers of tokens, to which one is added that nobody attends to, and
+  widths that are no multiple of 8, which are filled up with zeros, as are narrower values.
+
+  Args:
+    q_bthk: queries.
+    k_bshk: keys.
+    v_bshk: values, no wider than the keys.
+    scale: of the logits; None is one over the root of the width.
+    implementation: of `jax.nn.dot_product_attention`.
+
+  Returns:
+    Output [b, t, h, k], as wide as the values.
   """
-  frames = q_bthk.shape[1]
-  lengths = jnp.full(len(q_bthk), frames, jnp.int32) if frames % 2 else None
-  if frames % 2:
-    spare = ((0, 0), (0, 1), (0, 0), (0, 0))
-    q_bthk, k_bshk, v_bshk = (jnp.pad(x, spare) for x in (q_bthk, k_bshk, v_bshk))
+  t, s = q_bthk.shape[1], k_bshk.shape[1]
+  scale = 1 / math.sqrt(q_bthk.shape[-1]) if scale is None else scale
+  width = 8 * math.ceil(q_bthk.shape[-1] / 8)
+  is_odd = bool(t % 2 or s % 2)
   out_bthk = jax.nn.dot_product_attention(
-    q_bthk,
-    k_bshk,
-    v_bshk,
-    query_seq_lengths=lengths,
-    key_value_seq_lengths=lengths,
+    *(
+      jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, width - x.shape[-1])))
+      for x in (q_bthk, k_bshk, v_bshk)
+    ),
+    scale=scale,
+    query_seq_lengths=jnp.full(len(q_bthk), t, jnp.int32) if is_odd else None,
+    key_value_seq_lengths=jnp.full(len(q_bthk), s, jnp.int32) if is_odd else None,
     implementation=implementation,
   )
-  return checkpoint_name(out_bthk[:, :frames], "attention")
+  return out_bthk[:, :t, :, : v_bshk.shape[-1]]
+
+
+def fused_biased(
+  q_bthk: jax.Array,
+  k_bshk: jax.Array,
+  v_bshk: jax.Array,
+  group_tn: jax.Array,
+  bias_shn: jax.Array,
+  implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
+  """Does what `attend_biased` does as `fused`, which finds the largest logits itself.
+
+  As a bias of its own, cuDNN would take the sum in bfloat16, and write its gradient for all pairs.
+  """
+  queries, keys = _columns(q_bthk, k_bshk, group_tn, bias_shn)
+  return fused(queries, keys, v_bshk, scale=1.0, implementation=implementation)

@@ -6,8 +6,8 @@ any kind, d width, h head, k head width, c latent channel.
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -32,6 +32,7 @@ class Stream(nn.Module):
     dtype: of the matmuls; parameters, norms and softmax stay float32, and the residual stream is
       what it comes as.
     gemm: convolves by matrix products.
+    rope_by_product: see `layers.rope`.
   """
 
   width: int
@@ -41,6 +42,7 @@ class Stream(nn.Module):
   pre_only: bool = False
   dtype: jax.typing.DTypeLike = jnp.float32
   gemm: bool = False
+  rope_by_product: bool = False
 
   def setup(self):
     """Declares the layers; those after the attention only where they are used."""
@@ -76,7 +78,7 @@ class Stream(nn.Module):
     q, k, v = self.qkv(layers.modulate(x_bend, *mods[:2]))
     q, k = self.q_norm(q).astype(self.dtype), self.k_norm(k).astype(self.dtype)
     if table is not None:
-      q, k = layers.rope(q, table), layers.rope(k, table)
+      q, k = (layers.rope(x, table, self.rope_by_product) for x in (q, k))
     return q.astype(self.dtype), k.astype(self.dtype), v
 
   def after(self, x_bend: jax.Array, out_benhk: jax.Array, mods: list[jax.Array]) -> jax.Array:
@@ -111,7 +113,8 @@ class EarBlock(nn.Module):
   def __call__(self, x_btd: jax.Array, c_btd: jax.Array) -> jax.Array:
     """Maps tokens [b, t, d] under the activated per-frame condition [b, t, d]."""
     size = (self.width, self.heads, self.ffn)
-    stream = Stream(*size, dtype=self.dtype, gemm=self.gemm, name="audio")
+    options = {"gemm": self.gemm, "rope_by_product": self.attention == "xla"}
+    stream = Stream(*size, dtype=self.dtype, name="audio", **options)
     table = layers.rope_table(x_btd.shape[1], self.width // self.heads)
     mods = stream.modulation(c_btd)
     qkv = stream.before(x_btd, mods, table)
@@ -140,6 +143,7 @@ class JointBlock(nn.Module):
     last: visual and text streams end in this block.
     dtype: of the matmuls.
     gemm: convolves by matrix products.
+    attention: "xla", or NVIDIA's "cudnn".
     sealed: see `layers.sealed`.
     constrain: pins an activation to its logical axes.
   """
@@ -152,6 +156,7 @@ class JointBlock(nn.Module):
   sealed: bool = False
   dtype: jax.typing.DTypeLike = jnp.float32
   gemm: bool = False
+  attention: Literal["xla", "cudnn"] = "xla"
   constrain: Constrain = layers.unconstrained
 
   @nn.compact
@@ -170,7 +175,8 @@ class JointBlock(nn.Module):
     x_betd, clip_b1vd, text_b1wd = tokens
     frames, k = x_betd.shape[2], self.width // self.heads
     size = (self.width, self.heads, self.ffn)
-    options = {"dtype": self.dtype, "gemm": self.gemm}
+    options: dict[str, Any] = {"dtype": self.dtype, "gemm": self.gemm}
+    options["rope_by_product"] = self.attention == "xla"
     audio = Stream(*size, name="audio", **options)
     clip = Stream(*size, pre_only=self.last, name="clip", **options)
     text = Stream(*size, taps=0, pre_only=self.last, name="text", **options)
@@ -178,6 +184,8 @@ class JointBlock(nn.Module):
     seal = functools.partial(layers.sealed, lift=nn.jit) if self.sealed else lambda f: f
     modulation = seal(Stream.modulation)
     attend = _sealed_attend if self.sealed else _attend
+    if self.attention == "cudnn" and self.ears == 1:
+      attend = _fused
     table = layers.rope_table(frames, k)
     clip_table = layers.rope_table(clip_b1vd.shape[2], k, frames / clip_b1vd.shape[2])
     before = [
@@ -200,8 +208,11 @@ class JointBlock(nn.Module):
     if self.ears == 2:
       mass = self.param("cross_mass", mass_init, (self.heads,))
     if mass is not None and not self.sealed and jnp.dtype(self.dtype) != jnp.float32:
-      limit = largest_logit(k, audio, clip, text)
-      outs, context_outs = attend_at_once(audio_qkv, context, mass, limit, last=self.last)
+      biased = attention.fused_biased
+      if self.attention == "xla":
+        limit = largest_logit(k, audio, clip, text)
+        biased = functools.partial(attention.attend_biased, limit=limit)
+      outs, context_outs = attend_at_once(audio_qkv, context, mass, biased, last=self.last)
     else:
       outs, context_outs = [], []
       for own, other in zip(audio_qkv, audio_qkv[::-1], strict=True):
@@ -237,6 +248,11 @@ def _attend(q_benhk: jax.Array, k_benhk: jax.Array, v_benhk: jax.Array):
   return tuple(x.reshape(*q_benhk.shape[:2], *x.shape[1:]) for x in attention.attend(*folded))
 
 
+def _fused(q_b1nhk: jax.Array, k_b1nhk: jax.Array, v_b1nhk: jax.Array) -> tuple[jax.Array, None]:
+  """Does the same for a single ear in one kernel, whose log-sum-exp nothing merges."""
+  return attention.fused(q_b1nhk[:, 0], k_b1nhk[:, 0], v_b1nhk[:, 0])[:, None], None
+
+
 def _sealed_attend(q_benhk: jax.Array, k_benhk: jax.Array, v_benhk: jax.Array):
   """Does the same as `_attend`, sealed.
 
@@ -265,20 +281,21 @@ def attend_at_once(
   audio_qkv: Sequence[Qkv],
   context: Sequence[jax.Array],
   mass_h: jax.Array,
-  limit: jax.Array,
+  attend_biased: Callable[..., jax.Array],
   *,
   last: bool,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
   """Attention of both ears as one: all queries over all keys, the mass as a bias of the logits.
 
-  For a TPU faster than attention over two sets and `merge_ears`, by its compiler. For bfloat16: a
-  mass below e^-40 counts as that, whose share no digit of the result shows, yet gets its gradient.
+  For a TPU faster than attention over two sets and `merge_ears`, by its compiler; on a GPU it is
+  one kernel of cuDNN. For bfloat16: a mass below e^-40 counts as that, whose share no digit of the
+  result shows, yet gets its gradient.
 
   Args:
     audio_qkv: queries, keys and values [b, 1, t, h, k] of each ear.
     context: those of the other tokens.
     mass_h: see `merge_ears`.
-    limit: no logit is larger, nor smaller than its negative.
+    attend_biased: `attention.attend_biased` with its limit, or `attention.fused_biased`.
     last: the other tokens ask nothing.
 
   Returns:
@@ -294,12 +311,11 @@ def attend_at_once(
   low_h = floor + (mass_h - jax.lax.stop_gradient(mass_h))
   log_h = jnp.log(jnp.where(mass_h > floor, mass_h, low_h))
   foreign_sn = np.stack([ear_s == 1, ear_s == 0], axis=-1)
-  out_bnhk = attention.attend_biased(
+  out_bnhk = attend_biased(
     jnp.concatenate(asked, axis=2)[:, 0],
     *(jnp.concatenate(part, axis=2)[:, 0] for part in parts),
     jnp.asarray(ear_t[:, None] == np.arange(2), jnp.float32),
     jnp.where(foreign_sn[:, None], log_h[None, :, None], 0),
-    limit,
   )
   ends = np.cumsum([x.shape[2] for x in asked])[:-1]
   outs = jnp.split(out_bnhk[:, None], ends.tolist(), axis=2)

@@ -20,16 +20,9 @@ from spatialv2a_jax.models import attention, layers, spatial
 from spatialv2a_jax.models.blocks import EarBlock, FinalLayer, JointBlock
 from spatialv2a_jax.models.conditioning import SYNC_SEGMENT, Condition, Project, TimeEmbedding
 from spatialv2a_jax.models.layers import Constrain
+from spatialv2a_jax.models.remat import POLICIES
 
 Params = dict[str, Any]
-
-# What `jax.checkpoint` saves of a block; None is nothing.
-POLICIES = {
-  # A v5e or v6e multiplies by as few channels as the width faster than it keeps the result.
-  "convolutions": jax.checkpoint_policies.save_only_these_names("convolution", "attention"),
-  "products": jax.checkpoint_policies.save_only_these_names("convolution", "dense", "attention"),
-  "full": None,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +52,7 @@ class Config:
     activations: dtype of what flows between blocks, the residual streams and the conditions;
       MMAudio's own training has bfloat16 there, as its matmuls. Norms and softmax stay float32.
     gemm: the blocks convolve by matrix products instead of convolutions.
-    attention: of the ears' blocks: "xla"; "auto" and "cudnn" are cuDNN's where `is_fused` says so.
+    attention: of the blocks: "xla"; "auto" and "cudnn" are cuDNN's where `is_fused` says so.
   """
 
   width: int = 448
@@ -232,10 +225,11 @@ def build(
   block = {"heads": c.heads, "constrain": constrain, "gemm": c.gemm, **size}
   device = jax.devices()[0] if device is None else device
   unrolled = device.platform == "cpu" if c.unroll is None else c.unroll
+  fused = attention.is_fused(c.attention, device, c.dtype, c.width // c.heads)
+  block["attention"] = "cudnn" if fused else "xla"
   joint_net = JointBlock(ears=c.ears, sealed=sealed, **block)
   joint_last_net = JointBlock(ears=c.ears, last=True, sealed=sealed, **block)
-  fused = attention.is_fused(c.attention, device, c.dtype, c.width // c.heads)
-  ear_net = EarBlock(attention="cudnn" if fused else "xla", **block)
+  ear_net = EarBlock(**block)
   final_net = FinalLayer(width=c.width, channels=c.latent_channels, dtype=c.dtype)
 
   seal = layers.sealed if sealed else lambda function: function
@@ -256,8 +250,12 @@ def build(
     def make(net, *args, **kwargs):
       return lambda key: net.init(key, *args, **kwargs)["params"]
 
+    # Vectorised over keys, which cuDNN's attention is not made for.
+    joint, joint_last, ear_block = (
+      net.clone(attention="xla") for net in (joint_net, joint_last_net, ear_net)
+    )
     joint_args = tokens, c_btd[:, None], g_b1d[:, None]
-    ear = make(ear_net, x_betd[:, 0], c_btd)
+    ear = make(ear_block, x_betd[:, 0], c_btd)
     final = make(final_net, x_betd[:, 0], g_b1d)
     makers = {
       "frozen": lambda _: {
@@ -268,8 +266,8 @@ def build(
       "condition": make(condition_net, cond, drop, cond["text_bwf"][0], frames),
       "time": make(time_net, jnp.zeros(1)),
       "audio": make(audio_net, jnp.zeros((1, c.ears, frames, c.latent_channels))),
-      "joint": lambda key: stacked(make(joint_net, *joint_args), key, c.joint_depth - 1, "layers"),
-      "joint_last": make(joint_last_net, *joint_args),
+      "joint": lambda key: stacked(make(joint, *joint_args), key, c.joint_depth - 1, "layers"),
+      "joint_last": make(joint_last, *joint_args),
       "ears": lambda key: stacked(
         lambda key: stacked(ear, key, c.ear_depth, "layers"), key, c.ears, "ear"
       ),

@@ -276,23 +276,28 @@ def rope_table(length: int, head_dim: int, scale: float = 1.0) -> np.ndarray:
   return np.stack([np.cos(angle), np.sin(angle)])
 
 
-def rope(x: jax.Array, table: np.ndarray) -> jax.Array:
+def rope(x: jax.Array, table: np.ndarray, by_product: bool = False) -> jax.Array:
   """Rotates the interleaved pairs (2i, 2i+1) of [..., t, h, k]; returns float32.
 
   The half-split layout of most libraries would pair other channels than MMAudio's weights do.
+
+  Args:
+    x: queries or keys.
+    table: from `rope_table`.
+    by_product: exchanges the channels of a pair by a product with a signed permutation, which is
+      exact for bfloat16, and on a TPU faster than to move channels about; float32 is moved.
   """
   shape = (1,) * (x.ndim - 3) + (table.shape[1], 1, table.shape[2])
   cos, sin = (jnp.asarray(part.reshape(shape)) for part in table)
-  if x.dtype == jnp.float32:
-    even = (np.arange(x.shape[-1]) % 2 == 0).reshape((1,) * (x.ndim - 1) + (-1,))
-    partner = jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
-  else:
-    # A product with a signed permutation is exact, and faster than to move channels about.
+  if by_product and x.dtype != jnp.float32:
     index = np.arange(x.shape[-1])
     swap = np.zeros((x.shape[-1],) * 2, np.float32)
     swap[index ^ 1, index] = np.where(index % 2 == 0, -1, 1)
-    partner = (x @ jnp.asarray(swap, x.dtype)).astype(jnp.float32)
-  return x.astype(jnp.float32) * cos + partner * sin
+    partner = x @ jnp.asarray(swap, x.dtype)
+  else:
+    even = (np.arange(x.shape[-1]) % 2 == 0).reshape((1,) * (x.ndim - 1) + (-1,))
+    partner = jnp.where(even, -jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+  return x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin
 
 
 def nearest_exact(source: int, target: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from launch import hlo, hlo_cost
+from launch import hlo, hlo_cost, roofline
 from spatialv2a_jax import sharding
 
 
@@ -154,8 +154,59 @@ def test_a_tpu_loop_is_read_from_its_counter(start, turns):
   assert hlo_cost.aliased_bytes(module) == 64 * 128 * 2
   # The loop reads one layer's weights a turn, not all seven.
   moved = turns * (2 * 64 * 128 + 128 * 128) * 2
-  assert hlo_cost.roofline_seconds(module, 1e30, 1.0) == pytest.approx(moved, rel=0.01)
+  assert roofline.seconds(module, 1e30, 1.0) == pytest.approx(moved, rel=0.01)
   assert not hlo.unknown_loops(module)
+
+
+# As the GPU compiler prints it: a fusion that reads parts of what it gets, and writes into another.
+GPU = """\
+HloModule jit_f
+
+%fused (p0: bf16[24,2,8,16], p1: s32[], p2: bf16[64,96], p3: bf16[24,64,16], p4: f32[64,16]) -> (bf16[8,16], bf16[24,64,16]) {
+  %p0 = bf16[24,2,8,16]{3,2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = bf16[64,96]{1,0} parameter(2)
+  %p3 = bf16[24,64,16]{2,1,0} parameter(3)
+  %p4 = f32[64,16]{1,0} parameter(4)
+  %turned = bf16[24,2,8,16]{3,2,1,0} bitcast(%p0)
+  %layer = bf16[1,2,8,16]{3,2,1,0} dynamic-slice(%turned, %p1, %p1, %p1, %p1), dynamic_slice_sizes={1,2,8,16}
+  %half = bf16[1,1,8,16]{3,2,1,0} slice(%layer), slice={[0:1], [0:1], [0:8], [0:16]}
+  %kernel = bf16[8,16]{1,0} bitcast(%half)
+  %wide = f32[64,96]{1,0} convert(%p2)
+  %first = f32[64,16]{1,0} slice(%wide), slice={[0:64], [0:16]}
+  %last = f32[64,16]{1,0} slice(%wide), slice={[0:64], [80:96]}
+  %sum = f32[64,16]{1,0} add(%first, %last)
+  %more = f32[64,16]{1,0} multiply(%sum, %p4)
+  %low = bf16[64,16]{1,0} convert(%more)
+  %one = bf16[1,64,16]{2,1,0} bitcast(%low)
+  %stack = bf16[24,64,16]{2,1,0} bitcast(%p3)
+  %written = bf16[24,64,16]{2,1,0} dynamic-update-slice(%stack, %one, %p1, %p1, %p1)
+  %view = bf16[24,64,16]{2,1,0} bitcast(%written)
+  ROOT %out = (bf16[8,16]{1,0}, bf16[24,64,16]{2,1,0}) tuple(%kernel, %view)
+}
+
+ENTRY %main (a: bf16[24,2,8,16], b: s32[], c: bf16[64,96], d: bf16[24,64,16], e: f32[64,16]) -> f32[64,64] {
+  %a = bf16[24,2,8,16]{3,2,1,0} parameter(0)
+  %b = s32[] parameter(1)
+  %c = bf16[64,96]{1,0} parameter(2)
+  %d = bf16[24,64,16]{2,1,0} parameter(3)
+  %e = f32[64,16]{1,0} parameter(4)
+  %f = (bf16[8,16]{1,0}, bf16[24,64,16]{2,1,0}) fusion(%a, %b, %c, %d, %e), kind=kLoop, calls=%fused
+  %g = (f32[64,64]{1,0}, s8[4194304]{0}) custom-call(%e, %e), custom_call_target="__cublas$lt$matmul", backend_config={"lhs_contracting_dimensions":["1"]}
+  ROOT %h = f32[64,64]{1,0} get-tuple-element(%g), index=0
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_moves_what_it_needs():
+  module = hlo.parse(GPU)
+  fusion, product = roofline.kernels(module)
+  half, columns, factor, row = 8 * 16 * 2, 2 * 64 * 16 * 2, 64 * 16 * 4, 64 * 16 * 2
+  moved = 2 * half + columns + factor + row
+  assert roofline.traffic(module, fusion) == pytest.approx(moved, abs=8)  # And the index.
+  scratch_apart = 2 * 64 * 16 * 4 + 64 * 64 * 4
+  assert roofline.traffic(module, product) == scratch_apart
+  assert roofline.flops(module, product) == 2 * 64 * 64 * 16
 
 
 def test_a_loop_that_tells_nothing_is_named():

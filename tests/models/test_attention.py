@@ -75,6 +75,7 @@ TPU = types.SimpleNamespace(platform="tpu")
 TOPOLOGY = types.SimpleNamespace(platform="cuda")
 
 
+@pytest.mark.parametrize("ears", [1, 2])
 @pytest.mark.parametrize(
   "asked, device, dtype, used",
   [
@@ -90,39 +91,47 @@ TOPOLOGY = types.SimpleNamespace(platform="cuda")
     ("cudnn", None, "bfloat16", False),  # A model trained on a GPU, opened on a CPU.
   ],
 )
-def test_the_device_decides_which_attention_the_ears_have(monkeypatch, asked, device, dtype, used):
+def test_the_device_decides_which_attention_the_blocks_have(
+  monkeypatch, asked, device, dtype, used, ears
+):
   taken = []
 
   def record(q, k, v, *, implementation, **_):
-    taken.append(implementation)
-    return v
+    taken.append((implementation, k.shape[1]))
+    assert all(x.shape[-1] % 8 == 0 and x.shape[1] % 2 == 0 for x in (q, k, v))
+    return jnp.zeros_like(q)
 
   monkeypatch.setattr(jax.nn, "dot_product_attention", record)
   inputs = {"latent_channels": 4, "clip_dim": 4, "sync_dim": 4, "text_dim": 4, "text_len": 2}
   depth = {"joint_depth": 1, "ear_depth": 1, "unroll": False}
   sizes = {"width": 16, "heads": 2, "dtype": dtype, "attention": asked}
-  net = flow_net.build(flow_net.Config(**sizes, **depth, **inputs), device=device)
+  net = flow_net.build(flow_net.Config(ears=ears, **sizes, **depth, **inputs), device=device)
   prepared = {"global_bd": (1, 16), "sync_btd": (1, 6, 16), "spatial_btd": (1, 6, 16)}
   prepared |= {"clip_bvd": (1, 3, 16), "text_bwd": (1, 2, 16)}
+  params = nn.unbox(jax.eval_shape(net.init, jax.random.key(0)))
+  assert not taken  # It is no matter of the parameters.
   jax.eval_shape(
     net.velocity,
-    nn.unbox(jax.eval_shape(net.init, jax.random.key(0))),
-    jnp.zeros((1, 2, 6, 4)),
+    params,
+    jnp.zeros((1, ears, 6, 4)),
     jnp.zeros(1),
     {name: jnp.zeros(shape) for name, shape in prepared.items()},
   )
-  assert set(taken) == ({"cudnn"} if used else set())
+  # Frames of one ear; of all of them and 5 other tokens, an even number.
+  assert set(taken) == ({("cudnn", 6), ("cudnn", 6 * ears + 6)} if used else set())
 
 
-@pytest.mark.parametrize("frames", [6, 7])
-def test_the_token_that_evens_the_number_is_not_attended_to(frames):
-  q, k, v = (normal(i, 2, frames, 3, 8) for i in range(3))
+@pytest.mark.parametrize("width", [8, 12])
+@pytest.mark.parametrize("frames", [(6, 6), (7, 7), (7, 4), (6, 5)])
+def test_what_fills_up_tokens_and_widths_changes_nothing(frames, width):
+  q, k, v = (normal(i, 2, n, 3, width) for i, n in enumerate((frames[0], frames[1], frames[1])))
   fused = functools.partial(attention.fused, implementation="xla")
   out = fused(q, k, v)
-  assert out.shape == v.shape
+  assert out.shape == q.shape
   np.testing.assert_allclose(out, attention.attend(q, k, v)[0], atol=1e-6)
   ours, theirs = (
-    jax.grad(lambda v, f=f: (f(q, k, v) ** 2).sum())(v)
+    jax.grad(lambda *a, f=f: (f(*a) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
     for f in (fused, lambda *a: attention.attend(*a)[0])
   )
-  np.testing.assert_allclose(ours, theirs, atol=1e-5)
+  for a, b in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)

@@ -17,8 +17,15 @@ def normal(seed, *shape):
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("limit, loud", [(20.0, 1.0), (160.0, 3.0)])
+@pytest.mark.parametrize(
+  "limit, loud",
+  [(20.0, 1.0), (160.0, 3.0), (None, 3.0)],
+  ids=["no largest logit", "largest logit", "one kernel"],
+)
 def test_both_ears_at_once_attend_as_one_after_the_other(last, limit, loud):
+  fused = functools.partial(attention.fused_biased, implementation="xla")
+  biased = fused if limit is None else lambda *a: attention.attend_biased(*a, jnp.asarray(limit))
+
   def tokens(seed, count):  # Numbers that bfloat16 has.
     parts = (loud * normal(seed + i, 2, 1, count, 3, 16) for i in range(3))
     return tuple(x.astype(jnp.bfloat16).astype(jnp.float32) for x in parts)
@@ -36,7 +43,7 @@ def test_both_ears_at_once_attend_as_one_after_the_other(last, limit, loud):
 
   def at_once(ears, context, mass_h):
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (ears, context))
-    outs = blocks.attend_at_once(*low, mass_h, jnp.asarray(limit), last=last)
+    outs = blocks.attend_at_once(*low, mass_h, biased, last=last)
     pairs = zip(*(part for part in outs if part), strict=True)
     return [jnp.concatenate(parts, axis=2).astype(jnp.float32) for parts in pairs]
 

@@ -148,11 +148,12 @@ def test_the_gradient_of_modulate_is_that_of_its_definition(shape):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_rope_of_bfloat16_rotates_the_same_values():
+@pytest.mark.parametrize("by_product", [False, True])
+def test_rope_of_bfloat16_rotates_the_same_values(by_product):
   x = normal(0, 2, 12, 3, 16).astype(jnp.bfloat16)
   table = layers.rope_table(12, 16)
   expected = layers.rope(x.astype(jnp.float32), table)
-  np.testing.assert_allclose(layers.rope(x, table), expected, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(layers.rope(x, table, by_product), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("taps", [1, 3, 7])
