@@ -16,6 +16,7 @@ measured by a product of matrices, the speed of its memory by a copy.
 import collections
 import dataclasses
 import gzip
+import hashlib
 import json
 import pathlib
 import statistics
@@ -35,11 +36,12 @@ from spatialv2a_jax import compile_cache
 from spatialv2a_jax.training import determinism, meter
 
 GIB = 2.0**30
-# Words in the names of kernels; the first that is found decides.
+SHOWN = 8  # Kernels of each setting that are printed.
+# Words in the names of operations and kernels; the first kind of which one is found counts.
 KINDS = {
-  "attention": ("sdpa", "flash", "fmha"),
-  "products": ("gemm", "nvjet", "cutlass", "wgmma", "dot"),
-  "convolutions": ("conv", "wgrad", "dgrad", "fprop"),
+  "attention": ("attention", "sdpa", "flash", "fmha"),
+  "convolutions": ("cudnn-conv", "fprop", "wgrad", "dgrad"),
+  "products": ("gemm", "nvjet", "cutlass", "wgmma", "matmul"),
   "copies": ("memcpy", "memset", "copy", "transpose"),
 }
 
@@ -62,7 +64,7 @@ class Kernel(NamedTuple):
   @property
   def kind(self) -> str:
     """One of `KINDS`, or "fusions"."""
-    text = self.name.lower()
+    text = f"{self.op} {self.name}".lower()
     return next((k for k, words in KINDS.items() if any(w in text for w in words)), "fusions")
 
 
@@ -79,6 +81,7 @@ class Row:
     compiled: seconds that compiling took.
     kernels: of a step, the longest first.
     busy: seconds of a step in which some kernel runs.
+    digest: of the parameters after all steps, which deterministic runs have in common.
   """
 
   setting: str
@@ -89,6 +92,7 @@ class Row:
   compiled: float
   kernels: list[Kernel]
   busy: float
+  digest: str
 
   def mfu(self, peak: float) -> float:
     """Returns the share of a peak in FLOP/s that the model needs."""
@@ -96,8 +100,8 @@ class Row:
 
 
 def ceilings() -> tuple[float, float]:
-  """Returns FLOP/s of a product of 8192 x 8192 in bfloat16, and bytes/s read and written."""
-  size = 1024 if jax.default_backend() == "cpu" else 8192
+  """Returns FLOP/s of a large product in bfloat16, and bytes/s that a copy reads and writes."""
+  size = 1024 if jax.default_backend() == "cpu" else 8192  # A CPU would take minutes.
   a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
   large = jnp.zeros(2**29, jnp.float32)
   product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
@@ -169,7 +173,11 @@ def measure(
     file.write(step.as_text() or "")
   predicted = estimate.memory_of(step)["peak"]
   flops = task.flops() or float("nan")
-  row = Row(setting, times, recipe.batch_size, flops, predicted, compiled, kernels, busy)
+  digest = hashlib.sha256()
+  for x in jax.tree.leaves(state.params):
+    digest.update(np.asarray(x).tobytes())
+  about = recipe.batch_size, flops, predicted, compiled, kernels, busy, digest.hexdigest()[:16]
+  row = Row(setting, times, *about)
   out.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(row), indent=1))
   return row, state
 
@@ -209,18 +217,24 @@ def show(row: Row, peak: float) -> str:
   """Returns the lines of one setting."""
   seconds = statistics.median(row.seconds)
   published = meter.peak_flops() or float("nan")
-  share = collections.Counter()
-  for kernel in row.kernels:
-    share[kernel.kind] += kernel.seconds
-  kinds = ", ".join(f"{kind} {1e3 * s:.1f}" for kind, s in share.most_common())
-  return (
+  lines = [
     f"{row.setting or 'as configured'}: {1e3 * seconds:.2f} ms "
     f"({1e3 * min(row.seconds):.2f} .. {1e3 * max(row.seconds):.2f}), "
     f"{row.clips / seconds:,.0f} clips/s, MFU {100 * row.mfu(published):.1f} % of the published "
     f"peak, {100 * row.mfu(peak):.1f} % of the measured one; {row.predicted / GIB:.2f} GiB by the "
-    f"compiler; compiled in {row.compiled:.0f} s\n"
-    f"  kernels of a step, ms: {kinds}; none runs in {1e3 * (seconds - row.busy):.1f}"
-  )
+    f"compiler; compiled in {row.compiled:.0f} s; parameters {row.digest} at the end"
+  ]
+  if row.kernels:
+    share: dict[str, float] = collections.defaultdict(float)
+    for kernel in row.kernels:
+      share[kernel.kind] += kernel.seconds
+    kinds = [f"{kind} {1e3 * s:.1f}" for kind, s in sorted(share.items(), key=lambda x: -x[1])]
+    idle = 1e3 * (seconds - row.busy)
+    lines.append(f"  kernels of a step, ms: {', '.join(kinds)}; none runs in {idle:.1f}")
+  for kernel in row.kernels[:SHOWN]:
+    name = f"{kernel.op} {kernel.name}"[:100]
+    lines.append(f"  {1e3 * kernel.seconds:8.3f} in {kernel.calls:.0f} calls of {name}")
+  return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -248,12 +262,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = None
     for index, setting in enumerate(values["setting"].value):
       given = int(values["steps"].value), int(values["rounds"].value)
-      row, state = measure(config, setting, state, *given, out / f"{index}")
+      try:
+        row, state = measure(config, setting, state, *given, out / f"{index}")
+      except jax.errors.JaxRuntimeError as error:  # Such as one for memory; the others may do.
+        print(f"{setting}: {str(error).strip().splitlines()[0]}", flush=True)
+        state = None
+        continue
       print(show(row, peak), flush=True)
-      for kernel in row.kernels[:12] if index == 0 else ():
-        print(
-          f"  {1e3 * kernel.seconds:8.3f} ms {kernel.calls:6.0f} x {kernel.op} {kernel.name}"[:160]
-        )
   stats = jax.devices()[0].memory_stats() or {}
   print(f"at most {stats.get('peak_bytes_in_use', float('nan')) / GIB:.2f} GiB in use")
 

@@ -74,13 +74,13 @@ def _equation(equation: core.JaxprEqn, needed: list[bool]) -> tuple[int, list[bo
     work = 2 * math.prod(_shape(equation.outvars[0])) * math.prod(kernel) // features
     return work * (1 + sum(needed)), out
   if name == "cond":
-    found = [_walk(branch.jaxpr, needed[1:]) for branch in parameters["branches"]]
+    found = [_walk(_open(branch), needed[1:]) for branch in parameters["branches"]]
     return max(work for work, _ in found), [
       any(x) for x in zip(*(x for _, x in found), strict=True)
     ]
   if name == "scan":
-    return _scan(parameters, needed)
-  inner = [getattr(value, "jaxpr", value) for value in parameters.values()]
+    return _scan(equation, needed)
+  inner = [_open(value) for value in parameters.values()]
   found = [
     _walk(x, needed if len(x.invars) == len(needed) else [through] * len(x.invars))
     for x in inner
@@ -91,11 +91,23 @@ def _equation(equation: core.JaxprEqn, needed: list[bool]) -> tuple[int, list[bo
   return sum(work for work, _ in found), out
 
 
-def _scan(parameters: dict[str, Any], needed: list[bool]) -> tuple[int, list[bool]]:
-  body, constants, carry = (parameters[name] for name in ("jaxpr", "num_consts", "num_carry"))
+def _open(value: Any) -> Any:
+  """Returns the jaxpr of a closed one, which loops and branches have until jax 0.11."""
+  return getattr(value, "jaxpr", value)
+
+
+def _scan(equation: core.JaxprEqn, needed: list[bool]) -> tuple[int, list[bool]]:
+  body = _open(equation.params["jaxpr"])
+
+  def whole(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """Returns how many are the same in a turn; the others are cut into turns."""
+    return sum(_shape(a) == _shape(b) for a, b in zip(outside, inside, strict=True))
+
+  carry = whole(equation.outvars, body.outvars)
+  constants = whole(equation.invars, body.invars) - carry
   while True:  # What one turn hands to the next needs a gradient in all of them.
-    work, out = _walk(body.jaxpr, needed)
+    work, out = _walk(body, needed)
     first = [a or b for a, b in zip(needed[constants : constants + carry], out, strict=False)]
     if first == needed[constants : constants + carry]:
-      return parameters["length"] * work, out
+      return equation.params["length"] * work, out
     needed = [*needed[:constants], *first, *needed[constants + carry :]]

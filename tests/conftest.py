@@ -2,12 +2,14 @@
 
 import os
 
+from tests import NO_FUSION_EMITTERS
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling dominates, and takes a fraction of the time without fusion emitters and optimisation.
 os.environ.setdefault(
   "XLA_FLAGS",
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-  " --xla_cpu_use_fusion_emitters=false",
+  + NO_FUSION_EMITTERS,
 )
 os.environ.setdefault("NPROC", "16")  # XLA:CPU collectives need a thread per forced device.
 

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 
 from launch import local
-from tests import runner
+from tests import NO_FUSION_EMITTERS, runner
 
 
 def start(workdir, devices: int = 1, **options) -> subprocess.Popen:
@@ -45,7 +45,7 @@ def members(
   """
   environment = {
     **runner.environment(devices),
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0" + NO_FUSION_EMITTERS,
     "JAX_COMPILATION_CACHE_DIR": str(programs),
   }
   return [

@@ -23,13 +23,16 @@ from spatialv2a_jax.training import optim
 # of 448 to 896 that takes twice as long as to gather them and multiply at once.
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
+# XLA has no others since jax 0.11, and refuses the option.
+FUSION_EMITTERS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+
 # A program that runs once, of one random generator per parameter: LLVM would take minutes to make
 # it no faster. Below level 1 it would also round otherwise.
 INIT_OPTIONS = {
   "cpu": {
     "xla_backend_optimization_level": 1,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
+    **FUSION_EMITTERS,
   }
 }
 

@@ -2,6 +2,7 @@
 
 import functools
 import types
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -102,10 +103,10 @@ def test_the_device_decides_which_attention_the_blocks_have(
     return jnp.zeros_like(q)
 
   monkeypatch.setattr(jax.nn, "dot_product_attention", record)
-  inputs = {"latent_channels": 4, "clip_dim": 4, "sync_dim": 4, "text_dim": 4, "text_len": 2}
-  depth = {"joint_depth": 1, "ear_depth": 1, "unroll": False}
-  sizes = {"width": 16, "heads": 2, "dtype": dtype, "attention": asked}
-  net = flow_net.build(flow_net.Config(ears=ears, **sizes, **depth, **inputs), device=device)
+  sizes: dict[str, Any] = {"latent_channels": 4, "clip_dim": 4, "sync_dim": 4, "text_dim": 4}
+  sizes |= {"text_len": 2, "width": 16, "heads": 2, "joint_depth": 1, "ear_depth": 1}
+  sizes |= {"unroll": False, "dtype": dtype, "attention": asked, "ears": ears}
+  net = flow_net.build(flow_net.Config(**sizes), device=device)
   prepared = {"global_bd": (1, 16), "sync_btd": (1, 6, 16), "spatial_btd": (1, 6, 16)}
   prepared |= {"clip_bvd": (1, 3, 16), "text_bwd": (1, 2, 16)}
   params = nn.unbox(jax.eval_shape(net.init, jax.random.key(0)))

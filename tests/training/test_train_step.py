@@ -178,7 +178,7 @@ def test_a_state_that_is_compiled_in_haste_has_the_same_bits():
   thorough = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
+    **dict.fromkeys(train_step.FUSION_EMITTERS, True),
   }
   jax.tree.map(
     np.testing.assert_array_equal,
