@@ -260,8 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = pathlib.Path(values["out"].value or folder)
     out.mkdir(parents=True, exist_ok=True)
     state = None
-    for index, setting in enumerate(values["setting"].value):
-      given = int(values["steps"].value), int(values["rounds"].value)
+    given = int(values["steps"].value or 10), int(values["rounds"].value or 5)
+    for index, setting in enumerate(values["setting"].value or [""]):
       try:
         row, state = measure(config, setting, state, *given, out / f"{index}")
       except jax.errors.JaxRuntimeError as error:  # Such as one for memory; the others may do.

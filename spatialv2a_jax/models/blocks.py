@@ -113,8 +113,9 @@ class EarBlock(nn.Module):
   def __call__(self, x_btd: jax.Array, c_btd: jax.Array) -> jax.Array:
     """Maps tokens [b, t, d] under the activated per-frame condition [b, t, d]."""
     size = (self.width, self.heads, self.ffn)
-    options = {"gemm": self.gemm, "rope_by_product": self.attention == "xla"}
-    stream = Stream(*size, dtype=self.dtype, name="audio", **options)
+    options: dict[str, Any] = {"dtype": self.dtype, "gemm": self.gemm}
+    options["rope_by_product"] = self.attention == "xla"
+    stream = Stream(*size, name="audio", **options)
     table = layers.rope_table(x_btd.shape[1], self.width // self.heads)
     mods = stream.modulation(c_btd)
     qkv = stream.before(x_btd, mods, table)
@@ -183,7 +184,7 @@ class JointBlock(nn.Module):
 
     seal = functools.partial(layers.sealed, lift=nn.jit) if self.sealed else lambda f: f
     modulation = seal(Stream.modulation)
-    attend = _sealed_attend if self.sealed else _attend
+    attend: Callable[..., Any] = _sealed_attend if self.sealed else _attend
     if self.attention == "cudnn" and self.ears == 1:
       attend = _fused
     table = layers.rope_table(frames, k)
