@@ -14,7 +14,6 @@ Expected: the louder ear of held-out scenes is on the side of the source
 """
 
 import ml_collections
-from ml_collections import config_dict
 
 
 def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
@@ -61,7 +60,7 @@ def get_config(variant: str = "tiny") -> ml_collections.ConfigDict:
     clip=1.0,
     lr_scale=scale,
   )
-  c.ema = dict(decay=0.99, sigma_rel=config_dict.placeholder(float), beside=())
+  c.ema = dict(decay=0.99, sigma_rel=0.0, beside=())
   c.accumulate = 1
 
   # `-1` takes what is left; `rules` are fields of `sharding.Rules`: the mesh axes that

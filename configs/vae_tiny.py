@@ -9,7 +9,6 @@ Expected: `ild_db`, the error of the level difference between the ears, at about
 """
 
 import ml_collections
-from ml_collections import config_dict
 
 
 def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
@@ -47,7 +46,7 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
     clip=1.0,
     freeze=(("frozen/.*", True), (".*", False)),
   )
-  c.ema = dict(decay=0.99, sigma_rel=config_dict.placeholder(float), beside=())
+  c.ema = dict(decay=0.99, sigma_rel=0.0, beside=())
   c.accumulate = 1
 
   # `-1` takes what is left; `rules` are fields of `sharding.Rules`: the mesh axes that

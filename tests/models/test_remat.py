@@ -4,9 +4,12 @@ import functools
 import re
 
 import jax
+import jax.ad_checkpoint
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+from spatialv2a_jax.models import remat as policies
 from tests.models import test_flow_net as toy
 
 ORDER = ("full", "convolutions", "products", "")  # From least to most memory.
@@ -56,3 +59,10 @@ def test_the_policy_changes_no_gradient(remat, options):
   grads, expected = jax.jit(jax.grad(loss))(*arguments), plain_gradients(**options)
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5 * float(abs(b).max()) + 1e-12)
+
+
+@pytest.mark.parametrize("name", ["convolutions", "products"])
+def test_what_cudnns_attention_returns_is_kept(name):
+  policy = policies.POLICIES[name]
+  assert policy(cudnn._dot_product_attention_fwd_p_wrapper)
+  assert not policy(cudnn._dot_product_attention_bwd_p_wrapper)
