@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+_LEAST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 _found = 0
 
 
@@ -17,6 +18,8 @@ def keep() -> None:
   import jax
 
   jax.config.update("jax_compilation_cache_dir", str(folder()))
+  if _LEAST not in os.environ:  # By default, what took less than a second is compiled every time.
+    jax.config.update(_LEAST.lower(), 0.0)
   jax.monitoring.register_event_listener(_count)
 
 

@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, set before anything touches a JAX backend."""
 
 import os
+import pathlib
 
 from tests import NO_FUSION_EMITTERS
 
@@ -11,6 +12,11 @@ os.environ.setdefault(
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
   + NO_FUSION_EMITTERS,
 )
+# The tests compile some thousand programs, many of them in several places and in every run.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache/programs")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("NPROC", "16")  # XLA:CPU collectives need a thread per forced device.
 
 import jax

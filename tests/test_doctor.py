@@ -1,8 +1,10 @@
 """The checks of the machine: all pass here, each can fail, and says how to mend it."""
 
 import importlib.metadata
+import os
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -106,3 +108,17 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
     jax.config.update("jax_compilation_cache_dir", before)
   monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
   assert compile_cache.folder() == pathlib.Path.home() / ".cache/spatialv2a_jax/xla"
+
+
+def test_even_programs_that_compile_in_no_time_are_kept(tmp_path):
+  program = (
+    "import jax; from spatialv2a_jax import compile_cache; compile_cache.keep();"
+    "jax.jit(lambda x: x + 1)(1.0); print(compile_cache.found())"
+  )
+  environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+  environment.pop("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", None)
+  found = [
+    int(subprocess.check_output([sys.executable, "-c", program], env=environment))
+    for _ in range(2)
+  ]
+  assert found[0] == 0 and found[1] > 0

@@ -22,7 +22,7 @@ from flax import traverse_util
 
 from spatialv2a_jax import model_folder
 from spatialv2a_jax.errors import MissingAssetError, UserError
-from spatialv2a_jax.training import cluster, optim
+from spatialv2a_jax.training import checkpoint, cluster, optim
 
 FOLDER = "averages"  # Inside a working directory.
 STORED = jnp.float16  # Half the bytes; its 11 bits suffice for sums of a few snapshots.
@@ -53,7 +53,7 @@ class Snapshots:
       options=ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True, single_host_load_and_broadcast=True
       ),
-      item_handlers=ocp.StandardCheckpointHandler(),
+      item_handlers=checkpoint.tree_handler(),
     )
     for step in self._manager.all_steps():
       if step > start:
@@ -74,7 +74,7 @@ class Snapshots:
     pairs = zip(self._widths, averages, strict=True)
     tree = self._half({f"{width:g}": average for width, average in pairs if width})
     with self._loud():
-      self._manager.save(step, args=ocp.args.StandardSave(tree))  # pyright: ignore[reportCallIssue]
+      self._manager.save(step, args=ocp.args.PyTreeSave(tree))  # pyright: ignore[reportCallIssue]
     self._saving = True
 
   def check(self) -> None:

@@ -54,7 +54,7 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(single_host_load_and_broadcast=True, **more)
     self._failures: list[BaseException] = []  # Of saves in the background.
     handlers = {
-      "state": save_failures.noted(ocp.StandardCheckpointHandler(), self._failures),
+      "state": save_failures.noted(tree_handler(), self._failures),
       "run": save_failures.noted(ocp.JsonCheckpointHandler(), self._failures),
     }
     self._manager = ocp.CheckpointManager(
@@ -68,7 +68,7 @@ class Checkpoints:
       UserError: if this or the save before failed (exit code 1).
     """
     items = {
-      "state": ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
+      "state": ocp.args.PyTreeSave(state),  # pyright: ignore[reportCallIssue]
       "run": ocp.args.JsonSave({**run, "time": time.time()}),  # pyright: ignore[reportCallIssue]
     }
     self.wait()  # As Orbax does: one at a time. That one is good now.
@@ -144,7 +144,7 @@ class Checkpoints:
         read; with exit code 43 if one was set aside for several processes.
     """
     damaged: dict[int, str] = {}
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
+    args = _restore_args(abstract)
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         run = self.run(step)
@@ -211,7 +211,7 @@ class Checkpoints:
       UserError: if it holds another model, or cannot be read.
     """
     self._check_layout(step, abstract)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))  # pyright: ignore[reportCallIssue]
+    args = _restore_args(abstract)
     try:
       return self._manager.restore(step, args=args)["state"]
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
@@ -270,6 +270,18 @@ class Checkpoints:
       # Else a save would wait for the process that is gone, or is to hear of this one's fault.
       with contextlib.suppress(Exception):  # The first error is the one to tell.
         self.close()
+
+
+def tree_handler() -> ocp.PyTreeCheckpointHandler:
+  """Returns what saves and restores trees of arrays for Orbax.
+
+  What many devices hold is written by the first of them. By default Orbax has each write a slice,
+  for which every process compiles a program per shape and device in its first save (Orbax's issue
+  2934), while the devices wait.
+  """
+  arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+  registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def saved_runs(workdir: Path) -> dict[int, pathlib.Path]:
@@ -349,6 +361,14 @@ def _read(
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
       raise UserError(f"cannot read checkpoint {where}/{step}: {_first_line(error)}") from error
   return got["state"], dict(got["run"])
+
+
+def _restore_args(abstract: Any) -> ocp.args.Composite:
+  """Returns what asks Orbax for a state with the shardings of `abstract`."""
+  shardings = ocp.checkpoint_utils.construct_restore_args(abstract)
+  return ocp.args.Composite(
+    state=ocp.args.PyTreeRestore(item=abstract, restore_args=shardings)  # pyright: ignore[reportCallIssue]
+  )
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int) -> Any:

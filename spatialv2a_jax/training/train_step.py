@@ -144,13 +144,16 @@ def overwrite(
     return traverse_util.unflatten_dict(flat, sep="/")
 
   params = replaced(state.params, values)
+  averages = (state.ema, *state.beside)
 
-  def copy(average):
+  def copies(params):
     # The step donates its state, so that parameters and averages may not share a buffer.
-    return jax.tree.map(lambda p, a: jax.device_put(jnp.copy(p), a.sharding), params, average)
+    return tuple(jax.tree.map(jnp.copy, params) for _ in averages)
 
-  beside = tuple(copy(average) for average in state.beside)
-  state = state.replace(params=params, ema=copy(state.ema), beside=beside)  # pyright: ignore
+  # One program: copied one by one, every shape would be compiled.
+  shardings = jax.tree.map(lambda x: x.sharding, averages)
+  ema, *beside = jax.jit(copies, out_shardings=shardings)(params)
+  state = state.replace(params=params, ema=ema, beside=tuple(beside))  # pyright: ignore
   return state.replace(stats=replaced(state.stats, stats)) if stats else state  # pyright: ignore
 
 

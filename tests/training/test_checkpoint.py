@@ -54,6 +54,25 @@ def test_a_checkpoint_restores_on_any_mesh_with_the_same_bits(tmp_path, shape):
   assert all(jax.tree.leaves(same))
 
 
+def test_a_save_compiles_nothing(tmp_path):
+  """What many devices hold would by default be cut into slices, a program per shape and device."""
+  create, _ = state_on(8, 1, 1)
+  compiled = []
+
+  def listen(event, duration_secs, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(duration_secs)
+
+  state = create()
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    with checkpoint.Checkpoints(tmp_path) as manager:
+      manager.save(1, state, RUN)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert not compiled
+
+
 def test_parameters_load_alone_as_numpy(tmp_path):
   state, _ = saved(tmp_path)
   for folder in (tmp_path, tmp_path / "checkpoints"):
