@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.errors import MissingAssetError, UserError, first_line
 from spatialv2a_jax.training import meter
 
 
@@ -201,8 +201,8 @@ def devices(target: Target) -> list[Any]:
         topology=f"1x{hosts}x{per_host}",
       )
   except Exception as error:
-    first = str(error).strip().splitlines()[0]
-    raise UserError(f"--topology {target.text} is not possible: {first}") from error
+    reason = first_line(error)
+    raise UserError(f"--topology {target.text} is not possible: {reason}") from error
   found = list(topology.devices)
   if len(found) != target.count:
     raise UserError(

@@ -16,6 +16,11 @@ class UserError(Exception):
       self.exit_code = exit_code
 
 
+def first_line(error: Exception) -> str:
+  """Returns why an error of a library was raised; its name if it does not say."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def one_line(error: Exception, memory: str = "") -> str | None:
   """Returns what a user can do about an error of the system or the device; None for others.
 
@@ -27,7 +32,7 @@ def one_line(error: Exception, memory: str = "") -> str | None:
   if isinstance(error, MemoryError):
     return f"out of memory{memory}"
   if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:  # JAX's.
-    return f"out of memory on the device{memory} ({text.strip().splitlines()[0][:200]})"
+    return f"out of memory on the device{memory} ({first_line(error)[:200]})"
   if isinstance(error, OSError) and error.strerror:
     where = "" if error.filename is None else f"{error.filename}: "
     return f"{where}{error.strerror}"

@@ -12,7 +12,7 @@ from typing import Any
 from flax import traverse_util
 
 from spatialv2a_jax import tensors
-from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
+from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError, first_line
 from spatialv2a_jax.io import atomic_path
 
 CHECKPOINTS = "checkpoints"  # Folder inside a working directory, beside its model folder.
@@ -113,7 +113,7 @@ def open_model(folder: Path) -> Model:
     try:
       arrays, _ = tensors.read(file)
     except (ValueError, OSError) as error:
-      raise UserError(f"{file} is damaged: {_first_line(error)}; copy it again") from error
+      raise UserError(f"{file} is damaged: {first_line(error)}; copy it again") from error
     tree = traverse_util.unflatten_dict(arrays, sep="/")
     params[name], stats[name] = tree.get("params", {}), tree.get("stats", {})
   return Model(params, stats, about, digests, folder)
@@ -123,8 +123,4 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
   try:
     return dict(json.loads((folder / "config.json").read_text()))
   except (ValueError, TypeError) as error:
-    raise UserError(f"{folder}/config.json is no JSON object: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    raise UserError(f"{folder}/config.json is no JSON object: {first_line(error)}") from error

@@ -118,7 +118,6 @@ def test_even_programs_that_compile_in_no_time_are_kept(tmp_path):
   environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
   environment.pop("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", None)
   found = [
-    int(subprocess.check_output([sys.executable, "-c", program], env=environment))
-    for _ in range(2)
+    int(subprocess.check_output([sys.executable, "-c", program], env=environment)) for _ in range(2)
   ]
   assert found[0] == 0 and found[1] > 0

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from spatialv2a_jax import tensors
-from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.errors import MissingAssetError, UserError, first_line
 
 _STORAGES = {
   "DoubleStorage": np.float64,
@@ -72,8 +72,9 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
   try:
     return tensors.read(path)
   except (ValueError, OSError) as error:
-    reason = str(error).splitlines()[0]
-    raise UserError(f"{path} is neither safetensors nor a PyTorch zip file: {reason}") from None
+    raise UserError(
+      f"{path} is neither safetensors nor a PyTorch zip file: {first_line(error)}"
+    ) from None
 
 
 def read_torch(path: pathlib.Path) -> dict[str, Any]:
@@ -88,8 +89,7 @@ def read_torch(path: pathlib.Path) -> dict[str, Any]:
   except UserError:
     raise
   except Exception as error:  # A damaged pickle can fail in any way; none of its code has run.
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    raise UserError(f"{path} is damaged or no PyTorch checkpoint: {reason}") from None
+    raise UserError(f"{path} is damaged or no PyTorch checkpoint: {first_line(error)}") from None
   if not isinstance(content, dict):
     raise UserError(f"{path} holds a {type(content).__name__}, a dictionary of tensors is needed")
   return content

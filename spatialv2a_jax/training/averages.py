@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from spatialv2a_jax import model_folder
-from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.errors import MissingAssetError, UserError, first_line
 from spatialv2a_jax.training import checkpoint, cluster, optim
 
 FOLDER = "averages"  # Inside a working directory.
@@ -98,9 +98,8 @@ class Snapshots:
     try:
       yield
     except Exception as error:  # Orbax and TensorStore raise many kinds.
-      reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
       raise UserError(
-        f"cannot write to {self.folder} ({reason}); mend it and run the same command",
+        f"cannot write to {self.folder} ({first_line(error)}); mend it and run the same command",
         exit_code=cluster.EXIT_CODE if cluster.lost(error) else 1,
       ) from error
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.errors import MissingAssetError, UserError, first_line
 from spatialv2a_jax.model_folder import CHECKPOINTS as FOLDER
 from spatialv2a_jax.model_folder import Path
 from spatialv2a_jax.training import cluster, save_failures
@@ -156,7 +156,7 @@ class Checkpoints:
       except UserError:
         raise
       except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
-        damaged[step] = _first_line(error)
+        damaged[step] = first_line(error)
         if jax.process_count() > 1:
           self._set_aside_for_all(step, damaged[step])
           break
@@ -359,7 +359,7 @@ def _read(
       )
       got = manager.restore(step, args=args)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
-      raise UserError(f"cannot read checkpoint {where}/{step}: {_first_line(error)}") from error
+      raise UserError(f"cannot read checkpoint {where}/{step}: {first_line(error)}") from error
   return got["state"], dict(got["run"])
 
 
@@ -380,7 +380,3 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   return {
     name: tuple(leaf.shape) for name, leaf in zip(names(tree), jax.tree.leaves(tree), strict=True)
   }
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -20,7 +20,7 @@ from tests import loader_shards
 from tests.processes import finish, members, wait_for
 from tests.training import test_train_step as toy
 
-STEPS = 36
+STEPS = 24
 
 
 def build(folder):
