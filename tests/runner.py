@@ -15,7 +15,9 @@ import signal
 import sys
 import time
 import types
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,9 +206,10 @@ def made_of(options: Options) -> recipe.Recipe:
   devices = jax.devices()[: int(np.prod(options.shape))]
   mesh = sharding.make_mesh(*options.shape, devices=devices)
   shapes = jax.eval_shape(toy.toy_init, jax.random.key(0))
-  stats = {"mean": np.zeros(8, np.float32)}
-  if options.ballast:
-    stats["ballast"] = np.random.default_rng(0).standard_normal(options.ballast, np.float32)
+  stats: dict[str, Any] = {"mean": np.zeros(8, np.float32)}
+  if options.ballast:  # Split by `fsdp`: what all processes hold alike, one of them writes.
+    ballast = np.random.default_rng(0).standard_normal(options.ballast, np.float32)
+    stats["ballast"] = nn.LogicallyPartitioned(ballast, ("width",))
 
   def init(key):
     if options.fault == "init":
