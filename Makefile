@@ -48,4 +48,4 @@ bench: $(VENV)/.dev  ## timings, printed as tables; PyTorch is installed for the
 	GLIBC_TUNABLES=$(KEEP_MEMORY) $(BIN)/python -m benchmarks.against_torch
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_out
+	rm -rf $(VENV) build dist *.egg-info demo_out .pytest_cache
