@@ -29,7 +29,8 @@ from spatialv2a_jax.training import checkpoint
 
 def _cold(folder: pathlib.Path) -> None:
   environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder), "PYTHONUNBUFFERED": "1"}
-  values = [f"--config.data.path={tasks.SYNTHETIC}", "--config.every.log=1", "--config.steps=1"]
+  one = {"steps": 1, "optim.warmup": 0, "every.log": 1}
+  values = [f"--config.{name}={x}" for name, x in {"data.path": tasks.SYNTHETIC, **one}.items()]
   for name in ("without", "with"):
     command = ["launch.train", "--config=configs/tiny.py", f"--workdir={folder / name}", *values]
     began = time.monotonic()
