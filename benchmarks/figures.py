@@ -4,7 +4,8 @@ Run: python -m benchmarks.figures ROW...
 
   flops    the model's FLOPs as they are counted for the MFU, against the products in the program
   cold     seconds from the command to the end of the first step, without and with kept programs
-  save     milliseconds that a save of a large state blocks, seconds to write and to restore it
+  save     milliseconds that the first save of a large state and the next block, seconds to write
+           and to restore it
 """
 
 import argparse
