@@ -210,10 +210,12 @@ class Checkpoints:
     Raises:
       UserError: if it holds another model, or cannot be read.
     """
-    self._check_layout(step, abstract)
     args = _restore_args(abstract)
     try:
+      self._check_layout(step, abstract)
       return self._manager.restore(step, args=args)["state"]
+    except UserError:
+      raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
       raise UserError(
         f"cannot read checkpoint {self.folder}/{step}: {save_failures.reason(error)}"
@@ -372,7 +374,10 @@ def _restore_args(abstract: Any) -> ocp.args.Composite:
 
 
 def _metadata(manager: ocp.CheckpointManager, step: int) -> Any:
+  """Returns the tree of what a checkpoint says of its arrays; ValueError if it says nothing."""
   metadata = manager.item_metadata(step)["state"]
+  if metadata is None:  # Which is what Orbax returns if it finds no such file.
+    raise ValueError("what describes its arrays is missing")
   return getattr(metadata, "tree", metadata)
 
 

@@ -127,6 +127,37 @@ def test_a_checkpoint_whose_settings_are_torn_is_set_aside_too(tmp_path):
   assert found and int(found[0].step) == 1 and "checkpoint 2 is damaged" in told[0]
 
 
+def test_a_checkpoint_without_a_word_on_its_arrays_is_damaged_and_of_no_other_model(tmp_path):
+  _, abstract = saved(tmp_path, steps=(1, 2))
+  (tmp_path / "checkpoints" / "2" / "state" / "_METADATA").unlink()
+  with pytest.raises(UserError, match="cannot read checkpoint .*/2: what describes its arrays is"):
+    checkpoint.Checkpoints(tmp_path, read_only=True).read(2, abstract)
+  told = []
+  found = checkpoint.Checkpoints(tmp_path).restore(abstract, "toy", warn=told.append)
+  assert found and int(found[0].step) == 1 and "checkpoint 2 is damaged" in told[0]
+
+
+def test_a_checkpoint_that_another_process_sets_aside_meanwhile_is_of_no_other_model(
+  tmp_path, monkeypatch
+):
+  _, abstract = saved(tmp_path, steps=(1, 2))
+  folder, late = tmp_path / "checkpoints" / "2", checkpoint.Checkpoints(tmp_path)
+  describe = checkpoint._metadata
+
+  def metadata(manager, step):
+    (folder / "state" / "_METADATA").unlink()  # Moved between the list of items and their reading.
+    try:
+      return describe(manager, step)
+    finally:
+      folder.rename(tmp_path / "damaged-2-0")
+      monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+  monkeypatch.setattr(checkpoint, "_metadata", metadata)
+  with pytest.raises(UserError, match="2 is damaged and was set aside by another pro") as stop:
+    late.restore(abstract, "toy")
+  assert stop.value.exit_code == 43
+
+
 def test_several_processes_set_aside_one_checkpoint_and_no_more_before_the_next(
   tmp_path, monkeypatch
 ):
