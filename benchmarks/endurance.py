@@ -48,7 +48,7 @@ def _start(workdir: pathlib.Path, processes: int) -> list[subprocess.Popen[bytes
     options: dict[str, Any] = {"workdir": str(workdir), "steps": STEPS, "checkpoint": EVERY}
     options["shape"] = (2, 1, 1)
     if processes > 1:
-      join = {"coordinator": coordinator, "count": processes, "index": index, "timeout": 60}
+      join = {"coordinator": coordinator, "count": processes, "index": index, "timeout": 20}
       options["join"] = join
     started.append(
       subprocess.Popen(

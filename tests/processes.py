@@ -3,6 +3,7 @@
 import pathlib
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 
 from launch import local
@@ -39,7 +40,8 @@ def members(
 
   Args:
     arguments: of `launch.train`.
-    count: of processes.
+    count: of processes, whose devices reduce over the network, also those of a single one; 0: one
+      that looks for no others, whose devices reduce in memory, at two thirds of the time.
     devices: of each.
     programs: folder of compiled programs.
   """
@@ -48,6 +50,7 @@ def members(
     "XLA_FLAGS": "--xla_backend_optimization_level=0" + NO_FUSION_EMITTERS,
     "JAX_COMPILATION_CACHE_DIR": str(programs),
   }
+  alone = [[sys.executable, "-m", "launch.train", *arguments]]
   return [
     subprocess.Popen(
       command,
@@ -57,7 +60,7 @@ def members(
       stderr=subprocess.PIPE,
       text=True,
     )
-    for command in local.train_commands(count, arguments)
+    for command in (local.train_commands(count, arguments) if count else alone)
   ]
 
 

@@ -370,7 +370,7 @@ def test_flops_are_about_six_per_weight_and_token():
 def test_the_smoke_variant_trains_and_leaves_a_model_folder(tmp_path, capsys, name):
   argv = ["launch.train", f"--config={ROOT}/configs/{name}.py:smoke", f"--workdir={tmp_path}"]
   # As most would run it; for eight devices, compiling and saving take several times as long.
-  processes.finish(*processes.members(argv[1:], count=1, devices=1, programs=tmp_path / "programs"))
+  processes.finish(*processes.members(argv[1:], 0, devices=1, programs=tmp_path / "programs"))
   model = model_folder.load_model(tmp_path)
   kind = json.loads((tmp_path / "config.json").read_text())["kind"]
   assert set(model.params) == {kind} and model.config["audio"] in schema.AUDIO

@@ -3,7 +3,6 @@
 Processes of `launch.train` train the two-ear flow network on real shards.
 """
 
-import functools
 import itertools
 import random
 import signal
@@ -44,14 +43,14 @@ def build(folder):
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-  """Starts the processes of a run of `STEPS` steps on four devices, from programs kept for all."""
+  """Starts the processes of a run on four devices, with programs that are kept for all."""
   folder = tmp_path_factory.mktemp("matrix")
   build(folder / "shards")
   started = []
 
-  def start(workdir, count=1, verify=False, **values):
+  def start(workdir, count=0, steps=STEPS, verify=False, **values):
     options = {
-      "steps": STEPS,
+      "steps": steps,
       "data.path": folder / "shards",
       "data.eval": "",
       "data.batch_size": 4,
@@ -60,7 +59,7 @@ def launch(tmp_path_factory):
     given = [f"--config.{name}={value}" for name, value in (options | values).items()]
     config = ["--config=configs/tiny.py:smoke", f"--workdir={workdir}", *given]
     arguments = [f"--verify={workdir}"] if verify else config
-    group = members(arguments, count, devices=4 // count, programs=folder / "programs")
+    group = members(arguments, count, devices=4 // (count or 1), programs=folder / "programs")
     started.extend(group)
     return group
 
@@ -68,21 +67,6 @@ def launch(tmp_path_factory):
   for process in started:
     process.kill()
     process.wait()
-
-
-@pytest.fixture(scope="module")
-def expected(launch, tmp_path_factory):
-  """Returns what a run ends with to which nothing happens; it goes on until somebody asks."""
-  workdir = tmp_path_factory.mktemp("whole")
-  (process,) = launch(workdir)
-
-  @functools.cache
-  def ask():
-    out, _ = finish(process)
-    assert ", compiled in" in out
-    return result(workdir)
-
-  return ask
 
 
 @pytest.fixture(scope="module")
@@ -107,20 +91,27 @@ def result(workdir):
 
 
 @pytest.mark.slow
-def test_four_devices_are_the_same_in_one_two_or_four_processes(tmp_path, launch, expected):
+def test_four_devices_are_the_same_in_one_two_or_four_processes(tmp_path, launch):
   """A job of one process reduces over the network as well, and so in the same order."""
-  four = launch(tmp_path, count=4)
-  wait_for(four[0], f"step {STEPS // 2}/")
+  (whole,) = launch(tmp_path / "whole", count=1, steps=8)
+  out, _ = finish(whole)
+  assert ", compiled in" in out
+  four = launch(tmp_path / "parts", count=4, steps=8)
+  wait_for(four[0], "step 4/")
   four[3].send_signal(signal.SIGTERM)
   assert "and saved" in [finish(process, code=42)[0] for process in four][0]
-  two = launch(tmp_path, count=2)
+  two = launch(tmp_path / "parts", count=2, steps=8)
   assert "changed since then: machine.processes 4 -> 2" in [finish(x)[0] for x in two][0]
-  assert result(tmp_path) == expected()
+  assert sorted(result(tmp_path / "whole")[0]) == list(range(1, 9))
+  assert result(tmp_path / "parts") == result(tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_kills_stops_and_workers_change_no_bit(tmp_path, launch, expected):
-  assert sorted(expected()[0]) == list(range(1, STEPS + 1))
+def test_kills_stops_and_workers_change_no_bit(tmp_path, launch):
+  (whole,) = launch(tmp_path / "whole")
+  finish(whole)
+  expected = result(tmp_path / "whole")
+  assert sorted(expected[0]) == list(range(1, STEPS + 1))
 
   (stopped,) = launch(tmp_path / "stopped")
   (workers,) = launch(tmp_path / "workers", **{"data.workers": 2})
@@ -142,7 +133,7 @@ def test_kills_stops_and_workers_change_no_bit(tmp_path, launch, expected):
   (process,) = launch(tmp_path / "killed")
   out, _ = finish(process)
   assert "resumed at step" in out and "found compiled, read in" in out
-  assert result(tmp_path / "killed") == expected()
+  assert result(tmp_path / "killed") == expected
   ledger = [x for x in logbook.read_metrics(tmp_path / "killed") if "goodput" in x][-1]
   total = sum(x for name, x in ledger.items() if name.endswith("_s") and "wall" not in name
               and name.startswith("goodput/"))  # fmt: skip
@@ -153,9 +144,9 @@ def test_kills_stops_and_workers_change_no_bit(tmp_path, launch, expected):
   told, _ = finish(process)
   assert "the run repeats bit for bit" in told and "are equal, bit for bit" in told
   finish(stopped)
-  assert result(tmp_path / "stopped") == expected()
+  assert result(tmp_path / "stopped") == expected
   finish(workers)
-  assert result(tmp_path / "workers") == expected()
+  assert result(tmp_path / "workers") == expected
 
 
 def fit(workdir, folder, shape, steps, seen, checkpoint_every=100):
