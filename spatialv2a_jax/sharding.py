@@ -30,7 +30,8 @@ class Rules:
     act_batch: clips of a batch.
     act_time: frames or tokens of an activation.
     act_width: channels of an activation.
-    ear: stacked weights of the two ear branches (size 2).
+    ear: stacked weights of the two ear branches (size 2). Blocks take the ears in turn, so that
+      splitting them is slower than not to (benchmarks/RESULTS.md).
     layers: stacked weights of repeated blocks.
     width: model width of a parameter.
     heads: attention heads.
