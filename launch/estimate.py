@@ -31,7 +31,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
 from launch import command, early, hlo, hlo_cost, roofline, targets, tasks
@@ -219,18 +218,21 @@ def advice(report: Mapping[str, Any]) -> list[str]:
   memory, chips, mesh = report["memory"], report["chips"], report["mesh"]
   state = sum(report["state_bytes"].values())
   lines = []
-  per_chip = report["batch_size"] / (mesh["data"] * mesh["fsdp"]) / report["accumulate"]
+  rows = report["batch_size"] // (mesh["data"] * mesh["fsdp"])
+  per_chip = rows / report["accumulate"]
   if memory["peak"] > memory["available"]:
     if state > memory["available"] / 2:
-      split = next((n for n in (2, 4, 8, 16, 32, 64) if state / n < memory["available"] / 4), 64)
-      ask = f"--config.mesh.fsdp={split}" if chips % split == 0 else "more chips"
+      more = next((n for n in (2, 4, 8, 16, 32, 64) if state / n < memory["available"] / 4), 64)
+      split = mesh["fsdp"] * more
+      fits = chips // mesh["tensor"] % split == 0
+      ask = f"--config.mesh.data=-1 --config.mesh.fsdp={split}" if fits else "more chips"
       lines.append(f"the state alone takes {state / GIB:.1f} GiB of a chip: split it, {ask}")
     room = max(memory["available"] - state, 1)
-    parts = 2 ** int(np.ceil(np.log2(max(memory["temporaries"] / room, 1.01))))
-    if per_chip >= parts:
-      more = parts * report["accumulate"]
+    parts = max(2, memory["temporaries"] / room) * report["accumulate"]
+    fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n >= parts]
+    if fitting:
       lines.append(
-        f"activations are too large: process the batch in parts, --config.accumulate={more}"
+        f"activations are too large: process the batch in parts, --config.accumulate={fitting[0]}"
       )
     if report.get("remat", "full") != "full":
       lines.append("recompute more in the backward pass: --config.model.remat=full")

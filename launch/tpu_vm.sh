@@ -45,8 +45,10 @@ gcloud compute tpus tpu-vm ssh "$name" --worker=all "${where[@]}" --command="
   else
     rm -rf spatialv2a spatialv2a.pid spatialv2a.code && mkdir spatialv2a
     tar -xzf spatialv2a.tar.gz -C spatialv2a && cd spatialv2a
-    [ -d ../venv ] || python3 -m venv ../venv
-    ../venv/bin/pip install -q '.[train]' '${EXTRA:-jax[tpu]}'
+    export PATH=\"\$PATH:\$HOME/.local/bin\" # For uv, since the Python of images is too old.
+    command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+    uv venv -q --clear --python 3.12 ../venv
+    uv pip install -q --python ../venv '.[train]' '${EXTRA:-jax[tpu]}'
     setsid bash -c $(printf %q "$train") >>../spatialv2a.log 2>&1 </dev/null &
     cd ..
     until [ -s spatialv2a.pid ]; do sleep 0.1; done

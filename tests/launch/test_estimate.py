@@ -122,7 +122,12 @@ def test_advice_names_what_to_change():
   assert any("--config.accumulate=4" in line for line in lines)
   state = {"params": 5 * GIB, "opt": 10 * GIB, "averages": 5 * GIB}
   lines = estimate.advice(report(memory=full, state_bytes=state, fits=False))
-  assert "--config.mesh.fsdp=8" in lines[0]
+  assert "--config.mesh.data=-1 --config.mesh.fsdp=8" in lines[0]
+  split = {"mesh": {"data": 2, "fsdp": 8, "tensor": 1}, "state_bytes": {"params": 10 * GIB}}
+  assert "more chips" in estimate.advice(report(memory=full, **split))[0]
+  lines = estimate.advice(report(memory=full, **split, chips=64, batch_size=6 * 16))
+  assert "--config.mesh.fsdp=32" in lines[0]
+  assert any("--config.accumulate=6" in line for line in lines)  # 5.2 parts or more.
   assert "fewer chips" in estimate.advice(report(batch_size=32))[0]
   assert not estimate.advice(report())
   assert "rules.zero leaves 80 %" in estimate.advice(report(zero_whole=0.8))[0]

@@ -211,9 +211,9 @@ def test_a_signal_makes_it_save_and_it_goes_on_from_there(slurm, tmp_path, batch
 
 
 def test_a_time_limit_that_nears_is_such_a_signal(slurm, tmp_path):
-  """The script asks for 180 s; SLURM sends it up to a minute early."""
+  """The script asks for 300 s; SLURM sends it up to a minute early."""
   job = Submitted(slurm, tmp_path, steps=10_000, pause=0.2, checkpoint=10_000)
-  slurm.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=5")
+  slurm.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=7")
   job.see("stopped at step")
   job.see("left with 42: back into the queue")
   slurm.ask("scancel", job.number)
