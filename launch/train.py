@@ -38,7 +38,6 @@ After 42, 43 and death by a signal, which is also how JAX ends processes that lo
 it again.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -53,7 +52,7 @@ import jax
 from absl import flags
 
 from launch import command, tasks
-from spatialv2a_jax import compile_cache, goodput
+from spatialv2a_jax import compile_cache, goodput, io
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.training import cluster, determinism, meter, preemption, replay, train, waiting
 from spatialv2a_jax.training import watchdog as watchdogs
@@ -183,6 +182,7 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
     )
     with ledger.during("save"):
       task.export(workdir / "model", state)
+      cluster.meet()  # JAX gives the others 300 s to end, then ends the one that still writes.
   _say(f"model folder: {workdir / 'model'}")
   return 0
 
@@ -221,16 +221,20 @@ def _main(argv: Sequence[str], ledger: goodput.Ledger) -> int:
 
 def told(work: Callable[[], int]) -> int:
   """Returns the exit code of `work`; a mistake or a full disk is one line on standard error."""
+
+  def full(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in io.DISK_TROUBLE
+
   try:
     return work()
   except UserError as error:
     print(f"launch.train: {error}", file=sys.stderr)
-    return error.exit_code
+    return 1 if full(error.__cause__) else error.exit_code
   except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if not full(error):
       raise
     print(
-      f"launch.train: the disk is full ({error}); the newest complete checkpoint is intact: make "
+      f"launch.train: the disk is full or fails ({error}); the newest checkpoint is intact: make "
       "room and run the same command",
       file=sys.stderr,
     )

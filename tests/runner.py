@@ -6,6 +6,8 @@ python -m tests.runner JSON, with the fields of `Options`; exit codes are those 
 import contextlib
 import ctypes
 import dataclasses
+import errno
+import functools
 import json
 import os
 import pathlib
@@ -28,7 +30,7 @@ from launch import evaluation
 from launch import train as launcher
 from spatialv2a_jax import goodput, sharding
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.training import cluster, guard, optim, recipe, replay
+from spatialv2a_jax.training import checkpoint, cluster, guard, optim, recipe, replay
 from tests.training import test_train_step as toy
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -46,6 +48,7 @@ class Options:
   log: int = 1
   checkpoint: int = 2
   keep: int = 0
+  average: int = 0
   eval: int = 0
   limits: dict = dataclasses.field(default_factory=dict)
   guard: dict = dataclasses.field(default_factory=lambda: {"sigma": 0.0})
@@ -85,6 +88,47 @@ def fill(folder: str) -> None:
       with contextlib.suppress(OSError):
         while file.write(bytes(size)):
           pass
+
+
+class Late:
+  """What Orbax waits for in the background, which is there later, or not at all."""
+
+  def __init__(self, future, folder: pathlib.Path, fails: bool):
+    self.future, self.folder, self.fails = future, folder, fails
+    self.before = self.complete()
+
+  def complete(self) -> set[str]:
+    return {path.name for path in self.folder.glob("*") if path.name.isdigit()}
+
+  def result(self, timeout=None):
+    if self.fails:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    time.sleep(2)
+    assert self.complete() == self.before, "complete before all of it is written"
+    return self.future.result(timeout)
+
+
+def handlers(options: Options):
+  """Makes handlers of arrays, of which that of checkpoints is late or that of averages fails."""
+  made = []
+  make = checkpoint.tree_handler
+  struck = {"late checkpoint": 0, "no average": 1}.get(options.fault)
+
+  def handler():
+    one = make()
+    save, number = one.async_save, len(made)
+    made.append(one)
+
+    async def async_save(*arguments, **more):
+      folder = pathlib.Path(options.workdir) / ("checkpoints", "averages")[number]
+      futures = await save(*arguments, **more) or []
+      return [Late(future, folder, fails=number == 1) for future in futures]
+
+    if number == struck and jax.process_index() == options.rank:
+      one.async_save = async_save
+    return one
+
+  return handler
 
 
 def loss(options: Options):
@@ -230,6 +274,7 @@ def made_of(options: Options) -> recipe.Recipe:
     stats=stats,
     optimizer=toy.SGD if options.sgd else optim.adamw(optim.Config(lr=1e-2, warmup=2), shapes),
     mesh=mesh,
+    ema=optim.Ema(sigma_rel=0.1) if options.average else None,
     guard=guard.Config(**options.guard),
   )
 
@@ -247,7 +292,7 @@ def main(options: Options) -> int:
   made = made_of(options)
 
   def export(path, state):
-    if options.fault == "export":
+    if options.fault == "export" and options.rank == jax.process_index():
       hang()
 
   task = types.SimpleNamespace(
@@ -256,13 +301,19 @@ def main(options: Options) -> int:
   config = {
     "kind": "toy",
     "steps": options.steps,
-    "every": {name: getattr(options, name) for name in ("log", "eval", "checkpoint", "keep")},
+    "every": {
+      name: getattr(options, name) for name in ("log", "eval", "checkpoint", "keep", "average")
+    },
     "limits": options.limits,
     "optim": {"lr": 1e-2, "warmup": 2},
   }
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(launcher.tasks, "mesh_of", lambda _: made.mesh)
     patch.setattr(launcher.tasks, "recipe", lambda *_: (task, made))
+    patch.setattr(checkpoint, "tree_handler", handlers(options))
+    if options.fault == "restore" and options.rank == jax.process_index():
+      die = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
+      patch.setattr(checkpoint.Checkpoints, "_check_layout", lambda *_: die())
     return launcher.run(launcher.Arguments(config, options.workdir), ledger)
 
 

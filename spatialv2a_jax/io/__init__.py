@@ -3,6 +3,7 @@
 from spatialv2a_jax.io.audio import read_audio, write_audio
 from spatialv2a_jax.io.files import (
   AUDIO_EXTENSIONS,
+  DISK_TROUBLE,
   VIDEO_EXTENSIONS,
   MediaInfo,
   atomic_path,
@@ -18,6 +19,7 @@ from spatialv2a_jax.io.video import View, Window, iter_views, read_video, read_v
 
 __all__ = [
   "AUDIO_EXTENSIONS",
+  "DISK_TROUBLE",
   "VIDEO_EXTENSIONS",
   "Frames",
   "MediaInfo",

@@ -27,7 +27,7 @@ VIDEO_EXTENSIONS = frozenset(
 )
 AUDIO_EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac", ".opus", ".aiff"})
 
-_DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +85,12 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
       raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
   except OSError as error:
-    raise UserError(f"cannot write {target}: {error.strerror}; choose another output") from None
+    raise UserError(f"cannot write {target}: {error.strerror}; choose another output") from error
   try:
     yield temporary
     os.replace(temporary, target)
   except OSError as error:
-    if error.errno in _DISK_TROUBLE:
+    if error.errno in DISK_TROUBLE:
       raise UserError(f"cannot write {target}: {error.strerror}") from error
     raise
   finally:

@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from spatialv2a_jax import model_folder
-from spatialv2a_jax.errors import MissingAssetError, UserError, first_line
-from spatialv2a_jax.training import checkpoint, cluster, optim
+from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.training import checkpoint, cluster, optim, save_failures
 
 FOLDER = "averages"  # Inside a working directory.
 STORED = jnp.float16  # Half the bytes; its 11 bits suffice for sums of a few snapshots.
@@ -46,14 +46,20 @@ class Snapshots:
     self.folder = pathlib.Path(workdir).absolute() / FOLDER
     self._widths = tuple(widths)
     self._manager, self._saving = None, False
+    self._failures: list[BaseException] = []  # Of saves in the background.
     if not any(widths):
       return
+    # Barriers of their own: one process's checkpoint of a step would meet another's snapshot of it
+    # at Orbax's, and count as complete while it is still being written.
+    apart = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=FOLDER)
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
-        cleanup_tmp_directories=True, single_host_load_and_broadcast=True
+        cleanup_tmp_directories=True,
+        single_host_load_and_broadcast=True,
+        multiprocessing_options=apart,
       ),
-      item_handlers=checkpoint.tree_handler(),
+      item_handlers=save_failures.noted(checkpoint.tree_handler(), self._failures),
     )
     for step in self._manager.all_steps():
       if step > start:
@@ -73,13 +79,14 @@ class Snapshots:
     assert self._manager is not None
     pairs = zip(self._widths, averages, strict=True)
     tree = self._half({f"{width:g}": average for width, average in pairs if width})
+    self.wait()
     with self._loud():
       self._manager.save(step, args=ocp.args.PyTreeSave(tree))  # pyright: ignore[reportCallIssue]
     self._saving = True
 
   def check(self) -> None:
     """Raises the error of a save that failed in the background (exit code 1)."""
-    if self._manager is not None and self._saving and not self._manager.is_saving_in_progress():
+    if self._saving and (self._failures or not save_failures.running(self._manager)):
       self.wait()
 
   def wait(self) -> None:
@@ -88,9 +95,9 @@ class Snapshots:
     Raises:
       UserError: if a save failed (exit code 1).
     """
-    if self._manager is not None:
+    if self._saving:
       with self._loud():
-        self._manager.wait_until_finished()
+        save_failures.wait(self._manager, self._failures)
       self._saving = False
 
   @contextlib.contextmanager
@@ -99,7 +106,8 @@ class Snapshots:
       yield
     except Exception as error:  # Orbax and TensorStore raise many kinds.
       raise UserError(
-        f"cannot write to {self.folder} ({first_line(error)}); mend it and run the same command",
+        f"cannot write to {self.folder} ({save_failures.reason(error)}); mend it and run the same "
+        "command",
         exit_code=cluster.EXIT_CODE if cluster.lost(error) else 1,
       ) from error
 
@@ -107,7 +115,8 @@ class Snapshots:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-    if self._manager is None or cluster.lost(error):  # A save would wait for who is gone.
+    # A save would wait for who is gone, or is to hear of this one's fault.
+    if self._manager is None or cluster.lost(error) or self._failures:
       return
     if error is None:
       self.wait()

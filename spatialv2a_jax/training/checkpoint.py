@@ -20,7 +20,6 @@ from spatialv2a_jax.model_folder import Path
 from spatialv2a_jax.training import cluster, save_failures
 from spatialv2a_jax.training.optim import names
 
-_POLL_SECONDS = 0.02
 _FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota exceeded")
 _DAMAGED = "damaged-"  # Begins the name of a checkpoint that was set aside, before its step.
 
@@ -78,13 +77,8 @@ class Checkpoints:
 
   def check(self) -> None:
     """Raises the error of a save that failed in the background (exit code 1)."""
-    if self._failures:
-      with self._loud():
-        raise self._failures[0]
-    if self._saving and not self._manager.is_saving_in_progress():
-      with self._loud():
-        self._manager.wait_until_finished()  # Raises what its thread met with.
-      self._good, self._saving = self._saving, None
+    if self._failures or (self._saving and not save_failures.running(self._manager)):
+      self.wait()
 
   def good(self) -> int | None:
     """Returns the newest step that is known to be on disk; `latest` may still be on its way."""
@@ -156,6 +150,8 @@ class Checkpoints:
       except UserError:
         raise
       except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
+        if cluster.lost(error):
+          raise  # Another process is gone, and nothing is damaged.
         damaged[step] = first_line(error)
         if jax.process_count() > 1:
           self._set_aside_for_all(step, damaged[step])
@@ -217,6 +213,8 @@ class Checkpoints:
     except UserError:
       raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
+      if cluster.lost(error):
+        raise
       raise UserError(
         f"cannot read checkpoint {self.folder}/{step}: {save_failures.reason(error)}"
       ) from error
@@ -253,9 +251,10 @@ class Checkpoints:
     Raises:
       UserError: if it could not be written (exit code 1).
     """
-    while self._saving and self._manager.is_saving_in_progress() and not self._failures:
-      time.sleep(_POLL_SECONDS)
-    self.check()
+    if self._saving or self._failures:
+      with self._loud():
+        save_failures.wait(self._manager, self._failures)
+      self._good, self._saving = self._saving, None
 
   def close(self) -> None:
     """Waits, then releases the threads."""

@@ -30,6 +30,9 @@ _WEEK_MS = 7 * 86_400_000
 _END = ""  # Value that ends a `Watch` without a message.
 # Of JAX: what a process alone meets with as well, and would meet with again.
 _OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+# JAX's fast path raises ValueError for what a collective meets with, and so does TensorStore for
+# damaged files.
+_LOST = ("Gloo ", "NCCL", "UNAVAILABLE:", "DEADLINE_EXCEEDED:", "ABORTED:", "CANCELLED:")
 
 
 def client() -> Any:
@@ -98,14 +101,20 @@ def start(
 def see_same(folder: str | os.PathLike, seconds: float = 20.0) -> None:
   """Makes a folder, and sure that all processes see what process 0 writes there.
 
+  Waits first until all have come here: one may have read for long before.
+
   Raises:
-    UserError: naming those that do not after `seconds`.
+    UserError: naming those that do not after `seconds`, or if the folder cannot be made.
   """
   store, rank = client(), jax.process_index()
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
   if store is None or jax.process_count() == 1:
     return
+  meet()
   prefix, wait = f"same/{next(_numbers)}", round(1000 * (seconds + 60))
   if rank == 0:
     path = folder / f".seen-{secrets.token_hex(8)}"
@@ -211,7 +220,10 @@ class Watch:
 def lost(error: BaseException | None) -> bool:
   """Returns whether an error tells that another process of the job is gone."""
   while error is not None:
-    if isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(_OWN):
+    told = str(error)
+    if (isinstance(error, jax.errors.JaxRuntimeError) and not told.startswith(_OWN)) or (
+      isinstance(error, ValueError) and any(sign in told for sign in _LOST)
+    ):
       return client() is not None and distributed.global_state.num_processes > 1
     error = error.__cause__ or error.__context__
   return False

@@ -259,6 +259,7 @@ class Loop:
     examples = self.examples + (step - self.first) * self.batch_size
     with self.ledger.during("save"):
       self.book.sync()
+      self.snapshots.wait()  # A run that goes on from here does no earlier one again.
       self.checkpoints.save(
         step,
         state,

@@ -4,8 +4,13 @@ Where there are several processes, Orbax tells nobody before all of them have do
 """
 
 import contextlib
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+_POLL_SECONDS = 0.02
+_THREAD = "save_finalize"  # Orbax's name of the thread that finishes a save.
 
 
 class Future:
@@ -43,6 +48,32 @@ def noted(handler: Any, failures: list[BaseException]) -> Any:
 
   handler.async_save, handler.finalize = async_save, noting_finalize
   return handler
+
+
+def running(manager: Any) -> bool:
+  """Returns whether a save of a manager is under way.
+
+  Orbax says so for ever where the thread that finishes it has died, as at a barrier.
+  """
+  alive = any(thread.name == _THREAD for thread in threading.enumerate())
+  return alive and manager.is_saving_in_progress()
+
+
+def wait(manager: Any, failures: Sequence[BaseException]) -> None:
+  """Blocks until a save of a manager is on disk.
+
+  Args:
+    manager: of Orbax.
+    failures: of its saves, from `noted`.
+
+  Raises:
+    the first of `failures`, or what Orbax has met with.
+  """
+  while running(manager) and not failures:
+    time.sleep(_POLL_SECONDS)
+  if failures:
+    raise failures[0]
+  manager.wait_until_finished()
 
 
 def reason(error: BaseException) -> str:

@@ -1,6 +1,8 @@
 """Whole runs of `launch.train`: what they log, that they repeat, and what they set before JAX."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch import tasks, train
-from spatialv2a_jax import sharding
+from spatialv2a_jax import io, sharding
 from spatialv2a_jax.training import determinism, meter
 from tests import runner
 from tests.launch.test_train import ROOT, one_device
@@ -40,6 +42,30 @@ def test_a_run_in_bfloat16_logs_its_utilisation_and_repeats_here_and_elsewhere(
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   assert train.main(verify) == 1
   assert "step 4: loss" in (told := capsys.readouterr().out) and "does NOT repeat" in told
+
+
+def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path, capsys):
+  (tmp_path / "file").touch()
+  argv = ["launch.train", f"--config={ROOT}/configs/tiny.py:smoke"]
+  assert train.main([*argv, f"--workdir={tmp_path}/file"]) == 2
+  told = capsys.readouterr().err
+  assert told == f"launch.train: cannot make the folder {tmp_path}/file: File exists\n"
+
+
+def test_a_disk_that_fills_or_fails_is_a_fault_whoever_meets_it(tmp_path, capsys, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  def write():
+    with io.atomic_path(tmp_path / "file"):
+      return 0
+
+  assert train.told(write) == 0 and train.told(full) == 1
+  monkeypatch.setattr(os, "replace", full)
+  assert train.told(write) == 1
+  monkeypatch.setattr(os, "open", full)
+  assert train.told(write) == 1
+  assert capsys.readouterr().err.count("No space left on device") == 3
 
 
 DETERMINISTIC = """

@@ -9,7 +9,7 @@ import pytest
 from launch import export
 from spatialv2a_jax import cli, model_folder, sharding
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.training import averages, optim, train, train_step
+from spatialv2a_jax.training import averages, checkpoint, optim, train, train_step
 from tests.training.test_train import fit
 from tests.training.test_train_step import RULES, SGD, toy_init, toy_loss
 
@@ -120,6 +120,26 @@ def test_an_earlier_end_uses_only_what_was_there(run, tmp_path):
   early = model_folder.load_model(tmp_path / "early").params["toy"]["down"]["kernel"]
   wanted = run_average(0.1, np.stack([p["down"]["kernel"] for p in path[:8]]))[-1]
   np.testing.assert_allclose(early, wanted, rtol=2**-10, atol=1e-6)  # Stored in half precision.
+
+
+def test_a_checkpoint_comes_after_all_earlier_averages(tmp_path, monkeypatch):
+  """A run that goes on from it does none of them again."""
+  order, wait, save = [], averages.Snapshots.wait, checkpoint.Checkpoints.save
+
+  def waited(self):
+    wait(self)
+    order.append("averages")
+
+  def saved(self, *arguments):
+    order.append("checkpoint")
+    save(self, *arguments)
+
+  monkeypatch.setattr(averages.Snapshots, "wait", waited)
+  monkeypatch.setattr(checkpoint.Checkpoints, "save", saved)
+  every = train.Every(log=4, checkpoint=2, average=1)
+  fit(tmp_path, steps=4, every=every, ema=optim.Ema(sigma_rel=0.1))
+  places = [i for i, name in enumerate(order) if name == "checkpoint"]
+  assert len(places) == 2 and all(order[i - 1] == "averages" for i in places)
 
 
 def test_a_run_resumed_from_an_older_state_forgets_later_snapshots(run, tmp_path):

@@ -207,6 +207,31 @@ def test_a_save_under_way_is_not_yet_good(tmp_path, monkeypatch):
     assert manager.good() == 1 and (tmp_path / "checkpoints" / "1" / "state").is_dir()
 
 
+def test_a_save_whose_last_barrier_fails_is_told(tmp_path, monkeypatch):
+  """Orbax says for ever after that it is under way."""
+  create, _ = state_on(8, 1, 1)
+  manager = checkpoint.Checkpoints(tmp_path)
+  tracker, told = manager._manager._save_progress_tracker, []
+  begin = tracker.set
+
+  def fail(value):
+    if not value:
+      raise TimeoutError("the barrier timed out")
+    begin(value)
+
+  def wait():
+    with pytest.raises(UserError) as stop:
+      manager.wait()
+    told.append(str(stop.value))
+
+  monkeypatch.setattr(tracker, "set", fail)
+  manager.save(1, create(), RUN)
+  thread = threading.Thread(target=wait, daemon=True)
+  thread.start()
+  thread.join(timeout=60)
+  assert len(told) == 1 and "checkpoint of step 1" in told[0] and "the barrier timed out" in told[0]
+
+
 def test_another_model_is_refused_by_name(tmp_path):
   saved(tmp_path)
   _, abstract = state_on(8, 1, 1)

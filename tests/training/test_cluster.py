@@ -56,6 +56,8 @@ from spatialv2a_jax.training import cluster
 where, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 cluster.start(where, 2, index)
 print("preemption:", jax.config.jax_enable_preemption_service)
+time.sleep(3 * index)
+cluster.see_same(folder, seconds=-58)  # Then messages have 2 s, once all are there.
 store = cluster.client()
 if index == 0:
   store.blocking_key_value_get("told", 60_000)
