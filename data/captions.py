@@ -91,14 +91,21 @@ class Table:
     """Reads which captions there are.
 
     Raises:
-      UserError: the folder of clips has no finished table.
+      UserError: the folder of clips has no finished table, or it is damaged.
     """
     self.folder = pathlib.Path(clips) / FOLDER
     paths = shards.paths(self.folder)
     self.tensor = layout.read_features(self.folder)[FIELD]
     self._source = tfrecord.TFRecordSource(paths)
-    known = [json.loads(shards.sidecar(path).read_text())["ids"] for path in paths]
-    self._place = {caption: i for i, caption in enumerate(sum(known, []))}
+    self._place: dict[str, int] = {}
+    for path in map(shards.sidecar, paths):
+      try:
+        ids = json.loads(path.read_text())["ids"]
+      except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot read it ({error}); encode the clips again") from error
+      self._place |= {caption: len(self._place) + i for i, caption in enumerate(ids)}
+    if len(self._place) != len(self._source):
+      raise UserError(f"{self.folder}: its captions are not those of its records; encode again")
 
   def __getstate__(self) -> dict[str, Any]:
     return {name: value for name, value in self.__dict__.items() if name != "_kept"}
@@ -109,16 +116,26 @@ class Table:
 
   @functools.cached_property
   def _kept(self):
-    return functools.lru_cache(KEPT)(self._read)
+    # Not of a method: a cycle would keep features and files of each evaluation for long.
+    parts = self.folder, self._place, self._source, self.tensor
+    return functools.lru_cache(KEPT)(functools.partial(_read, *parts))
 
-  def _read(self, caption: str) -> np.ndarray:
-    if caption not in self._place:
-      raise UserError(f"{self.folder}: it has no caption {caption!r}; encode the clips again")
-    try:
-      raw = tf_example.decode(self._source[self._place[caption]])
-    except tfrecord.CorruptRecordError as error:
-      raise UserError(str(error)) from error  # No neighbour can stand in for it.
-    return np.asarray(tf_example.value_of(raw[FIELD], self.tensor))
+
+def _read(
+  folder: pathlib.Path,
+  places: Mapping[str, int],
+  source: tfrecord.TFRecordSource,
+  tensor: tf_example.Tensor,
+  caption: str,
+) -> np.ndarray:
+  """Returns the features of a caption of a table."""
+  if caption not in places:
+    raise UserError(f"{folder}: it has no caption {caption!r}; encode the clips again")
+  try:
+    raw = tf_example.decode(source[places[caption]])
+  except tfrecord.CorruptRecordError as error:
+    raise UserError(str(error)) from error  # No neighbour can stand in for it.
+  return np.asarray(tf_example.value_of(raw[FIELD], tensor))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@
 splits and the number of records in each shard; `tfds.builder_from_directory` needs no more.
 """
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -112,3 +113,23 @@ def read_json(path: str | pathlib.Path) -> dict[str, Any]:
     return json.loads(pathlib.Path(path).read_text())
   except (OSError, ValueError):
     return {}
+
+
+def digest(folder: str | pathlib.Path, split: str) -> str:
+  """Returns what tells the content of a split from any other one; UserError as `read_manifest`."""
+  found = [(shard["file"], shard["sha256"]) for shard in read_manifest(folder).get(split, [])]
+  return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def read_manifest(folder: str | pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+  """Returns file, bytes and sha256 of the shards of each split; UserError if it is unfinished."""
+  manifest = pathlib.Path(folder) / "manifest.json"
+  found: dict[str, list[dict[str, Any]]] = {}
+  try:
+    for shard in json.loads(manifest.read_text())["shards"]:
+      found.setdefault(shard["split"], []).append(
+        {name: shard[name] for name in ("file", "bytes", "sha256")}
+      )
+  except (OSError, ValueError, KeyError) as error:
+    raise UserError(f"{manifest}: cannot read it ({error}); finish building the shards") from error
+  return found

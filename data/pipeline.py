@@ -39,12 +39,13 @@ class Loader(Iterator[dict[str, np.ndarray]]):
 
   Attributes:
     bad: damaged records that were skipped so far, by number, and where they are.
+    max_bad: how many of them are put up with.
   """
 
   def __init__(
     self, batches: grain.DatasetIterator, source: tfrecord.TFRecordSource, step: int, max_bad: int
   ):
-    self._batches, self._source, self._step, self._max_bad = batches, source, step, max_bad
+    self._batches, self._source, self._step, self.max_bad = batches, source, step, max_bad
     self.bad: dict[int, str] = {}
 
   def state(self) -> dict[str, int]:
@@ -58,10 +59,10 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         path, place = self._source.locate(record)
         self.bad[record] = f"{path}: record {place}{_whose(path, place)}"
         logging.warning("skipped a damaged record, %d so far: %s", len(self.bad), self.bad[record])
-    if len(self.bad) > self._max_bad:
+    if len(self.bad) > self.max_bad:
       named = ", ".join(list(self.bad.values())[:5])
       raise UserError(
-        f"{len(self.bad)} damaged records, more than {self._max_bad}: {named}; restore the shards"
+        f"{len(self.bad)} damaged records, more than {self.max_bad}: {named}; restore the shards"
       )
     self._step += 1
     return batch

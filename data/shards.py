@@ -185,28 +185,29 @@ def paths(folder: str | pathlib.Path, split: str = SPLIT) -> list[pathlib.Path]:
   """Returns the shards of one split of a finished folder, in order.
 
   Raises:
-    UserError: the folder has no `manifest.json` or no such split, or a shard of it is missing.
+    UserError: the folder has no `manifest.json` or no such split, or a shard of it is missing or
+      has another size.
   """
-  listed = splits(folder)
+  listed = layout.read_manifest(folder)
   if split not in listed:
     raise UserError(f"{folder}: it has no split {split!r}, only {', '.join(listed)}; see DIR:SPLIT")
-  found = [pathlib.Path(folder) / name for name in listed[split]]
-  missing = [path.name for path in found if not path.exists()]
+  sizes = {pathlib.Path(folder) / shard["file"]: shard["bytes"] for shard in listed[split]}
+  missing = [path.name for path in sizes if not path.exists()]
   if missing:
     raise UserError(f"{folder}: {len(missing)} shards are missing, the first is {missing[0]}")
-  return found
+  for path, size in sizes.items():
+    if (found := path.stat().st_size) != size:
+      what = "cut short" if found < size else "of another build"
+      raise UserError(f"{path}: the shard is {what}, {found} of {size} bytes; restore it")
+  return [pathlib.Path(folder) / shard["file"] for shard in listed[split]]  # One may stand twice.
 
 
 def splits(folder: str | pathlib.Path) -> dict[str, list[str]]:
   """Returns the file names of the shards of each split; UserError as `paths`."""
-  manifest = pathlib.Path(folder) / "manifest.json"
-  found: dict[str, list[str]] = {}
-  try:
-    for shard in json.loads(manifest.read_text())["shards"]:
-      found.setdefault(shard["split"], []).append(shard["file"])
-  except (OSError, ValueError, KeyError) as error:
-    raise UserError(f"{manifest}: cannot read it ({error}); finish building the shards") from error
-  return found
+  return {
+    split: [shard["file"] for shard in found]
+    for split, found in layout.read_manifest(folder).items()
+  }
 
 
 _make: Maker  # Of a worker process: sent once, not with every shard.

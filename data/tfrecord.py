@@ -8,6 +8,7 @@ Axes: r record; column 0 the record's offset in its shard, column 1 the length o
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -183,8 +184,8 @@ class TFRecordSource:
     """Returns the payload of a record.
 
     Raises:
-      CorruptRecordError: a checksum does not match.
-      UserError: the index is that of another shard.
+      CorruptRecordError: a checksum does not match, or the disk cannot read it.
+      UserError: the index is that of another shard, which may also be gone.
     """
     [place] = self.find([index])
     payload = np.empty(place.length, np.uint8)
@@ -200,9 +201,14 @@ class TFRecordSource:
     """
     header, footer = bytearray(HEADER), bytearray(FOOTER)
     path = self.paths[place.shard]
-    file = self._open(path)  # A file that is held stays open.
     memory = [header, *(part.data for part in parts), footer]
-    got = os.preadv(file.fileno(), memory, place.offset)
+    try:
+      file = self._open(path)  # A file that is held stays open.
+      got = os.preadv(file.fileno(), memory, place.offset)
+    except OSError as error:
+      if error.errno == errno.EIO:  # Of these bytes; another record may be read.
+        raise CorruptRecordError(path, place.record, str(error.strerror)) from error
+      raise UserError(f"{path}: cannot read the shard ({error.strerror})") from error
     if got != HEADER + place.length + FOOTER:
       raise CorruptRecordError(path, place.record, "the file ends inside it")
     if header != _header(place.length):
@@ -224,7 +230,11 @@ class TFRecordSource:
 def _scan(path: str | pathlib.Path, size: int) -> np.ndarray:
   """Follows the lengths from record to record, reading 12 bytes of each."""
   rows, offset = [], 0
-  with open(path, "rb") as file:
+  try:
+    opened = open(path, "rb")
+  except OSError as error:
+    raise UserError(f"{path}: cannot read the shard ({error.strerror})") from error
+  with opened as file:
     while offset < size:
       file.seek(offset)
       header = file.read(HEADER)

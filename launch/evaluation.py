@@ -70,6 +70,11 @@ class Evaluation:
         return None
     return {f"eval/{name}": value / max(weight, 1.0) for name, value in total.items()}
 
+  def check(self) -> None:
+    """Raises UserError if the held-out clips cannot be read or are none of this run's."""
+    close = self.source.read(self.config["data"]["eval"], seed=None, epochs=1).close
+    close()
+
   def _batches(self) -> Iterator[Mapping[str, np.ndarray]]:
     yield from self.source.read(self.config["data"]["eval"], seed=None, epochs=1)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from spatialv2a_jax import flow, schema
 from spatialv2a_jax.codec import Codec
+from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.logbook import Logbook
 from spatialv2a_jax.models.flow_net import FlowNet
 
@@ -40,6 +41,11 @@ class Listener:
   settings: Mapping[str, Any]
   correlation: float = 0.0
   heard: bool = False
+
+  def __post_init__(self):
+    for name, least in {"clips": 0, "steps": 1}.items():
+      if self.settings[name] < least:
+        raise UserError(f"config.listen.{name}={self.settings[name]} is less than {least}")
 
   def __call__(
     self, params: Any, stats: Any, batch: Mapping[str, np.ndarray], step: int, book: Logbook

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from data import captions, pipeline, shards
+from data import captions, layout, pipeline, shards
 from launch import flops
 from launch.evaluation import Evaluation as Evaluation
 from launch.evaluation import gather as gather
@@ -144,6 +144,11 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
     mirror=bool(objective.mirror_weight),
   )
   folder = start_of(config["vae"], "vae")
+  if folder.params and folder.config.get("audio") != audio.name:
+    raise UserError(
+      f"config.vae: {config['vae']} is for audio {folder.config.get('audio')!r}, this run has "
+      f"{audio.name!r}"
+    )
   source = Source(config, mesh, rules, "features", shapes)
 
   def loss(params, stats, batch, key, train=True):
@@ -329,6 +334,17 @@ class Source:
   def _load(self, path: str, **options: Any) -> Iterator[dict[str, np.ndarray]]:
     found = shards.paths(*place_of(path))
     return pipeline.loader(found, kind=self.kind, shapes=self.shapes, **options)
+
+  def digests(self) -> dict[str, str]:
+    """Returns what tells the data to train on and those held out from any other."""
+    found: dict[str, str] = {}
+    for name in ("path", "eval"):
+      if (path := self.config["data"][name]) not in ("", SYNTHETIC):
+        folder, split = place_of(path)
+        found[name] = layout.digest(folder, split)
+        if (folder / captions.FOLDER).is_dir():
+          found[f"{name}_text"] = layout.digest(folder / captions.FOLDER, shards.SPLIT)
+    return found
 
   def names(self) -> dict[int, str]:
     """Returns the names of the clips to train on by their numbers."""

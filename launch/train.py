@@ -148,7 +148,6 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
     task, recipe = tasks.recipe(config, tasks.mesh_of(config))
     types = [config["model"].get(name) for name in ("dtype", "activations")]
     options = {
-      "log": every.log,
       "dtype": "bfloat16" if "bfloat16" in types else "float32",
       "config": config,
       "start": arguments.start,
@@ -166,6 +165,9 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
       _say(f"no mfu is logged: the peak FLOP/s of {kind!r} are not in meter.PEAK_FLOPS")
     if isinstance(task.evaluate, tasks.Evaluation):
       task.evaluate.ledger = ledger
+      task.evaluate.check()  # Not only after thousands of steps.
+    elif every.eval and task.evaluate is None:
+      _say(f"every.eval={every.eval} evaluates nothing: config.data.eval is empty")
     state = train.fit(
       workdir,
       recipe,

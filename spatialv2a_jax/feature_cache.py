@@ -7,6 +7,7 @@ entry cannot be out of date: whatever changes, its name does too. A damaged entr
 Past a size, the entries that were not used for longest are deleted.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -55,7 +56,8 @@ class Cache:
     path = self.path(key)
     try:
       raw = path.read_bytes()
-      os.utime(path)  # Used now.
+      with contextlib.suppress(OSError):  # Where it may only be read.
+        os.utime(path)  # Used now.
       if hashlib.sha256(raw[_DIGEST:]).digest() != raw[:_DIGEST]:
         return None
       return safetensors.numpy.load(raw[_DIGEST:])

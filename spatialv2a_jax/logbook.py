@@ -174,7 +174,7 @@ class _EventFile:
     """Opens the path, before which stands `_EVENTS`."""
     self.path, self.file = path.removeprefix(f"{_EVENTS}:"), None
     try:
-      self.file = open(self.path, "wb")
+      self.file = open(self.path, "wb", buffering=0)  # A kill must not take what was logged.
     except OSError as error:
       self._end(error)
 

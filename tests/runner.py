@@ -280,7 +280,7 @@ def made_of(options: Options) -> recipe.Recipe:
 
 
 def verify(options: Options, say=print, **span) -> bool:
-  return replay.verify(options.workdir, made_of(options), log=options.log, say=say, **span)
+  return replay.verify(options.workdir, made_of(options), say=say, **span)
 
 
 def main(options: Options) -> int:

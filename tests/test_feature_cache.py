@@ -126,6 +126,14 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(folder, films, tm
   assert read(cached(folder, tmp_path, localizer="motion"), films[0], sha256="a")
 
 
+def test_a_cache_that_may_only_be_read_is_read(tmp_path, monkeypatch):
+  cache = feature_cache.Cache(tmp_path)
+  cache.put({"a": 1}, {"x": np.ones(3, np.float32)})
+  monkeypatch.setattr(os, "utime", lambda *_: (_ for _ in ()).throw(PermissionError))
+  found = cache.get({"a": 1})
+  assert found is not None and found["x"].tolist() == [1, 1, 1]
+
+
 def test_where_the_cache_is(monkeypatch, tmp_path):
   def where(chosen=None):
     cache = feature_cache.open_cache(chosen)

@@ -3,6 +3,7 @@
 import io as text
 import json
 import os
+import time
 import tracemalloc
 
 import numpy as np
@@ -60,6 +61,18 @@ def test_tensorboard_holds_scalars_players_and_pictures(tmp_path):
     assert part in raw
   head = raw.index(b"RIFF")
   assert int.from_bytes(raw[head + 22 : head + 24], "little") == 2  # Channels of the player.
+
+
+def test_events_are_on_their_way_to_the_disk_at_once(tmp_path):
+  """A kill would take what a buffer holds."""
+  book = logbook.Logbook(tmp_path)
+  book.scalars(3, {"loss/left": 1.5})
+  (events,) = tmp_path.glob("events.*")
+  end = time.monotonic() + 20
+  while b"loss/left" not in events.read_bytes() and time.monotonic() < end:
+    time.sleep(0.05)
+  assert b"loss/left" in events.read_bytes()
+  book.close()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")

@@ -141,6 +141,28 @@ def see_same(folder: str | os.PathLike, seconds: float = 20.0) -> None:
     )
 
 
+def agree(what: str, value: str) -> None:
+  """Makes sure that all processes have the same of something.
+
+  Args:
+    what: a word for it.
+    value: what this process has.
+
+  Raises:
+    UserError: process 0 has another value.
+  """
+  if (store := client()) is None:
+    return
+  key = f"agree/{next(_numbers)}"
+  if jax.process_index() == 0:
+    store.key_value_set(key, value)
+  if (first := store.blocking_key_value_get(key, _WEEK_MS)) != value:
+    raise UserError(
+      f"process {jax.process_index()} on {socket.gethostname()} has other {what} than process 0: "
+      f"{value}, there {first}"
+    )
+
+
 def union(name: str, numbers: Iterable[int]) -> set[int]:
   """Returns, in process 0, the numbers that any process has told last; elsewhere its own.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from spatialv2a_jax.errors import UserError
@@ -66,6 +67,15 @@ def init() -> Guard:
   """Returns the state of a run that has seen nothing."""
   zero = jnp.zeros((), jnp.int32)
   return Guard(jnp.zeros(2), jnp.zeros(2), zero, zero, zero, zero)
+
+
+def anew(guard: Guard) -> Guard:
+  """Returns a guard that has yet to see what is usual, and knows what was left out before."""
+
+  def zero(x: jax.Array) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, x.sharding, lambda _: np.zeros(x.shape, x.dtype))
+
+  return jax.tree.map(zero, guard).replace(skipped=guard.skipped)
 
 
 def judge(

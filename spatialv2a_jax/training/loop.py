@@ -78,11 +78,13 @@ class Batch(NamedTuple):
     local: the rows of this process.
     whole: the arrays of all processes, on the devices.
     bad: numbers of the damaged records that were passed over so far.
+    max_bad: how many of all processes are put up with; None: any number.
   """
 
   local: Mapping[str, np.ndarray]
   whole: Mapping[str, jax.Array]
   bad: Sequence[int] = ()
+  max_bad: int | None = None
 
 
 class _Done(NamedTuple):
@@ -144,6 +146,7 @@ class Loop:
   def __post_init__(self):
     self._mark = (self.first, self.ledger.seconds())
     self._bad: Sequence[int] = ()  # Of this process, since it began.
+    self._max_bad: int | None = None
 
   def __call__(self, state: State, step: Any, source: Iterator[Batch], evaluated: bool) -> State:
     """Trains to the last step.
@@ -252,7 +255,7 @@ class Loop:
         batch = feed.next(self.stop.due)
       except StopIteration:
         raise UserError(f"the data ended before step {step} of {self.steps}") from None
-      self._bad = batch.bad
+      self._bad, self._max_bad = batch.bad, batch.max_bad
       return batch
 
   def _save(self, step: int, state: State) -> None:
@@ -317,8 +320,18 @@ class Loop:
       self.meter.add(counted)
 
   def _bad_records(self) -> set[int]:
-    """Returns those of all processes since the run began; each counts once."""
-    return {*self.bad, *cluster.union("bad", self._bad)}
+    """Returns those of all processes since the run began; each counts once.
+
+    Raises:
+      UserError: if all processes have met with too many since they began.
+    """
+    found = cluster.union("bad", self._bad)
+    if self._max_bad is not None and len(found) > self._max_bad:
+      raise UserError(
+        f"{len(found)} damaged records, more than {self._max_bad} (the log of each process names "
+        "its own); restore the shards"
+      )
+    return {*self.bad, *found}
 
   def _log(self, step: int) -> None:
     """Writes a line of the log.

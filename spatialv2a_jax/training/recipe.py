@@ -107,7 +107,9 @@ class Recipe:
     def on_devices() -> Iterator[Batch]:
       for batch in source:
         whole = sharding.global_batch(batch, self.mesh, self.rules, self.batch_size)
-        yield Batch(batch, whole, tuple(getattr(source, "bad", ())))
+        yield Batch(
+          batch, whole, tuple(getattr(source, "bad", ())), getattr(source, "max_bad", None)
+        )
 
     return on_devices()
 

@@ -58,7 +58,6 @@ def verify(
   run: str | pathlib.Path,
   recipe: Recipe,
   *,
-  log: int,
   dtype: str = "float32",
   config: Mapping[str, Any] | None = None,
   start: int | None = None,
@@ -70,7 +69,6 @@ def verify(
   Args:
     run: working directory of the run.
     recipe: that of the run; its mesh need not be.
-    log: steps between lines of the log.
     dtype: coarsest type that the network computes in, a key of `TOLERANCE`.
     config: from which the recipe was made; where the run's was another one, that is told.
     start: step of the checkpoint to begin with, or with the one before if it is gone; 0: the
@@ -99,6 +97,8 @@ def verify(
     end = min(ends) if steps is None else start + steps
     about = checkpoints.run(start) if start else {}
     state = checkpoints.read(start, abstract) if start else recipe.begin(create())
+    if start and config is not None:
+      state = train.judged(state, about.get("config", {}), config)
     step, feed = recipe.step(layout), recipe.feed(int(about.get("examples", 0)))
     say(f"replaying steps {start + 1} to {end} of {run}")
     meter, agreed, compared = Meter(**about.get("meter", {})), True, 0
@@ -118,7 +118,7 @@ def verify(
       if done in reports:
         agreed &= _compare_report(done, got, reports[done], bound, say)
         compared += 1
-      if done in rows and (done % log == 0 or done == max(rows)):
+      if done in rows:
         agreed &= _compare_row(done, meter.means(), rows[done], bound, say)
         meter, compared = Meter(), compared + 1
       if done in saved:
@@ -158,6 +158,8 @@ def _same(
   if config is not None and "config" in about:
     plain = json.loads(json.dumps(config))
     told += train.changes(about["config"], plain, "config")
+    # What is split otherwise is summed up in another order.
+    changes += train.changes(about["config"].get("rules"), plain.get("rules"), "rules")
   for line in told:
     say(f"differs from the run: {line}")
   return not changes

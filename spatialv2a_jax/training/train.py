@@ -28,6 +28,7 @@ from spatialv2a_jax.goodput import Ledger
 from spatialv2a_jax.io import atomic_path
 from spatialv2a_jax.logbook import Logbook, read_metrics
 from spatialv2a_jax.training import averages, cluster, optim, waiting
+from spatialv2a_jax.training import guard as guards
 from spatialv2a_jax.training import recipe as recipes
 from spatialv2a_jax.training.checkpoint import Checkpoints
 from spatialv2a_jax.training.faults import Faults
@@ -96,10 +97,12 @@ def fit(
     )
   config = json.loads(json.dumps(config))
   about = {"kind": kind, "config": config, "versions": versions(), "machine": machine(recipe.mesh)}
+  about["data"] = getattr(recipe.batches, "digests", dict)()
 
   with contextlib.ExitStack() as stack:
     watchdog = watchdog or stack.enter_context(Watchdog(ledger, workdir, limits))
     cluster.see_same(workdir)
+    cluster.agree("data", json.dumps(about["data"]))
     checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=every.keep or None))
     stop = stack.enter_context(StopSignal())
     if recipe.values is not None:
@@ -208,10 +211,35 @@ def _begin(checkpoints, create, abstract, about, say) -> tuple[State, dict[str, 
   state, run = found
   age = max(time.time() - run["time"], 0)
   say(f"resumed at step {int(state.step)} from a checkpoint saved {duration(age)} ago")
-  for name in ("config", "machine", "versions"):
-    for line in changes(run.get(name), about[name], name):
+  for name in ("config", "machine", "versions", "data"):
+    for line in changes(run.get(name), about[name], name) if name in run else ():
       say(f"  changed since then: {line}")
-  return state, run
+  return judged(state, run.get("config", {}), about["config"]), run
+
+
+def judged(state: State, then: Mapping[str, Any], now: Mapping[str, Any]) -> State:
+  """Returns a state whose guard begins anew if losses or gradients may be other ones than before.
+
+  What it left out never enters what it takes for usual: it would leave out all that follows.
+
+  Args:
+    state: of a checkpoint.
+    then: configuration of the run that saved it.
+    now: configuration of the steps to come.
+  """
+
+  def shape(config: Mapping[str, Any]) -> list[Any]:
+    optimizer, data = (config.get(name) or {} for name in ("optim", "data"))
+    return [
+      config.get("model"),
+      config.get("loss"),
+      optimizer.get("freeze"),
+      data.get("batch_size"),
+    ]
+
+  if shape(then) == shape(json.loads(json.dumps(now))):
+    return state
+  return state.replace(guard=guards.anew(state.guard))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _agreed(start: int, evaluated: bool, workdir: pathlib.Path) -> bool:

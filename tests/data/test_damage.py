@@ -1,8 +1,10 @@
+import gc
 import itertools
 import json
 import pathlib
 import pickle
 import shutil
+import weakref
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -87,6 +89,30 @@ def test_texts_stay_in_memory_as_they_were_read(paths, monkeypatch):
   for other in (table, pickle.loads(pickle.dumps(table))):  # No longer, and never kept.
     with pytest.raises(UserError, match="is damaged"):
       other["caption 2"]
+
+
+def test_a_table_leaves_its_memory_and_files_with_its_last_user(paths):
+  """Each evaluation has one of its own, and the collector of cycles may come late."""
+  table = captions.Table(paths[0].parent)
+  source = weakref.ref(table._source)
+  assert table["caption 2"].size
+  gc.disable()
+  try:
+    del table
+    assert source() is None
+  finally:
+    gc.enable()
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"ids": ["caption 1"]}'])
+def test_a_table_whose_captions_are_damaged_is_one_line(paths, content):
+  (shard,) = shards.paths(paths[0].parent / "text")
+  if content is None:
+    shards.sidecar(shard).unlink()
+  else:
+    shards.sidecar(shard).write_text(content)
+  with pytest.raises(UserError, match="text.*encode"):
+    captions.Table(paths[0].parent)
 
 
 def test_the_table_of_texts_must_know_every_caption(paths):

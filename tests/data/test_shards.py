@@ -306,6 +306,30 @@ def test_a_missing_shard_or_manifest_is_named(tmp_path):
     shards.paths(tmp_path)
 
 
+def test_a_shard_that_lacks_a_record_is_refused_also_without_its_index(tmp_path):
+  """An index that is made anew cannot know what was there."""
+  build(tmp_path)
+  path = shards.paths(tmp_path)[1]
+  offset = int(tfrecord.read_index(path)[-1, 0])
+  os.truncate(path, offset)
+  tfrecord.index_path(path).unlink()
+  with pytest.raises(UserError, match=rf"{path.name}: the shard is cut short, {offset} of \d+ byt"):
+    shards.paths(tmp_path)
+  path.write_bytes(bytes(10**6))
+  with pytest.raises(UserError, match=f"{path.name}: the shard is of another build"):
+    shards.paths(tmp_path)
+
+
+def test_the_digest_tells_one_content_from_another(tmp_path):
+  for name, config in (("a", 1), ("b", 1), ("c", 2)):
+    build(tmp_path / name, config={"seed": config})
+  digests = [layout.digest(tmp_path / name, "train") for name in "abc"]
+  assert digests[0] == digests[1]
+  manifest = tmp_path / "c" / "manifest.json"
+  manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "0', 1))
+  assert layout.digest(tmp_path / "c", "train") != digests[0]
+
+
 def test_a_shard_without_its_own_sidecar_is_unfinished(tmp_path, monkeypatch):
   build(tmp_path, config={"a": 1})
   with monkeypatch.context() as patch:

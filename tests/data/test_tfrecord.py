@@ -1,4 +1,5 @@
 import concurrent.futures
+import errno
 import os
 import pathlib
 import pickle
@@ -228,6 +229,29 @@ def test_index_of_another_shard_of_equal_size(shard):
 def test_missing_shard_is_one_line(tmp_path):
   with pytest.raises(UserError, match="nowhere: cannot read"):
     tfrecord.TFRecordSource([tmp_path / "nowhere"])
+
+
+def test_what_the_disk_cannot_read_is_a_damaged_record_and_what_is_gone_one_line(
+  shard, monkeypatch
+):
+  source = tfrecord.TFRecordSource([shard])
+
+  def fail(number):
+    def read(*_):
+      raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "preadv", read)
+
+  fail(errno.EIO)
+  with pytest.raises(tfrecord.CorruptRecordError, match="record 1 is damaged .Input/output error"):
+    source[1]
+  fail(errno.ESTALE)
+  with pytest.raises(UserError, match=f"{shard.name}: cannot read the shard .Stale file handle"):
+    source[1]
+  gone = tfrecord.TFRecordSource([shard])
+  shard.unlink()
+  with pytest.raises(UserError, match=f"{shard.name}: cannot read the shard .No such file"):
+    gone[1]
 
 
 def test_failed_write_leaves_nothing(tmp_path):

@@ -58,6 +58,13 @@ cluster.start(where, 2, index)
 print("preemption:", jax.config.jax_enable_preemption_service)
 time.sleep(3 * index)
 cluster.see_same(folder, seconds=-58)  # Then messages have 2 s, once all are there.
+cluster.agree("data", "same")
+told = ""
+try:
+  cluster.agree("data", f"of {index}")
+except cluster.UserError as error:
+  told = str(error)
+assert ("has other data than process 0: of 1, there of 0" in told) == (index == 1), told
 store = cluster.client()
 if index == 0:
   store.blocking_key_value_get("told", 60_000)

@@ -1,5 +1,6 @@
 """Updates that are left out: nothing but the step number changes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from spatialv2a_jax import sharding
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.training import guard, optim, train_step
+from spatialv2a_jax.training import guard, optim, train, train_step
 from tests.training import test_train_step as toy
 
 RULES = sharding.Rules()
@@ -69,6 +70,22 @@ def test_the_count_is_cleared_by_good_updates_in_a_row():
   values = [np.nan, np.nan, *[1.0] * 4, np.nan, *[1.0] * 5, np.nan]
   bursts = [m["burst"] for _, _, m in judge(values, guard.Config(sigma=0, window=5))]
   assert bursts == [1, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 0, 1]
+
+
+def test_a_run_that_goes_on_with_another_batch_learns_anew_what_is_usual():
+  """Else it would leave out all that follows."""
+  config = guard.Config(sigma=6, warmup=64, window=128)
+  quiet, loud = 5 + 0.1 * (noise(300) - 5), 9 + (noise(100, seed=1) - 5)
+  state = judge(quiet, config)[-1][1].replace(skipped=jnp.int32(3))
+  _, _, metrics = guard.judge(config, state, jnp.float32(loud[0]), jnp.float32(0.1 * loud[0]))
+  assert metrics["sigmas"] > 6
+  full = train_step.State(*[None] * len(dataclasses.fields(train_step.State))).replace(guard=state)
+  then = {"data": {"batch_size": 512}, "loss": {"drop_text": 0.1}, "optim": {"lr": 1}}
+  for now in (then, then | {"optim": {"lr": 2}}, then | {"steps": 9}):
+    assert train.judged(full, then, now) is full
+  for now in (then | {"data": {"batch_size": 64}}, then | {"loss": {"drop_text": 0.5}}):
+    found = train.judged(full, then, now).guard
+    assert int(found.skipped) == 3 and int(found.seen) == 0 and not found.mean_q.any()
 
 
 def test_impossible_settings_are_refused():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from spatialv2a_jax import goodput, logbook
-from spatialv2a_jax.training import meter, recipe, train, train_step
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.training import cluster, loop, meter, recipe, train, train_step
 from tests.training import test_train_step as toy
 from tests.training.test_train import fit, lines
 
@@ -151,6 +152,16 @@ def test_only_what_the_devices_wait_for_counts_as_waiting(tmp_path, monkeypatch,
 
 def last(workdir):
   return train.read_metrics(workdir)[-1]
+
+
+def test_damaged_records_of_all_processes_together_end_the_run(monkeypatch):
+  """Each alone may meet with few of them."""
+  seen = types.SimpleNamespace(bad=[1], _bad=[4, 5], _max_bad=3)
+  monkeypatch.setattr(cluster, "union", lambda name, numbers: {*numbers, 6})
+  assert loop.Loop._bad_records(seen) == {1, 4, 5, 6}  # pyright: ignore[reportArgumentType]
+  monkeypatch.setattr(cluster, "union", lambda name, numbers: {*numbers, 6, 7})
+  with pytest.raises(UserError, match="4 damaged records, more than 3"):
+    loop.Loop._bad_records(seen)  # pyright: ignore[reportArgumentType]
 
 
 def test_rates_are_clips_over_the_seconds_of_their_steps(tmp_path, monkeypatch):

@@ -58,6 +58,25 @@ def test_a_run_repeats_from_any_checkpoint(finished, monkeypatch, span):
   assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
 
 
+def test_a_run_that_was_made_longer_repeats_across_its_first_end(tmp_path):
+  """Its last step was logged off the rhythm of the log, which began anew after it."""
+  options = {"workdir": str(tmp_path), "log": 2, "checkpoint": 3, "keep": 1}
+  for steps in (5, 9):
+    runner.main(runner.Options(steps=steps, **options))
+  told = []
+  again = runner.Options(steps=9, **options)
+  assert runner.verify(again, told.append, start=3, steps=6), "\n".join(told)
+  assert sum(line.startswith("step 5: ") for line in told) >= 1
+
+
+def test_other_rules_sum_up_in_another_order(finished, monkeypatch):
+  run = {"config": {"rules": {"zero": "data"}}, "versions": train.versions()}
+  mesh = sharding.make_mesh(8, 1, 1)
+  run["machine"] = train.machine(mesh)
+  for zero, same in (("data", True), ("", False)):
+    assert replay._same(run, mesh, {"rules": {"zero": zero}}, lambda _: None) == same
+
+
 def test_a_change_of_one_bit_is_found(finished, monkeypatch, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(finished, folder)
@@ -118,7 +137,7 @@ def test_elsewhere_losses_may_differ_by_the_rounding_of_their_type(
   monkeypatch.setattr(replay, "_same", lambda *_: False)
   recipe = runner.made_of(runner.Options(str(folder), **OPTIONS))
   span = {"start": 6, "steps": 5, "dtype": dtype}
-  assert replay.verify(folder, recipe, log=2, say=lambda _: None, **span) == agrees
+  assert replay.verify(folder, recipe, say=lambda _: None, **span) == agrees
 
 
 def test_the_machine_of_the_steps_counts_and_not_that_of_the_checkpoint_before(
