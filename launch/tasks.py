@@ -132,7 +132,7 @@ def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
       f"NVIDIA GPUs since Ampere; this mesh is of {device.device_kind}: use auto"
     )
   net = flow_net.build(sizes, sharding.constrainer(mesh, rules), device=device)
-  objective = checked(flow.LossConfig, "loss", config["loss"])
+  objective = checked(lambda **x: flow.LossConfig(**x).checked(), "loss", config["loss"])
   encoders = checked(features.Config, "features", config["features"])
   shapes = schema.feature_shapes(
     config["seconds"],

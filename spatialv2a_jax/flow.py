@@ -73,13 +73,15 @@ class LossConfig:
   difference_weight: float = 0.0
   mirror_weight: float = 0.0
 
-  def __post_init__(self):
+  def checked(self) -> "LossConfig":
+    """Returns itself; ValueError for a number out of its range."""
     for name in ("drop_video", "drop_text", "drop_spatial", "ear_correlation"):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f"{name}={getattr(self, name)} is not in 0..1")
     for name in ("difference_weight", "mirror_weight"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name}={getattr(self, name)} is less than 0")
+    return self
 
 
 def clip_keys(key: Key[Array, ""], id_b: UInt32[Array, " b"]) -> Key[Array, " b"]:
