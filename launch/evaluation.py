@@ -72,11 +72,13 @@ class Evaluation:
 
   def check(self) -> None:
     """Raises UserError if the held-out clips cannot be read or are none of this run's."""
-    close = self.source.read(self.config["data"]["eval"], seed=None, epochs=1).close
-    close()
+    self._read().close()
+
+  def _read(self) -> Any:
+    return self.source.read(self.config["data"]["eval"], seed=None, epochs=1)
 
   def _batches(self) -> Iterator[Mapping[str, np.ndarray]]:
-    yield from self.source.read(self.config["data"]["eval"], seed=None, epochs=1)
+    yield from self._read()
 
   def _next(self, feed: waiting.Feed, leave: Callable[[], bool]) -> Mapping[str, np.ndarray] | None:
     """Returns the next batch, or None after the last."""

@@ -74,7 +74,7 @@ class LossConfig:
   mirror_weight: float = 0.0
 
   def checked(self) -> "LossConfig":
-    """Returns itself; ValueError for a number out of its range."""
+    """Returns itself; ValueError for a number out of its range. Not when made: it may be traced."""
     for name in ("drop_video", "drop_text", "drop_spatial", "ear_correlation"):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f"{name}={getattr(self, name)} is not in 0..1")

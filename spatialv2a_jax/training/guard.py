@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from spatialv2a_jax.errors import UserError
@@ -71,11 +70,7 @@ def init() -> Guard:
 
 def anew(guard: Guard) -> Guard:
   """Returns a guard that has yet to see what is usual, and knows what was left out before."""
-
-  def zero(x: jax.Array) -> jax.Array:
-    return jax.make_array_from_callback(x.shape, x.sharding, lambda _: np.zeros(x.shape, x.dtype))
-
-  return jax.tree.map(zero, guard).replace(skipped=guard.skipped)
+  return jax.tree.map(jnp.zeros_like, guard).replace(skipped=guard.skipped)
 
 
 def judge(

@@ -270,7 +270,7 @@ class Loop:
           **self.run,
           "step": step,
           "examples": examples,
-          "bad_records": sorted(self._bad_records())[:_MOST_BAD],
+          "bad_records": sorted({*self.bad, *self._bad_records()})[:_MOST_BAD],
           "meter": self.meter.state(),
           "ledger": self.ledger.state(),
         },
@@ -320,18 +320,8 @@ class Loop:
       self.meter.add(counted)
 
   def _bad_records(self) -> set[int]:
-    """Returns those of all processes since the run began; each counts once.
-
-    Raises:
-      UserError: if all processes have met with too many since they began.
-    """
-    found = cluster.union("bad", self._bad)
-    if self._max_bad is not None and len(found) > self._max_bad:
-      raise UserError(
-        f"{len(found)} damaged records, more than {self._max_bad} (the log of each process names "
-        "its own); restore the shards"
-      )
-    return {*self.bad, *found}
+    """Returns those of all processes since they began; each counts once."""
+    return cluster.union("bad", self._bad)
 
   def _log(self, step: int) -> None:
     """Writes a line of the log.
@@ -344,11 +334,17 @@ class Loop:
     waited = seconds["data"] - before["data"]
     spent = max(waited + seconds["step"] - before["step"], 1e-9)
     share = cluster.most("data_wait", waited / spent)
+    bad = self._bad_records()
+    if self._max_bad is not None and len(bad) > self._max_bad:
+      raise UserError(
+        f"{len(bad)} damaged records, more than {self._max_bad} (the log of each process names "
+        "its own); restore the shards"
+      )
     clips = steps * self.batch_size / spent
     age = self.checkpoints.age()
     values = self.meter.means() | {
       "skipped": self.faults.skipped,
-      "bad_records": len(self._bad_records()),
+      "bad_records": len({*self.bad, *bad}),
       "clips_per_s": clips,
       "tokens_per_s": clips * (self.tokens_per_clip or np.nan),
       "data_wait": share,

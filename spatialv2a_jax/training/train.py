@@ -228,7 +228,7 @@ def judged(state: State, then: Mapping[str, Any], now: Mapping[str, Any]) -> Sta
     now: configuration of the steps to come.
   """
 
-  def shape(config: Mapping[str, Any]) -> list[Any]:
+  def causes(config: Mapping[str, Any]) -> list[Any]:
     optimizer, data = (config.get(name) or {} for name in ("optim", "data"))
     return [
       config.get("model"),
@@ -237,7 +237,7 @@ def judged(state: State, then: Mapping[str, Any], now: Mapping[str, Any]) -> Sta
       data.get("batch_size"),
     ]
 
-  if shape(then) == shape(json.loads(json.dumps(now))):
+  if causes(then) == causes(json.loads(json.dumps(now))):
     return state
   return state.replace(guard=guards.anew(state.guard))  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -205,6 +205,13 @@ def test_a_mistake_in_a_config_is_one_line(options, message):
     tasks.build(config, one_device(), sharding.Rules()).batches(0)
 
 
+def test_a_codec_of_another_audio_is_one_line(tmp_path):
+  model_folder.save_model(tmp_path / "vae", {"vae": {"x": np.ones(1)}}, {}, {"audio": "44k"})
+  config = config_of("tiny", "smoke", vae=str(tmp_path / "vae"))
+  with pytest.raises(UserError, match="vae is for audio '44k', this run has '16k'"):
+    tasks.build(config, one_device(), sharding.Rules())
+
+
 @pytest.mark.parametrize(
   "section, key, value, message",
   [

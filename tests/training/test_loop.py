@@ -9,7 +9,7 @@ import pytest
 
 from spatialv2a_jax import goodput, logbook
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.training import cluster, loop, meter, recipe, train, train_step
+from spatialv2a_jax.training import cluster, meter, recipe, train, train_step
 from tests.training import test_train_step as toy
 from tests.training.test_train import fit, lines
 
@@ -154,14 +154,28 @@ def last(workdir):
   return train.read_metrics(workdir)[-1]
 
 
-def test_damaged_records_of_all_processes_together_end_the_run(monkeypatch):
+def test_damaged_records_of_all_processes_together_end_the_run(tmp_path, monkeypatch):
   """Each alone may meet with few of them."""
-  seen = types.SimpleNamespace(bad=[1], _bad=[4, 5], _max_bad=3)
+
+  class Source:
+    bad, max_bad = (4, 5), 3
+
+    def __init__(self, start):
+      self.index = start
+
+    def __iter__(self):
+      return self
+
+    def __next__(self):
+      self.index += 1
+      return toy.toy_batch(self.index, 8)
+
   monkeypatch.setattr(cluster, "union", lambda name, numbers: {*numbers, 6})
-  assert loop.Loop._bad_records(seen) == {1, 4, 5, 6}  # pyright: ignore[reportArgumentType]
+  fit(tmp_path, steps=2, batches=Source)
+  assert lines(tmp_path)[-1]["bad_records"] == 3
   monkeypatch.setattr(cluster, "union", lambda name, numbers: {*numbers, 6, 7})
   with pytest.raises(UserError, match="4 damaged records, more than 3"):
-    loop.Loop._bad_records(seen)  # pyright: ignore[reportArgumentType]
+    fit(tmp_path, steps=4, batches=Source)
 
 
 def test_rates_are_clips_over_the_seconds_of_their_steps(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def test_a_run_that_was_made_longer_repeats_across_its_first_end(tmp_path):
   assert sum(line.startswith("step 5: ") for line in told) >= 1
 
 
-def test_other_rules_sum_up_in_another_order(finished, monkeypatch):
+def test_other_rules_sum_up_in_another_order():
   run = {"config": {"rules": {"zero": "data"}}, "versions": train.versions()}
   mesh = sharding.make_mesh(8, 1, 1)
   run["machine"] = train.machine(mesh)
