@@ -76,6 +76,7 @@ class Row:
     setting: as on the command line.
     seconds: of a step, one of each round.
     clips: of a step.
+    devices: that share them.
     flops_per_clip: that the model needs.
     predicted: bytes of the device that the compiler says a step needs.
     compiled: seconds that compiling took.
@@ -87,6 +88,7 @@ class Row:
   setting: str
   seconds: list[float]
   clips: int
+  devices: int
   flops_per_clip: float
   predicted: float
   compiled: float
@@ -95,8 +97,9 @@ class Row:
   digest: str
 
   def mfu(self, peak: float) -> float:
-    """Returns the share of a peak in FLOP/s that the model needs."""
-    return self.flops_per_clip * self.clips / (statistics.median(self.seconds) * peak)
+    """Returns the share of the peak of a device in FLOP/s that the model needs."""
+    work = self.flops_per_clip * self.clips / self.devices
+    return work / (statistics.median(self.seconds) * peak)
 
 
 def ceilings() -> tuple[float, float]:
@@ -138,8 +141,9 @@ def noise(abstract: Any) -> Any:
   params = jax.tree_util.tree_map_with_path(fill, abstract.params)
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
   stats = jax.tree_util.tree_map_with_path(fill, abstract.stats)
-  averages = [jax.tree.map(jnp.copy, params) for _ in (0, *abstract.beside)]
-  return zeros.replace(params=params, stats=stats, ema=averages[0], beside=tuple(averages[1:]))
+  averages = [jax.tree.map(jnp.copy, (params, stats)) for _ in abstract.means]
+  (ema, *beside), means = zip(*averages, strict=True)
+  return zeros.replace(params=params, stats=stats, ema=ema, beside=tuple(beside), means=means)
 
 
 def measure(
@@ -176,7 +180,16 @@ def measure(
   digest = hashlib.sha256()
   for x in jax.tree.leaves(state.params):
     digest.update(np.asarray(x).tobytes())
-  about = recipe.batch_size, flops, predicted, compiled, kernels, busy, digest.hexdigest()[:16]
+  about = (
+    recipe.batch_size,
+    recipe.mesh.size,
+    flops,
+    predicted,
+    compiled,
+    kernels,
+    busy,
+    digest.hexdigest()[:16],
+  )
   row = Row(setting, times, *about)
   out.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(row), indent=1))
   return row, state

@@ -19,7 +19,7 @@ from typing import Any
 
 from launch import hlo_cost, targets
 
-SLICE = {"v5e": 256, "v6e": 256, "v5p": 8960, "h200": 8}
+REDUCED = ("all-reduce", "reduce-scatter")  # Under ZeRO-1, GPUs have the second of them.
 
 
 def rates(report: Mapping[str, Any], chips: int) -> tuple[float, float, float]:
@@ -30,14 +30,15 @@ def rates(report: Mapping[str, Any], chips: int) -> tuple[float, float, float]:
     chips: how many.
   """
   chip = targets.CHIPS[report["chip"]]
-  near = min(chips, SLICE[chip.name])
+  near = min(chips, chip.near)
   found = [
     hlo_cost.Collective(kind, 0, c["count"], c["bytes"])
     for kind, c in report["collectives"].items()
   ]
   if chips > near:  # The sum of a slice goes out once, part by part.
-    whole = report["collectives"]["all-reduce"]
-    found.append(hlo_cost.Collective("all-reduce", 1, whole["count"], whole["bytes"] // near))
+    whole = [report["collectives"][kind] for kind in REDUCED if kind in report["collectives"]]
+    count, size = (sum(one[name] for one in whole) for name in ("count", "bytes"))
+    found.append(hlo_cost.Collective("all-reduce", 1, count, size // near))
   alone = hlo_cost.collective_seconds(found, chip.interconnect, chip.network) if chips > 1 else 0.0
   clips = report["batch_size"] / report["chips"] * chips
   return clips / report["seconds"], clips / (report["seconds"] + alone), 1e3 * alone

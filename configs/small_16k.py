@@ -71,13 +71,13 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     decay="step",
     milestones=(240_000, 270_000),  # Counted after the warm-up: steps 241,000 and 271,000.
     gamma=0.1,
-    steps=c.get_ref("steps"),  # Of "cosine", which needs no milestones,
+    steps=c.get_oneway_ref("steps"),  # Of "cosine", which needs no milestones,
     final=0.0,  # and the share of the rate at which it ends.
     betas=(0.9, 0.95),
     eps=1e-6,  # MMAudio's in bfloat16; float32 would allow 1e-8.
     weight_decay=1e-6,
     clip=1.0,
-    # Tables over parameter names ("ears/attn/qkv/kernel"); the first regex that fits decides.
+    # Tables over parameter names ("ears/audio/qkv/kernel"); the first regex that fits decides.
     freeze=(("frozen/.*", True), (".*", False)),
     lr_scale=((".*", 1.0),),
     decay_scale=((".*", 1.0),),

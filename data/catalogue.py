@@ -163,7 +163,10 @@ def read_list(path: str | pathlib.Path) -> list[Entry]:
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"--labels {path}: cannot read it ({error})") from None
   delimiter = "\t" if "\t" in text.split("\n", 1)[0] else ","
-  rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if row]
+  try:
+    rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter, strict=True) if row]
+  except csv.Error as error:
+    raise UserError(f"--labels {path}: quotes in it do not match ({error})") from None
   head = [name.strip().lower() for name in rows[0]] if rows else []
   if "id" in head or not rows:
     entries = [_titled(dict(zip(head, row, strict=False)), path) for row in rows[1:]]
@@ -203,7 +206,7 @@ def read_table(path: str | pathlib.Path | None, flag: str) -> dict[str, dict[str
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{flag} {path}: cannot read it ({error})") from None
   delimiter = "\t" if "\t" in text.split("\n", 1)[0] else ","
-  reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
+  reader = csv.DictReader(text.splitlines(), delimiter=delimiter, strict=True)
   if "id" not in (reader.fieldnames or ()):
     raise UserError(f"{flag} {path}: its first line names no column id")
   try:
@@ -211,12 +214,12 @@ def read_table(path: str | pathlib.Path | None, flag: str) -> dict[str, dict[str
       row["id"]: {name: float(cell) for name, cell in row.items() if name != "id" and cell}
       for row in reader
     }
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, csv.Error) as error:
     raise UserError(f"{flag} {path}: every cell beside id is a number ({error})") from None
 
 
 def _titled(row: Mapping[str, str], path: pathlib.Path) -> Entry:
-  name = row["id"].strip()
+  name = row.get("id", "").strip()
   if not name:
     raise UserError(f"--labels {path}: a line has no id")
   return Entry(name, (row.get("label") or "").strip(), (row.get("split") or SPLIT).strip(), (name,))
@@ -262,6 +265,7 @@ def _files(folder: pathlib.Path) -> tuple[dict[str, pathlib.Path], list[str], li
     path = pathlib.Path(entry.path)
     if path.suffix.lower() not in io.VIDEO_EXTENSIONS:
       continue
+    io.named_in_text(path)
     if entry.is_symlink() and not path.exists():
       broken.append(str(path.relative_to(folder)))
     elif found.setdefault(path.stem, path) is not path:

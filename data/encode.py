@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data import captions, layout, media, shards, tf_example, tfrecord
-from spatialv2a_jax import schema
+from spatialv2a_jax import errors, schema
 
 ENCODED = {
   "clip_vf": "clip",
@@ -182,9 +182,9 @@ def in_batches(
   def attempt(function, argument):
     try:
       return function(argument)
-    except shards.NO_CLIPS_FAULT:
-      raise
     except Exception as error:  # Stands in the place of the clip.
+      if errors.of_machine(error):
+        raise
       return error
 
   done = (future.result() for future in ahead(lambda item: attempt(read, item), items, batch))
@@ -218,6 +218,8 @@ class _Features:
       raise shards.BadClipError(f"sound has {len(audio_ep)} channels, not 2")
     if audio_ep.shape[1] < self.least:
       raise shards.BadClipError(f"sound has {audio_ep.shape[1]} samples, fewer than {self.least}")
+    if not np.isfinite(audio_ep).all():
+      raise shards.BadClipError("its sound holds NaN or infinite samples")
     audio_ep = np.pad(audio_ep, ((0, 0), (0, max(0, self.samples - audio_ep.shape[1]))))
     fields: dict[str, np.ndarray | str] = {
       **about,

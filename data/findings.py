@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from data import catalogue, encode, filters, layout, shards
-from spatialv2a_jax import io
+from data import catalogue, encode, filters, layout
+from spatialv2a_jax import errors, io
 from spatialv2a_jax.errors import UserError
 
 STAGES = ("probe", "filter", "localise", "spatialise", "encode", "shard")
@@ -122,9 +122,9 @@ class Run:
       with self.clock(name):
         try:
           found[job.clip.id] = work(job, next(given)())
-        except shards.NO_CLIPS_FAULT:
-          raise
         except Exception as error:
+          if errors.of_machine(error):
+            raise
           drop = drop_of(error, job)
           found[job.clip.id] = {"drop": [drop.reason, drop.detail]}
     content = {"key": key, "seconds": self.clock.seconds[name], "found": found}

@@ -12,7 +12,7 @@ from typing import Any
 
 from data import tf_example
 from spatialv2a_jax import io
-from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.errors import MissingAssetError, UserError
 
 VERSION = "1.0.0"
 _CLASS = "tensorflow_datasets.core.features."
@@ -115,6 +115,16 @@ def read_json(path: str | pathlib.Path) -> dict[str, Any]:
     return {}
 
 
+def forget(shard: pathlib.Path) -> None:
+  """Removes the manifest that knows a shard which is about to be written anew.
+
+  It would let a part of one build and a part of the next pass for one.
+  """
+  manifest = shard.with_name("manifest.json")
+  if any(known["file"] == shard.name for known in read_json(manifest).get("shards", ())):
+    manifest.unlink(missing_ok=True)
+
+
 def digest(folder: str | pathlib.Path, split: str) -> str:
   """Returns what tells the content of a split from any other one; UserError as `read_manifest`."""
   found = [(shard["file"], shard["sha256"]) for shard in read_manifest(folder).get(split, [])]
@@ -122,8 +132,18 @@ def digest(folder: str | pathlib.Path, split: str) -> str:
 
 
 def read_manifest(folder: str | pathlib.Path) -> dict[str, list[dict[str, Any]]]:
-  """Returns file, bytes and sha256 of the shards of each split; UserError if it is unfinished."""
-  manifest = pathlib.Path(folder) / "manifest.json"
+  """Returns file, bytes and sha256 of the shards of each split.
+
+  Raises:
+    MissingAssetError: there are none.
+    UserError: they are not finished.
+  """
+  folder = pathlib.Path(folder)
+  manifest = folder / "manifest.json"
+  if not manifest.exists() and not next(folder.glob("*.tfrecord-*"), None):
+    inside = [name for name in ("latents", "clips", "raw") if (folder / name).is_dir()]
+    hint = f"; it has {', '.join(f'{folder}/{name}' for name in inside)}" if inside else ""
+    raise MissingAssetError(f"no shards in {folder}{hint}")
   found: dict[str, list[dict[str, Any]]] = {}
   try:
     for shard in json.loads(manifest.read_text())["shards"]:

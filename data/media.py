@@ -41,7 +41,10 @@ class File:
   def caption(self) -> str:
     """From the JSON beside the video, empty without one; ValueError if that is damaged."""
     truth = self.video.with_suffix(".json")
-    return (json.loads(truth.read_text()).get("caption") or "") if truth.exists() else ""
+    caption = (json.loads(truth.read_text()).get("caption") or "") if truth.exists() else ""
+    if not isinstance(caption, str):
+      raise ValueError(f"{truth.name}: the caption is no text")
+    return caption
 
   def read(self, sample_rate: int) -> Clip:
     """Reads the clip, of which nothing more is known."""
@@ -75,10 +78,10 @@ def files(folder: str | pathlib.Path) -> list[shards.Item]:
   """Returns the videos of a folder; stamps are sizes and times of a clip's files.
 
   Raises:
-    UserError: no videos in the folder.
+    UserError: no videos in the folder, or the name of one is no text.
   """
   items = []
-  for path in io.list_media(folder):
+  for path in map(io.named_in_text, io.list_media(folder)):
     beside = [path, path.with_suffix(".wav"), path.with_suffix(".json")]
     stats = [file.stat() for file in beside if file.exists()]
     stamp = str([(s.st_size, s.st_mtime_ns) for s in stats])

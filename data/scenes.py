@@ -21,12 +21,13 @@ import json
 import multiprocessing
 import pathlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
 from scipy import signal
 
-from data import scene_plan, scene_sounds, scene_visuals
+from data import scene_plan, scene_sounds, scene_visuals, shards
 from data.scene_plan import CLASSES, FPS, HFOV_DEG
 from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
@@ -294,10 +295,14 @@ def generate(
     yield from map(work, indices)
     return
   with concurrent.futures.ProcessPoolExecutor(
-    min(jobs, len(indices)), mp_context=multiprocessing.get_context("spawn")
+    min(jobs, len(indices)),
+    mp_context=multiprocessing.get_context("spawn"),
+    initializer=shards.end_with_parent,
   ) as pool:
     try:
       for done in concurrent.futures.as_completed([pool.submit(work, index) for index in indices]):
         yield done.result()
+    except BrokenProcessPool as error:
+      raise UserError("a worker process died, perhaps for lack of memory; lower --jobs") from error
     finally:  # After an error or an interrupt the clips not yet begun are dropped.
       pool.shutdown(wait=True, cancel_futures=True)

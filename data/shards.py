@@ -24,12 +24,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from data import layout, tf_example, tfrecord
-from spatialv2a_jax import io
-from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
+from spatialv2a_jax import errors, io
+from spatialv2a_jax.errors import UserError
 
 NAME, SPLIT = "spatialv2a", "train"
 MIN_BAD = 5  # Bad clips that never stop a build, however small it is.
-NO_CLIPS_FAULT = (MissingAssetError, DamagedAssetError)  # Of weights: these end a build.
 DESCRIPTIONS = ("features.json", "dataset_info.json", "stats.json", "manifest.json")
 
 Record = Mapping[str, np.ndarray | str]
@@ -58,13 +57,13 @@ class _OneByOne:
   make_record: Callable[[Item], Record]
 
   def __call__(self, items: Sequence[Item]) -> Iterator[Record | Exception]:
-    """Yields a record for each item, or what is wrong with it; raises `NO_CLIPS_FAULT`."""
+    """Yields a record for each item, or what is wrong with it; raises `errors.of_machine`."""
     for item in items:
       try:
         yield self.make_record(item)
-      except NO_CLIPS_FAULT:
-        raise
       except Exception as error:  # One bad clip must not end a build of many hours.
+        if errors.of_machine(error):
+          raise
         yield error
 
 
@@ -105,7 +104,7 @@ def build(
   Args:
     items: the clips; ids are unique.
     make_record: returns a clip's fields without `id`: numpy arrays, or text. Whatever it raises
-      makes the clip a bad one, except `NO_CLIPS_FAULT`. Pickled to the processes if `jobs` > 1.
+      makes the clip a bad one, except `errors.of_machine`. Pickled to the processes if `jobs` > 1.
     out: folder of the shards.
     shards: their number in each split, or one number for all.
     config: plain values on which records depend; a change rebuilds all shards.
@@ -128,7 +127,7 @@ def build(
   Raises:
     UserError: a folder that cannot be written, duplicate ids, too many bad clips, none left, or
       clips of different shapes.
-    MissingAssetError, DamagedAssetError: from `make_record`.
+    Exception: `errors.of_machine`, from `make_record`; run again, finished shards are kept.
   """
   out = pathlib.Path(out)
   io.check_writable(out)
@@ -265,7 +264,8 @@ def make_shard(job: Job, make: Maker) -> dict[str, Any]:
     return known
   for path in (job.path, tfrecord.index_path(job.path), sidecar(job.path)):
     io.remove_leftovers(path)
-  # Without its sidecar a shard counts as unfinished, so this one goes first and comes last.
+  # Without these two a shard counts as unfinished, so they go first and come last.
+  layout.forget(job.path)
   sidecar(job.path).unlink(missing_ok=True)
   ids: list[str] = []
   captions: list[str] = []
@@ -279,9 +279,9 @@ def make_shard(job: Job, make: Maker) -> dict[str, Any]:
           raise made
         record = {"id": item.id, **made}
         _check_record(record, fields, job.unknown)
-      except NO_CLIPS_FAULT:
-        raise
       except Exception as error:
+        if errors.of_machine(error):
+          raise
         bad[item.id] = _reason(error)
         _check_bad(bad, job.max_bad)
         continue

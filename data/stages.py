@@ -54,7 +54,7 @@ import threadpoolctl
 
 from data import catalogue, filters, findings, layout, localise, quality, shards, spatialise
 from data.findings import Clock, Job, Run
-from spatialv2a_jax import io, localizers, schema
+from spatialv2a_jax import errors, io, localizers, schema
 from spatialv2a_jax.metrics import analysis
 from spatialv2a_jax.metrics import spatial as metrics
 
@@ -194,9 +194,9 @@ class Slice:
         continue
       try:
         record = self._record(item.payload, found[1], found[2], place, clock)
-      except shards.NO_CLIPS_FAULT:
-        raise
       except Exception as error:
+        if errors.of_machine(error):
+          raise
         yield findings.drop_of(error, item.payload)
         continue
       for field, count in counts.items():

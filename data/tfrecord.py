@@ -21,14 +21,14 @@ import google_crc32c
 import numpy as np
 
 from spatialv2a_jax import io
-from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.errors import DamagedAssetError, UserError
 
 HEADER, FOOTER = 12, 4
 ADVICE = 1 << 17  # Bytes; of one piece of advice many systems heed no more.
 MAX_OPEN_FILES = 128  # Of 1024 that a process usually may open, for a thousand shards.
 
 
-class CorruptRecordError(UserError):
+class CorruptRecordError(DamagedAssetError):
   """A record whose checksum does not match its bytes.
 
   Attributes:

@@ -33,19 +33,20 @@ def task(config: tasks.Config, mesh: Mesh, rules: sharding.Rules) -> tasks.Task:
   net = mono2binaural.build(sizes, sharding.constrainer(mesh, rules))
   loss = functools.partial(binauralizer.loss, net=net, heads=sizes.heads, config=objective)
   source = Pairs(config, mesh, rules, "pairs", {"image": (sizes.rows, sizes.columns, 3)})
-  start, stats = _start(config["init_from"])
 
-  def export(path, state):
-    about = {"audio": AUDIO, binauralizer.NETWORK: dataclasses.asdict(sizes)}
-    content = {binauralizer.NETWORK: tasks.gather(state.ema)}
-    tasks.write(path, content, {binauralizer.NETWORK: tasks.gather(state.stats)}, about)
+  def export(path, params, stats):
+    name = binauralizer.NETWORK
+    about: dict[str, Any] = {"audio": AUDIO, name: dataclasses.asdict(sizes)}
+    if config["init_from"]:
+      about[f"{name}_source"] = tasks.origin(config["init_from"], name)
+    tasks.write(path, {name: tasks.gather(params)}, {name: tasks.gather(stats)}, about)
 
   held_out = functools.partial(loss, train=False)
   hooks = (
     tasks.Evaluation(held_out, config, mesh, rules, source) if config["data"]["eval"] else None
   )
-  stats = net.init_stats() | stats
-  return tasks.Task(net.init, stats, loss, lambda: start, source, hooks, export, source.row)
+  values = functools.partial(_start, config["init_from"])
+  return tasks.Task(net.init, net.init_stats(), loss, values, source, hooks, export, source.row)
 
 
 def _start(path: str) -> tuple[dict[str, Any], dict[str, Any]]:

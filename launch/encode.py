@@ -17,10 +17,12 @@ import jax
 import numpy as np
 
 from data import encode as stage
-from data import media, shards
+from data import filters, media, shards
+from launch import sources
 from spatialv2a_jax import codec, features, io, model_folder, schema
 from spatialv2a_jax.encoders import Encoders, Stage
-from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.errors import MissingAssetError, UserError, first_line
+from spatialv2a_jax.models.spatial import MIRROR_SIGNS
 from spatialv2a_jax.weights import Weights
 
 Looked = tuple[Sequence[Stage], Mapping[str, np.ndarray]]
@@ -33,9 +35,8 @@ def run(args: argparse.Namespace) -> int:
     UserError: a bad config or folder, or too many bad clips.
     MissingAssetError: no such VAE.
   """
-  config = read_config(args.config)
+  config, encoders = read_config(args.config)
   audio, seconds = schema.AUDIO[config["audio"]], float(config["seconds"])
-  encoders = features.Config(**config["features"])
   samples = schema.lengths(seconds, audio).samples
   if args.raw:
     items = media.records(args.raw, args.videos, audio.sample_rate)
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     least_samples=math.floor(seconds * audio.sample_rate),
     config={
       "seconds": seconds,
-      "features": dataclasses.asdict(encoders),
+      "features": identity(encoders),
       "mirror": args.mirror,
       **({"weights": weights} if weights else {}),
     },
@@ -65,45 +66,48 @@ def run(args: argparse.Namespace) -> int:
     batch=args.batch if weights else 1,  # Nothing is gained together without networks.
     **options,
   )
-  tell(args.out / "clips", stats)
+  sources.tell(args.out / "clips", stats)
   if net is not None and stats["complete"]:
     # One process: XLA uses all cores by itself.
     stats = stage.encode_latents(
       args.out / "clips",
       args.out / "latents",
       net,
-      config={"audio": audio.name, "vae": net.sha256},
+      config={"audio": audio.name, "vae": net.sha256, "features": identity(encoders)},
       batch=args.batch,
       **{**options, "jobs": 1},
     )
-    tell(args.out / "latents", stats)
+    sources.tell(args.out / "latents", stats)
   return 0
 
 
-def tell(folder: pathlib.Path, stats: Mapping[str, Any]) -> None:
-  """Prints what became of the clips."""
-  left = "" if stats["complete"] else "; not complete: run the other slices, then this one again"
-  print(f"{folder}: {stats['clips_out']} of {stats['clips_in']} clips{left}")
-
-
-def read_config(path: str) -> dict[str, Any]:
-  """Returns the config of `FILE.py` or `FILE.py:VARIANT`; UserError if it is none for features."""
+def read_config(path: str) -> tuple[dict[str, Any], features.Config]:
+  """Returns the config of `FILE.py[:VARIANT]` and its encoders; UserError if it has none."""
   file, _, variant = path.partition(":")
   if not pathlib.Path(file).is_file():
     raise UserError(f"--config {file}: no such file")
   try:
     config = runpy.run_path(file)["get_config"](*([variant] if variant else [])).to_dict()
-  except (KeyError, ValueError) as error:
+    if "features" not in config:
+      raise UserError("it has no features; give the config of a flow model")
+    return config, features.Config(**config["features"])
+  except UserError as error:
     raise UserError(f"--config {path}: {error}") from error
-  if "features" not in config:
-    raise UserError(f"--config {path}: it has no features; give the config of a flow model")
-  return config
+  except Exception as error:  # Whatever the file does.
+    raise UserError(f"--config {path}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def identity(config: features.Config) -> dict[str, Any]:
+  """Returns the settings of encoders as plain values: of a file what it says, not where it lies."""
+  kind, _, path = config.localizer.partition(":")
+  about = {**dataclasses.asdict(config), "localizer": kind}
+  return {**about, "localizer_file": io.file_hash(path)} if path else about
 
 
 def check(path: str, parts: pathlib.Path | None, vae: pathlib.Path | None) -> None:
   """Opens the networks that `run` would, and raises what it would, before hours of other work."""
-  config = read_config(path)
-  open_encoders(features.Config(**config["features"]), parts)
+  config, encoders = read_config(path)
+  open_encoders(encoders, parts)
   if vae:
     Latents.load(vae, schema.AUDIO[config["audio"]])
 
@@ -146,17 +150,22 @@ class Features:
   parts: pathlib.Path | None = None
 
   def read(self, video: pathlib.Path, caption: str) -> Looked:
-    """Returns the stages and their frames; BadClipError if the video is shorter than `seconds`."""
+    """Returns the stages and their frames; BadClipError if the video is too short.
+
+    As in `filters.Limits`, trimmed videos may end a little early: their last frame is then held.
+    """
     stages = open_encoders(self.config, self.parts).stages(caption)
     views = {name: view for stage in stages for name, view in stage.views.items()}
     frames = io.read_views(video, views, duration=self.seconds)
     for name, view in views.items():
       count = schema.whole_frames(self.seconds, int(view.fps))
-      if len(frames[name]) < count:
+      lacking = count - len(frames[name])
+      if lacking > math.ceil(filters.Limits.tolerance_s * view.fps):
         raise shards.BadClipError(
           f"video has {len(frames[name])} frames at {view.fps} fps, not {count}"
         )
-      frames[name] = frames[name][:count]
+      held = np.repeat(frames[name][-1:], max(lacking, 0), axis=0)
+      frames[name] = np.concatenate([frames[name][:count], held])
     return stages, frames
 
   def encode(self, clips: Sequence[Looked]) -> list[dict[str, np.ndarray]]:
@@ -171,6 +180,8 @@ class Features:
       one["clip_mirror_vf"] = other["clip_vf"]
       one["sync_mirror_sf"] = other["sync_sf"]
       one["spatial_mirror_vk"] = other["spatial_vk"]
+      if self.config.localizer.startswith("track:"):  # It does not look at the picture.
+        one["spatial_mirror_vk"] = one["spatial_vk"] * np.asarray(MIRROR_SIGNS, np.float32)
     return plain
 
   def text(self, caption: str) -> np.ndarray:

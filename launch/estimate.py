@@ -36,7 +36,7 @@ from absl import flags
 from launch import command, early, hlo, hlo_cost, roofline, targets, tasks
 from spatialv2a_jax import compile_cache, sharding
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.io import atomic_path
+from spatialv2a_jax.io import atomic_path, check_writable
 from spatialv2a_jax.training import cluster, train_step, waiting
 
 GIB = targets.GIB
@@ -113,7 +113,7 @@ def estimate(
     "state_bytes": {
       "params": sharding.bytes_per_device(prog.state.params),
       "opt": sharding.bytes_per_device(prog.state.opt),
-      "averages": sharding.bytes_per_device((prog.state.ema, prog.state.beside)),
+      "averages": sharding.bytes_per_device(prog.state.averages()),
     },
   }
   report["zero_whole"] = sharding.zero_whole(prog.state.opt, mesh, config["rules"].get("zero"))
@@ -338,13 +338,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets.prepare(target)
     compile_cache.keep()
     paths = {"hlo_path": given["hlo"], "layout_path": given["layout"]}
+    for path in filter(None, (given["out"], *paths.values())):  # Not only after minutes.
+      check_writable(pathlib.Path(path).absolute().parent)
     report = estimate(config, target, quick=quick, **paths)
+    print(show(report), flush=True)
+    if given["out"]:
+      _write(given["out"], json.dumps(report, indent=2) + "\n")
   except UserError as error:
     print(f"launch.estimate: {error}", file=sys.stderr)
     return error.exit_code
-  if given["out"]:
-    _write(given["out"], json.dumps(report, indent=2) + "\n")
-  print(show(report))
   return 0 if report["fits"] else 1
 
 

@@ -53,13 +53,13 @@ class Evaluation:
       if leave.poll():  # Before, and not after, all processes work on the batch together.
         return None
       first = local if first is None else first
-      values = jax.device_get(evaluate(state.ema, state.stats, batch))
+      values = jax.device_get(evaluate(*state.averages()[0], batch))
       clips = float(values.pop("clips"))
       total = {name: total.get(name, 0.0) + clips * float(value) for name, value in values.items()}
       weight += clips
     listen = self.listener
     if listen is not None and first is not None:
-      params, stats = state.ema, state.stats
+      params, stats = state.averages()[0]
       if jax.process_count() > 1:  # All of them gather, one listens.
         params, stats = gather(params), gather(stats)
       with contextlib.suppress(waiting.GivenUpError):
@@ -99,13 +99,13 @@ class Evaluation:
         layout=_averages(jax.tree.map(lambda x: x.sharding, state)),
       )
       with self.ledger.during("compile"):
-        self.step = waiting.run(lambda: step.lower(state.ema, state.stats, batch).compile(), leave)
+        self.step = waiting.run(lambda: step.lower(*state.averages()[0], batch).compile(), leave)
     return self.step  # pyright: ignore[reportReturnType]
 
 
 def _averages(layout: train_step.State) -> train_step.State:
   """Returns a layout whose parameters lie where the averages do, which are what is evaluated."""
-  return layout.replace(params=layout.ema)  # pyright: ignore
+  return layout.replace(params=layout.ema, stats=layout.means[0])  # pyright: ignore
 
 
 def gather(tree: Any) -> Any:

@@ -14,14 +14,12 @@ Exit codes: 0 written, 2 bad input, 3 no such checkpoint.
 import argparse
 import pathlib
 import sys
-import types
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from launch import tasks
-from spatialv2a_jax import sharding
+from spatialv2a_jax import io, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.training import checkpoint, optim
 
@@ -46,19 +44,18 @@ def export(
   """
   if step is None:  # Both reads must take the same one.
     step = max(checkpoint.saved_runs(run), default=None)
-  params, stats, config = checkpoint.load_params(run, "ema", step)
+  io.check_writable(out)
+  params, stats, config = checkpoint.load_params(run, 0, step)
   if average is not None:
     widths = optim.Ema(**config["ema"]).widths
     if average not in widths:
       have = ", ".join(f"{width:g}" for width in widths)
       raise UserError(f"{run} tracks no average {average:g}, have: {have} (0 is the plain one)")
-    if place := widths.index(average):
-      beside: Any = checkpoint.load_params(run, "beside", step)[0]
-      params = beside[place - 1]
+    params, stats, _ = checkpoint.load_params(run, widths.index(average), step)
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-  task = tasks.build(config, mesh, sharding.Rules())
-  state: Any = types.SimpleNamespace(ema=params, stats=stats)
-  task.export(pathlib.Path(out), state)
+  if "attention" in config["model"]:  # Not every way of the run may be there on this machine.
+    config["model"]["attention"] = "auto"
+  tasks.build(config, mesh, sharding.Rules()).export(pathlib.Path(out), params, stats)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

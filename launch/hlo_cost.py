@@ -83,9 +83,34 @@ def _is_far(instruction: Instruction, near: int) -> bool:
     shape, source, turned = ([int(n) for n in one.split(",") if n] for one in _iota(text))
     number = np.arange(math.prod(source)).reshape(source)
     groups = number.transpose(turned or range(len(source))).reshape(shape)
-  else:
+  elif text := instruction.attribute(r"replica_groups=(mesh\[.*?\][^{]*\{[^}]*\})"):
+    groups = _mesh_groups(text)
+  elif instruction.attribute(r"replica_groups=(\{\})") or "_groups=" not in instruction.attributes:
     return True  # No groups: all devices.
+  else:
+    raise ValueError(f"{instruction.name}: which devices take part? {instruction.attributes[:200]}")
   return any(len({int(device) // near for device in group}) > 1 for group in groups)
+
+
+def _mesh_groups(text: str) -> np.ndarray:
+  """Returns the groups of "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", one in a row.
+
+  Devices differ along the axes named last; of `device_ids` a part or all may be left out.
+  """
+  axes, ids, named = (re.search(x, text) for x in (r"mesh\[(.*?)\]", r"\(\[(.*)\)", r"\{(.*)\}"))
+  assert axes is not None and named is not None
+  sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes[1])}
+  chosen = re.findall(r"'([^']+)'", named[1])
+  if ":(" in named[1] or not sizes.keys() >= set(chosen):
+    raise ValueError(f"devices of parts of axes are not known: {text}")
+  number = np.arange(math.prod(sizes.values()))
+  if ids is not None:
+    source, _, turned = ids[1].partition("]")
+    number = number.reshape([int(n) for n in source.split(",")])
+    number = number.transpose([int(n) for n in re.findall(r"\d+", turned)] or None)
+  order = sorted(range(len(sizes)), key=lambda i: list(sizes)[i] in chosen)
+  turned = number.reshape(tuple(sizes.values())).transpose(order)
+  return turned.reshape(-1, math.prod(sizes[name] for name in chosen))
 
 
 def _iota(text: str) -> tuple[str, str, str]:

@@ -1,9 +1,12 @@
 """What `python -m launch.data sources` does: videos to shards that pairs are mixed from."""
 
 import argparse
+import collections
 import json
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from data import sources
 from spatialv2a_jax.errors import UserError
@@ -49,13 +52,17 @@ def run(args: argparse.Namespace) -> int:
     jobs=args.jobs,
     progress=lambda done, total, bad: print(f"shard {done}/{total}, {bad} left out", flush=True),
   )
-  print(f"{args.out}: {stats['clips_out']} of {stats['clips_in']} clips")
-  reasons: dict[str, int] = {}
-  for reason in stats["bad"].values():
-    reasons[reason] = reasons.get(reason, 0) + 1
-  for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1])[:5]:
-    print(f"  left out {count}: {reason}")
+  tell(args.out, stats)
   return 0
+
+
+def tell(folder: pathlib.Path, stats: Mapping[str, Any]) -> None:
+  """Prints what became of the clips of `shards.build`; its stats.json names all left out."""
+  left = "" if stats["complete"] else "; not complete: run the other slices, then this one again"
+  print(f"{folder}: {stats['clips_out']} of {stats['clips_in']} clips{left}")
+  first = {why: name for name, why in reversed(stats["bad"].items())}
+  for reason, count in collections.Counter(stats["bad"].values()).most_common(5):
+    print(f"  left out {count}, such as {first[reason]}: {reason}")
 
 
 def check_size(folder: pathlib.Path, rows: int, columns: int) -> None:

@@ -27,10 +27,12 @@ class Chip:
     name: as in --topology.
     platform: of JAX.
     peak_flops: dense bfloat16 FLOP/s.
-    memory: bytes that a program may use; what the runtime reserves is taken off.
+    memory: bytes that a program may use; what the runtime reserves is taken off. Of a GPU JAX
+      gives a program 75 %, unless XLA_CLIENT_MEM_FRACTION says otherwise.
     bandwidth: bytes/s of its memory.
     interconnect: bytes/s between chips of one slice or host, over all links together.
     network: bytes/s of a chip's share of its host's network, to other slices or hosts.
+    near: chips of the largest slice, or of a host of GPUs.
     clock: cycles/s of the compiler's estimates; None where it gives none.
   """
 
@@ -41,6 +43,7 @@ class Chip:
   bandwidth: float
   interconnect: float
   network: float
+  near: int
   clock: float | None = None
 
 
@@ -48,12 +51,16 @@ GIB = 2.0**30
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip("v5e", "tpu", meter.PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 1.8e11, 3.1e9, 1.5e9),
-    Chip("v5p", "tpu", meter.PEAK_FLOPS["TPU v5p"], 95.73 * GIB, 2.8e12, 5.4e11, 6.2e9, 1.75e9),
-    Chip("v6e", "tpu", meter.PEAK_FLOPS["TPU v6e"], 31.24 * GIB, 1.6e12, 3.6e11, 1.25e10, 1.75e9),
-    Chip("h200", "cuda", meter.PEAK_FLOPS["H200"], 0.95 * 150.7e9, 4.8e12, 4.5e11, 5e10),
+    Chip("v5e", "tpu", meter.PEAK_FLOPS["TPU v5e"], 15.75 * GIB, 8.1e11, 1.8e11, 3.1e9, 256, 1.5e9),
+    Chip(
+      "v5p", "tpu", meter.PEAK_FLOPS["TPU v5p"], 95.73 * GIB, 2.8e12, 5.4e11, 6.2e9, 8960, 1.75e9
+    ),
+    Chip(
+      "v6e", "tpu", meter.PEAK_FLOPS["TPU v6e"], 31.24 * GIB, 1.6e12, 3.6e11, 1.25e10, 256, 1.75e9
+    ),
+    Chip("h200", "cuda", meter.PEAK_FLOPS["H200"], 0.75 * 150.7e9, 4.8e12, 4.5e11, 5e10, 8),
     # One core of a common server, so that the columns can be read; not a promise.
-    Chip("cpu", "cpu", 1e11, 4 * GIB, 1e10, 1e10, 1e9),
+    Chip("cpu", "cpu", 1e11, 4 * GIB, 1e10, 1e10, 1e9, 2**20),
   )
 }
 
@@ -140,7 +147,18 @@ def parse(text: str) -> Target:
   if len(shape) not in dims or 0 in shape:
     wanted = " or ".join("x".join("ABCD"[:n]) for n in dims)
     raise UserError(f"--topology {text!r}: the shape of {chip.name} is {wanted}")
-  return Target(text, chip, shape)
+  target = Target(text, chip, shape)
+  if target.count > target.parts * chip.near:
+    part, more = (
+      ("host", f"h200:2x{chip.near}")
+      if chip.platform == "cuda"
+      else ("slice", f"{chip.name}:2x{'x'.join(map(str, shape))}")
+    )
+    raise UserError(
+      f"--topology {text!r}: a {part} of {chip.name} has at most {chip.near} chips; the number of "
+      f"{part}s comes first, as in {more}"
+    )
+  return target
 
 
 def prepare(target: Target) -> None:

@@ -16,13 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from data import captions, layout, pipeline, shards
-from launch import flops
 from launch.evaluation import Evaluation as Evaluation
 from launch.evaluation import gather as gather
-from launch.listen import Listener
-from spatialv2a_jax import codec, features, flow, model_folder, schema, sharding
+from spatialv2a_jax import codec, model_folder, schema, sharding
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.models import attention, flow_net
 from spatialv2a_jax.training import guard, optim, train_step
 from spatialv2a_jax.training.recipe import Recipe, Values
 
@@ -42,7 +39,7 @@ class Task(NamedTuple):
     batches: from the index of a batch to the iterator that begins there.
     evaluate: hook of the loop, or None.
     flops: () -> floating point operations of one clip's loss and gradient, or None if unknown.
-    export: writes the model folder of a state.
+    export: writes the model folder of averaged parameters and their running statistics.
     row: () -> a batch of one clip of noise, for its names, shapes and dtypes (those of
       `schema.narrow`).
     tokens: of one clip in the joint blocks of a transformer; None for another model.
@@ -54,7 +51,7 @@ class Task(NamedTuple):
   values: Callable[[], Values]
   batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
   evaluate: Evaluation | None
-  export: Callable[[pathlib.Path, train_step.State], None]
+  export: Callable[[pathlib.Path, Any, Any], None]
   row: Callable[[], Mapping[str, np.ndarray]]
   flops: Callable[[], float | None] = lambda: None
   tokens: int | None = None
@@ -66,12 +63,27 @@ def build(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   Raises:
     UserError: for an unknown kind, a model that cannot be built, or missing data.
   """
-  kinds = {"flow": flow_task, "vae": vae_task, "mono2binaural": mono2binaural_task}
+  from launch import binaural, flow_task  # They build on this module.
+
+  kinds = {"flow": flow_task.task, "vae": vae_task, "mono2binaural": binaural.task}
   if config["kind"] not in kinds:
     raise UserError(f"config.kind={config['kind']!r} is unknown, have: {', '.join(kinds)}")
+  for name in ("batch_size", "statistics", "eval_batches"):
+    if (value := config["data"].get(name, 1)) < 1:
+      raise UserError(f"config.data.{name}={value} is less than 1")
+  if not 0 <= config["seed"] < 2**32:
+    raise UserError(f"config.seed={config['seed']} is not in 0..2**32 - 1")
   if config["audio"] not in schema.AUDIO:
     raise UserError(f"config.audio={config['audio']!r} is unknown, have: {', '.join(schema.AUDIO)}")
   return kinds[config["kind"]](config, mesh, rules)
+
+
+def lengths_of(config: Config) -> schema.Lengths:
+  """Returns how long the parts of a clip are; UserError for one that is too short."""
+  try:
+    return schema.lengths(config["seconds"], schema.AUDIO[config["audio"]])
+  except ValueError as error:
+    raise UserError(f"config.seconds: {error}") from error
 
 
 def mesh_of(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
@@ -111,140 +123,15 @@ def optimizer_of(config: Config) -> optim.Config:
   return checked(lambda **values: optim.from_mapping(values), "optim", config["optim"])
 
 
-def flow_config(config: Config) -> flow_net.Config:
-  """Returns the sizes of the network: those of the model, the features and the audio."""
-  keys = ("clip_dim", "sync_dim", "text_dim", "text_len")
-  sizes = {name: config["features"][name] for name in keys}
-  channels = schema.AUDIO[config["audio"]].latent_channels
-  return checked(
-    flow_net.Config, "model", {**sizes, "latent_channels": channels, **config["model"]}
-  )
-
-
-def flow_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
-  """The two-ear flow model on stored latents and features."""
-  audio, sizes = schema.AUDIO[config["audio"]], flow_config(config)
-  device = mesh.devices.flat[0]  # Need not be one of this machine.
-  about = (sizes.attention, device, sizes.dtype, sizes.width // sizes.heads)
-  if sizes.attention == "cudnn" and not attention.is_fused(*about):
-    raise UserError(
-      "config.model.attention=cudnn is for dtype=bfloat16, heads of at most 120 in multiples of 8, "
-      f"NVIDIA GPUs since Ampere; this mesh is of {device.device_kind}: use auto"
-    )
-  net = flow_net.build(sizes, sharding.constrainer(mesh, rules), device=device)
-  objective = checked(lambda **x: flow.LossConfig(**x).checked(), "loss", config["loss"])
-  encoders = checked(features.Config, "features", config["features"])
-  shapes = schema.feature_shapes(
-    config["seconds"],
-    audio,
-    clip_dim=sizes.clip_dim,
-    sync_dim=sizes.sync_dim,
-    text_len=sizes.text_len,
-    text_dim=sizes.text_dim,
-    mirror=bool(objective.mirror_weight),
-  )
-  folder = start_of(config["vae"], "vae")
-  if folder.params and folder.config.get("audio") != audio.name:
-    raise UserError(
-      f"config.vae: {config['vae']} is for audio {folder.config.get('audio')!r}, this run has "
-      f"{audio.name!r}"
-    )
-  source = Source(config, mesh, rules, "features", shapes)
-
-  def loss(params, stats, batch, key, train=True):
-    wide = schema.widen(batch)
-    return flow.loss(params, stats, wide, key, net=net, config=objective, train=train)
-
-  def values():
-    if config["init_from"]:
-      start = start_of(config["init_from"], "flow")
-      ears = start.config["flow"].get("ears", 2)
-      if ears != sizes.ears:
-        again = f"convert its source again with --ears {sizes.ears}"
-        raise UserError(f"config.init_from: {config['init_from']} has ears={ears}; {again}")
-      return start.params["flow"], start.stats.get("flow", {})
-    batches = itertools.islice(source.whole(), config["data"]["statistics"])
-    mean_c, std_c = latent_statistics(batches)
-    null_wf = null_text(config["data"]["path"], encoders)
-    return {"frozen": {"latent_mean": mean_c, "latent_std": std_c, "null_text": null_wf}}
-
-  def export(path, state):
-    about = {
-      "audio": audio.name,
-      "seconds": config["seconds"],
-      "features": dataclasses.asdict(encoders),
-      "ear_correlation": objective.ear_correlation,
-      "guidance": config["listen"]["guidance"],
-      "flow": dataclasses.asdict(sizes),
-    }
-    params = {"flow": gather(state.ema)}
-    if folder.params:
-      params["vae"], about["vae"] = folder.params["vae"], folder.config["vae"]
-    write(path, params, {"flow": gather(state.stats)}, about)
-
-  hooks = Evaluation(functools.partial(loss, train=False), config, mesh, rules, source)
-  if folder.params:
-    decoder = codec.build(folder.config["vae"], audio)
-    hooks.listener = Listener(
-      flow_net.build(sizes),  # Few clips: their batch need not divide by the mesh.
-      decoder,
-      folder.params["vae"],
-      audio,
-      config["listen"],
-      objective.ear_correlation,
-    )
-  evaluate = hooks if config["data"]["eval"] else None
-  work = functools.partial(flow_flops, sizes, objective, shapes)
-  tokens = sizes.ears * shapes["mean"][1] + shapes["clip"][0] + shapes["text"][0]
-  stats, row = net.init_stats(), source.row
-  return Task(net.init, stats, loss, values, source, evaluate, export, row, work, tokens)
-
-
-def null_text(path: str, encoders: features.Config) -> np.ndarray:
-  """Returns the features of no text, [w, f], by the encoder that made those of the captions.
-
-  Args:
-    path: of the shards, or SYNTHETIC.
-    encoders: which encoder.
-
-  Raises:
-    UserError: the shards do not have them.
-  """
-  if path == SYNTHETIC or encoders.encoder == "random":
-    return features.encode_text(captions.NONE, encoders)
-  table = captions.Table(shards.paths(path)[0].parent)
-  return schema.as_float32(table[captions.NONE])
-
-
-def flow_flops(
-  sizes: flow_net.Config, objective: flow.LossConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> float:
-  """Returns the FLOPs of one clip's loss and gradient by the parameters.
-
-  Matrix products alone, as is usual; what the backward pass recomputes is no work of the model,
-  nor are products that only stand in for other operations, as some do in bfloat16.
-  """
-  plain = {"dtype": "float32", "activations": "float32", "attention": "xla", "gemm": False}
-  net = flow_net.build(dataclasses.replace(sizes, unroll=False, remat=False, **plain))
-  params = dict(sharding.unboxed(jax.eval_shape(net.init, jax.random.key(0))))
-  constants = params.pop("frozen")  # Nobody needs their gradient.
-
-  def loss(params, constants, *arguments):
-    return flow.loss({**params, "frozen": constants}, *arguments, net=net, config=objective)
-
-  batch, key = schema.synthetic_batch(shapes, 1, seed=0), jax.random.key(0)
-  return float(flops.count_gradient(loss, params, constants, net.init_stats(), batch, key))
-
-
 def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
   """The mel VAE, on stored sound of both ears."""
   audio = schema.AUDIO[config["audio"]]
-  weights = checked(codec.LossConfig, "loss", config["loss"])
+  weights = checked(lambda **x: codec.LossConfig(**x).checked(), "loss", config["loss"])
   try:
     net = codec.build(config["model"], audio, weights)
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, ZeroDivisionError) as error:
     raise UserError(f"config.model: {error}") from error
-  samples = schema.lengths(config["seconds"], audio).samples
+  samples = lengths_of(config).samples
   source = Source(config, mesh, rules, "audio", {"audio": (2, samples)})
 
   def loss(params, stats, batch, key):
@@ -258,33 +145,15 @@ def vae_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
     mean_m, std_m = codec.statistics((schema.widen(batch)["audio_bep"] for batch in sound), audio)
     return {"frozen": {"data_mean": mean_m, "data_std": std_m}}
 
-  def export(path, state):
+  def export(path, params, stats):
+    del stats  # It has none.
     about = {"audio": audio.name, "vae": dict(config["model"])}
-    write(path, {"vae": gather(state.ema)}, {}, about)
+    if config["init_from"]:
+      about["vae_source"] = origin(config["init_from"], "vae")
+    write(path, {"vae": gather(params)}, {}, about)
 
   hooks = Evaluation(loss, config, mesh, rules, source) if config["data"]["eval"] else None
   return Task(net.init, {}, loss, values, source, hooks, export, source.row)
-
-
-def mono2binaural_task(config: Config, mesh: Mesh, rules: sharding.Rules) -> Task:
-  """The mono-to-binaural network, on pairs that are mixed on the fly."""
-  from launch import binaural  # It builds on this module.
-
-  return binaural.task(config, mesh, rules)
-
-
-def latent_statistics(batches: Iterator[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-  """Returns mean_c and std_c of the latents' posteriors, over clips, ears and frames."""
-  count, total, square = 0, np.zeros(()), np.zeros(())
-  for batch in batches:
-    mean = batch["mean_betc"].astype(np.float64)
-    variance = np.square(batch["std_betc"].astype(np.float64))
-    count += mean[..., 0].size
-    total = total + mean.sum((0, 1, 2))
-    square = square + (np.square(mean) + variance).sum((0, 1, 2))
-  mean_c = total / count
-  std_c = np.sqrt(np.maximum(square / count - np.square(mean_c), 1e-8))
-  return mean_c.astype(np.float32), std_c.astype(np.float32)
 
 
 def place_of(text: str) -> tuple[pathlib.Path, str]:
@@ -382,6 +251,16 @@ def checked(kind: Callable[..., Any], section: str, values: Mapping[str, Any]) -
     return kind(**values)
   except (TypeError, ValueError) as error:
     raise UserError(f"config.{section}: {error}") from error
+
+
+def origin(path: str, name: str) -> dict[str, Any]:
+  """Returns what a model folder is to say of weights that began as those in `path`.
+
+  That is their licence above all. A run reads `path` at its beginning alone; later it may be gone.
+  """
+  if not pathlib.Path(path).is_dir():
+    return {"init_from": path}
+  return {**model_folder.open_model(path).config.get(f"{name}_source", {}), "init_from": path}
 
 
 def start_of(path: str, name: str) -> model_folder.Model:

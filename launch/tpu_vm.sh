@@ -3,7 +3,8 @@
 #
 #   ZONE=us-central2-b bash launch/tpu_vm.sh NAME \
 #     --config configs/small_16k.py --workdir /mnt/disk/runs/small_16k \
-#     --config.data.path=/mnt/disk/shards
+#     --config.data.path=/mnt/disk/BUILD/latents --config.data.eval=/mnt/disk/BUILD/latents:test \
+#     --config.vae=/mnt/disk/parts
 #
 # /mnt/disk stands for a disk that all hosts have mounted (such as one of Filestore).
 # Copies the last commit to the hosts of the TPU called NAME, installs it there, and runs

@@ -183,7 +183,7 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
       say=_say,
     )
     with ledger.during("save"):
-      task.export(workdir / "model", state)
+      task.export(workdir / "model", *state.averages()[0])
       cluster.meet()  # JAX gives the others 300 s to end, then ends the one that still writes.
   _say(f"model folder: {workdir / 'model'}")
   return 0

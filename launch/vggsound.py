@@ -211,14 +211,14 @@ def _check_encoding(args: argparse.Namespace) -> None:
   """Raises what `_encode` would raise after hours of building."""
   from launch import encode
 
-  config = encode.read_config(args.config)
+  config, encoders = encode.read_config(args.config)
   if config["audio"] != args.audio:
     raise UserError(f"--audio {args.audio}: give {config['audio']}, as --config {args.config} does")
   if config["seconds"] > args.seconds:
     raise UserError(
       f"--seconds {args.seconds:g}: give {config['seconds']:g} or more, as --config {args.config}"
     )
-  if args.parts or args.vae or config["features"].get("encoder", "random") != "random":
+  if args.parts or args.vae or encoders.encoder != "random":
     # Elsewhere, since here JAX would keep the accelerators from the workers.
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -261,9 +262,12 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def run_generate(args: argparse.Namespace) -> int:
   """`spatialv2a generate`."""
-  from spatialv2a_jax import compile_cache, generate
+  from spatialv2a_jax import compile_cache, doctor, generate
 
   compile_cache.keep()
+  there, found, mend = doctor.devices()
+  if not there:
+    raise UserError(f"{found}; {mend}")
   chosen = vars(args)
   fields = (field.name for field in dataclasses.fields(generate.Settings))
   settings = generate.Settings(**{name: chosen[name] for name in fields if name in chosen})
@@ -355,12 +359,18 @@ def run_report(args: argparse.Namespace) -> int:
   """`spatialv2a report`."""
   from spatialv2a_jax import report
 
-  report.write_report(args.dir, args.out, ref=args.ref, truth=args.truth, scores=args.scores)
-  return 0
+  failed = report.write_report(
+    args.dir, args.out, ref=args.ref, truth=args.truth, scores=args.scores
+  )
+  for path, error in failed.items():
+    print(f"left out: {path}: {error}", file=sys.stderr)
+  return 4 if failed else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command and returns its exit code."""
+  if argv is None:  # So that files which are half written go, as they do after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
     args = parser().parse_args(argv)
   except UserError as error:

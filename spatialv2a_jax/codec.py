@@ -8,6 +8,7 @@ c latent channel.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -50,6 +51,15 @@ class LossConfig:
   interaural: float = 0.5
   level: float = 0.5
   excerpt: int = 0
+
+  def checked(self) -> "LossConfig":
+    """Returns itself; ValueError for a number out of its range."""
+    for name in ("square", "beta", "slope", "interaural", "level"):
+      if not 0 <= getattr(self, name) < math.inf:
+        raise ValueError(f"{name}={getattr(self, name)} is not 0 or more")
+    if self.excerpt and (self.excerpt < 4 or self.excerpt % 2):
+      raise ValueError(f"excerpt={self.excerpt} is neither 0 nor an even number of 4 or more")
+    return self
 
 
 class Codec(NamedTuple):

@@ -42,7 +42,7 @@ def devices() -> Check:
 
   try:
     seen = jax.devices()
-  except RuntimeError as error:
+  except (RuntimeError, AssertionError) as error:  # The second of a plugin that is not there.
     return False, f"no device: {error}".splitlines()[0], "set JAX_PLATFORMS=cpu, or mend the driver"
   found = f"{len(seen)} x {seen[0].device_kind} ({jax.default_backend()})"
   if jax.default_backend() == "cpu" and shutil.which("nvidia-smi"):

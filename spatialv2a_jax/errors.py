@@ -1,5 +1,11 @@
 """Errors that a user can act on: one line to print and the exit code to leave with."""
 
+import errno
+
+_OF_MACHINE = {
+  errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT,
+}  # fmt: skip
+
 
 class UserError(Exception):
   """A mistake in the input: one line saying what is wrong, in which file or flag, what to do.
@@ -28,15 +34,31 @@ def one_line(error: Exception, memory: str = "") -> str | None:
     error: that no code has foreseen.
     memory: what to try where memory is short, to be appended.
   """
-  text = str(error)
   if isinstance(error, MemoryError):
     return f"out of memory{memory}"
-  if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text:  # JAX's.
+  if _device_is_full(error):
     return f"out of memory on the device{memory} ({first_line(error)[:200]})"
   if isinstance(error, OSError) and error.strerror:
     where = "" if error.filename is None else f"{error.filename}: "
     return f"{where}{error.strerror}"
   return None
+
+
+def _device_is_full(error: BaseException) -> bool:
+  return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)  # JAX's.
+
+
+def of_machine(error: BaseException) -> bool:
+  """Returns whether an error says nothing about the clip that was at hand.
+
+  Such as weights, memory, a disk or a mount: a build ends, and goes on when that is mended. What
+  libav calls an input/output error may be damage; `io` raises UnreachableError where it is not.
+  """
+  return (
+    isinstance(error, MemoryError | MissingAssetError | DamagedAssetError | UnreachableError)
+    or _device_is_full(error)
+    or (isinstance(error, OSError) and error.errno in _OF_MACHINE)
+  )
 
 
 class MissingAssetError(UserError):
@@ -46,4 +68,8 @@ class MissingAssetError(UserError):
 
 
 class DamagedAssetError(UserError):
-  """A file of a model folder is not the one that was written; no fault of the other inputs."""
+  """A file of a model folder or data set is not the one that was written; no fault of an input."""
+
+
+class UnreachableError(UserError):
+  """A file is gone, or the system cannot read it, whatever is in it."""

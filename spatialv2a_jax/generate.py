@@ -65,6 +65,22 @@ def sidecar(model: Generator, job: Job, settings: Settings) -> dict[str, Any]:
   }
 
 
+def targets(path: pathlib.Path, out: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Returns the files that are made of a video, and may be there, by their suffix."""
+  return {suffix: out / f"{path.stem}.{suffix}" for suffix in ("json", "wav", "flac", "mp4")}
+
+
+def check_free(path: pathlib.Path, out: pathlib.Path) -> None:
+  """Raises UserError if `out` holds files of that name that are not made of this video."""
+  target = targets(path, out)
+  about = read_sidecar(target["json"])
+  other = next((found.name for found in target.values() if found.exists()), None)
+  if other and (about is None or about.get("input") != path.name):
+    raise UserError(
+      f"{out} holds {other}, which was not made of {path.name}: choose another --out, or remove it"
+    )
+
+
 def write(model: Generator, job: Job, clip: Clip, out: pathlib.Path, settings: Settings) -> None:
   """Writes sound, video and, last of all, the sidecar of one file.
 
@@ -74,10 +90,9 @@ def write(model: Generator, job: Job, clip: Clip, out: pathlib.Path, settings: S
   if not np.isfinite(clip.audio_ep).all():
     raise UserError(f"{job.path}: the sound is not finite; lower --guidance and --spatial-guidance")
   rate = model.audio.sample_rate
-  target = {suffix: out / f"{job.path.stem}.{suffix}" for suffix in ("json", "wav", "flac", "mp4")}
-  if read_sidecar(target["json"]) is not None:  # What it describes is replaced, so it goes first.
-    for path in target.values():
-      path.unlink(missing_ok=True)
+  target = targets(job.path, out)
+  for path in target.values():  # The sidecar goes first: what it describes is replaced.
+    path.unlink(missing_ok=True)
   io.write_audio(target[settings.format], clip.audio_ep, rate)
   if settings.video:
     io.remux(
@@ -96,6 +111,7 @@ def write(model: Generator, job: Job, clip: Clip, out: pathlib.Path, settings: S
     "descriptors": np.round(clip.descriptors_vk.astype(float), 4).tolist(),
     "heat": report.heat_strip(clip.heat_vyx / 255),
     "spatial": spatial_cues(clip.audio_ep, rate),
+    "outputs": {path.name: io.file_hash(path) for path in target.values() if path.is_file()},
     "wall_s": round(wall, 3),
     "rtf": round(wall / job.seconds, 3),
     "peak_memory_mb": peak_memory_mb(),
@@ -116,9 +132,13 @@ def peak_memory_mb() -> int | None:
 
 def finished(model: Generator, job: Job, out: pathlib.Path, settings: Settings) -> bool:
   """Whether `out` holds this file's sound already, made by the same model and settings."""
-  names = [f"{job.path.stem}.{settings.format}"] + [f"{job.path.stem}.mp4"] * settings.video
+  suffixes = (settings.format, "mp4") if settings.video else (settings.format,)
+  names = {f"{job.path.stem}.{suffix}" for suffix in suffixes}
   about = read_sidecar(out / f"{job.path.stem}.json")
-  if about is None or not all((out / name).is_file() for name in names):
+  made = {} if about is None else about.get("outputs", {})
+  if not about or not made.keys() >= names or not all((out / name).is_file() for name in made):
+    return False
+  if any(io.file_hash(out / name) != digest for name, digest in made.items()):
     return False
   return all(about.get(key) == value for key, value in sidecar(model, job, settings).items())
 
@@ -227,6 +247,7 @@ def run(
         if finished(model, job, out, settings):
           progress.advance(len(windows))
         else:
+          check_free(path, out)
           waiting.append(job)
       except UserError as error:
         fail(path, error)

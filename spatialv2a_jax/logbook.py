@@ -207,11 +207,11 @@ class _EventFile:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """Rows of a workdir's `metrics.jsonl` in order; a line cut short by a crash is left out."""
+  """Rows of a workdir's `metrics.jsonl` in order, without lines that a crash cut or garbled."""
   path = pathlib.Path(workdir) / METRICS
   rows = []
   if path.is_file():
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
       try:
         row = json.loads(line)
       except json.JSONDecodeError:

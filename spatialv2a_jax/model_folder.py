@@ -3,6 +3,7 @@
 They hold what generation needs, of a run or converted, and are read without Orbax.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -13,7 +14,7 @@ from flax import traverse_util
 
 from spatialv2a_jax import tensors
 from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError, first_line
-from spatialv2a_jax.io import atomic_path
+from spatialv2a_jax.io import atomic_path, check_writable
 
 CHECKPOINTS = "checkpoints"  # Folder inside a working directory, beside its model folder.
 Path = str | pathlib.Path
@@ -42,37 +43,45 @@ class Model:
     file = self.folder / f"{name}.safetensors"
     if tensors.digest(file) != self.sha256[name]:
       raise DamagedAssetError(
-        f"{file} is damaged: its SHA-256 is not that in config.json; copy it again"
+        f"{file} is damaged: its SHA-256 is not that in config.json; copy or write it again"
       )
 
 
 def save_model(
   folder: Path, params: Mapping[str, Any], stats: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Model:
-  """Writes a model folder; networks and config entries already there and not named stay.
+  """Writes a model folder; networks already there and not named stay, with all said of them.
 
   Args:
     folder: made if missing.
     params: parameters of each network, by its name ("flow", "vae").
     stats: running statistics of each network; may lack some.
-    config: JSON-able entries.
+    config: JSON-able entries; those that begin with NAME_ are of the network NAME.
 
   Returns:
     The weights as written and their digests.
+
+  Raises:
+    UserError: the folder cannot be written, or is that of a run.
   """
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
+  check_writable(folder)
+  if (folder / CHECKPOINTS).is_dir():
+    raise UserError(f"{folder} is the working directory of a run; choose another output")
   about = _read_config(folder) if (folder / "config.json").exists() else {}
   digests = dict(about.pop("sha256", {}))
-  for name, tree in params.items():
-    flat = traverse_util.flatten_dict({"params": tree, "stats": stats.get(name, {})}, sep="/")
-    with atomic_path(folder / f"{name}.safetensors") as temporary:
+  old = tuple(f"{name}_" for name in params)  # What was said of networks that are replaced.
+  about = {name: x for name, x in about.items() if not name.startswith(old)} | dict(config)
+  # All files take their names at the end, one right after the other, config.json last.
+  with contextlib.ExitStack() as whole:
+    described = whole.enter_context(atomic_path(folder / "config.json"))
+    for name, tree in params.items():
+      flat = traverse_util.flatten_dict({"params": tree, "stats": stats.get(name, {})}, sep="/")
+      temporary = whole.enter_context(atomic_path(folder / f"{name}.safetensors"))
       digests[name] = tensors.write(temporary, flat)
-  about = {**about, **config}
-  with atomic_path(folder / "config.json") as temporary:
     text = json.dumps({**about, "sha256": digests}, indent=2, sort_keys=True)
-    pathlib.Path(temporary).write_text(text + "\n")
-  return Model(dict(params), dict(stats), about, digests, folder)
+    described.write_text(text + "\n")
+  return Model(dict(params), dict(stats), dict(about), digests, folder)
 
 
 def load_model(folder: Path) -> Model:

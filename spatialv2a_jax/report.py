@@ -55,7 +55,7 @@ def write_report(
   ref: str | os.PathLike | None = None,
   truth: str | os.PathLike | None = None,
   scores: str | os.PathLike | None = None,
-) -> None:
+) -> dict[pathlib.Path, UserError]:
   """Writes one page about a folder of clips, a training workdir, or a folder that holds both.
 
   Args:
@@ -65,6 +65,9 @@ def write_report(
     ref: folder with reference sound `<stem>.wav|flac|mp4`, for the A/B switch.
     truth: folder with scene truth `<stem>.json`; scenes are their own truth.
     scores: file written by `evaluate`; else `scores.json` in `folder` or beside it.
+
+  Returns:
+    The sidecars of clips that cannot be shown, and why.
 
   Raises:
     UserError: a folder or file is missing or not what it should be, or there is nothing to show.
@@ -81,7 +84,14 @@ def write_report(
   folders = _Folders(
     clips_at, pathlib.Path(ref) if ref else None, pathlib.Path(truth) if truth else None, page
   )
-  clips = [_clip(sidecar, folders) for sidecar in _sidecars(clips_at)]
+  clips, failed = [], {}
+  for sidecar in _sidecars(clips_at):
+    try:
+      clips.append(_clip(sidecar, folders))
+    except UserError as error:
+      failed[sidecar] = error
+  if failed and not clips:
+    raise next(iter(failed.values()))
   runs = (report_run.read(place) for place in (folder, folder / "checkpoint", folder / "train"))
   run = next((found for found in runs if found), None)
   if not clips and not run:
@@ -100,6 +110,7 @@ def write_report(
   }
   with io.atomic_path(page) as temporary:
     temporary.write_text(_page(f"{name}: binaural report", payload), encoding="utf-8")
+  return failed
 
 
 def heat_strip(heat_vyx: np.ndarray, fps: float = 8.0) -> dict[str, Any]:

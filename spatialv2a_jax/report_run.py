@@ -98,7 +98,7 @@ def _series(rows: Rows, name: str) -> dict[str, list]:
 def _summary(folder: pathlib.Path, rows: Rows, config: Mapping[str, Any]) -> dict[str, str]:
   """Facts of the run as text, in the order in which they are shown."""
   step, steps = max(row["step"] for row in rows), config.get("steps")
-  done = (folder / "model" / "config.json").is_file()
+  done = (folder / "model" / "config.json").is_file() and step >= (steps or 0)
   state = "finished" if done else "not finished"
   facts = {"Step": f"{step:,} of {steps:,}, {state}" if isinstance(steps, int) else f"{step:,}"}
 
@@ -113,8 +113,8 @@ def _summary(folder: pathlib.Path, rows: Rows, config: Mapping[str, Any]) -> dic
     facts["Held-out loss"] = f"{held_out[-1][0]:.4g}; best {best:.4g} at step {at:,}"
   speed = [row["clips_per_s"] for row in rows if _number(row.get("clips_per_s"))]
   if speed:
-    tokens = last("tokens_per_s")
-    text = f", {tokens:,.0f} tokens/s" if tokens else ""
+    tokens = [row["tokens_per_s"] for row in rows if _number(row.get("tokens_per_s"))]
+    text = f", {np.median(tokens):,.0f} tokens/s" if tokens else ""
     facts["Speed"] = f"{np.median(speed):.4g} clips/s in the median{text}"
   if (share := last("goodput")) is not None:
     facts["Goodput"] = f"{100 * share:.1f} % of {_duration(last('goodput/wall_s') or 0)}"
@@ -189,15 +189,19 @@ def _events(path: pathlib.Path) -> Iterator[tuple[int, str, str, bytes]]:
 
   Of type `_BEGIN` is the step from which on the file replaces what files before it hold.
   """
-  from tensorboardX.proto import event_pb2  # Slow to import, and only runs with sound need it.
+  # Slow to import, and only runs with sound need them.
+  from google.protobuf.message import DecodeError
+  from tensorboardX.proto import event_pb2
 
   with path.open("rb") as file:
     while len(head := file.read(12)) == 12:
       (size,) = struct.unpack("<Q", head[:8])
-      body = file.read(size + 4)
-      if len(body) < size + 4:
-        return  # Cut short by a crash.
-      event = event_pb2.Event.FromString(body[:size])  # pyright: ignore[reportAttributeAccessIssue]
+      if size + 4 > path.stat().st_size - file.tell():
+        return  # Cut short by a crash, or damaged.
+      try:
+        event = event_pb2.Event.FromString(file.read(size + 4)[:size])  # pyright: ignore[reportAttributeAccessIssue]
+      except DecodeError:
+        return
       if event.HasField("session_log") and event.session_log.status == event.session_log.START:
         yield event.step, "", _BEGIN, b""
       for value in event.summary.value:

@@ -69,13 +69,15 @@ class Weights:
     raise missing(name, self.models[0].folder, audio)
 
   def config(self, name: str, audio: str = "16k") -> dict[str, Any]:
-    """Returns a network's sizes, with the dtype of its matmuls if it has one."""
+    """Returns a network's sizes, with the dtypes that it computes in if it has some."""
     model = self.model(name, audio)
     if not isinstance(model.config.get(name), dict):
       raise UserError(f"{model.folder}/config.json describes no model of this version: no {name}")
     config = dict(model.config[name])
     if name not in EXACT:
       config["dtype"] = self.dtype or config.get("dtype", "float32")
+      if config["dtype"] == "float32" and "activations" in config:
+        config["activations"] = "float32"
     return config
 
   def sizes(self, name: str, kind: Callable[..., Sizes]) -> Sizes:

@@ -290,7 +290,7 @@ def main(options: Options) -> int:
     return 0 if verify(options) else 1
   made = made_of(options)
 
-  def export(path, state):
+  def export(path, params, stats):
     if options.fault == "export" and options.rank == jax.process_index():
       hang()
 

@@ -13,7 +13,7 @@ import pytest
 from spatialv2a_jax import encoders, features, io, model_folder, schema
 from spatialv2a_jax.encoders import Encoders
 from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
-from spatialv2a_jax.models import clip, localizer, synchformer
+from spatialv2a_jax.models import clip, flow_net, localizer, synchformer
 from spatialv2a_jax.weights import Weights
 from tests import tiny, tiny_mmaudio
 from tests.tiny_mmaudio import SECONDS, open_encoders, read
@@ -269,3 +269,12 @@ def test_an_unknown_encoder_is_refused(folder):
     UserError, match="unknown localizer 'bat', have: acl, acl:FILE, motion, track:FILE"
   ):
     Encoders(features.Config(localizer="bat"), weights)
+
+
+@pytest.mark.parametrize("dtype, activations", [("float32", "float32"), (None, "bfloat16")])
+def test_a_network_in_float32_has_no_narrower_activations(tmp_path, dtype, activations):
+  """Configs of training say bfloat16 for both."""
+  config = {"flow": {"dtype": "bfloat16", "activations": "bfloat16", "width": 64, "heads": 2}}
+  model = model_folder.save_model(tmp_path, {"flow": {"x": np.ones(1, "f4")}}, {}, config)
+  sizes = Weights([model], dtype=dtype).sizes("flow", flow_net.Config)
+  assert (sizes.dtype, sizes.activations) == (dtype or "bfloat16", activations)

@@ -397,3 +397,32 @@ def test_a_killed_process_leaves_whole_files_only(model_folder, tmp_path):
       assert sound(out, path.stem).shape == sound(out, path.stem, "mp4").shape == (2, 20_480)
   assert subprocess.run(list(map(str, command)), cwd=root, capture_output=True).returncode == 0
   assert len(list(out.glob("*.json"))) == len(list(out.glob("*.wav"))) == 24
+
+
+def test_what_was_changed_or_cut_short_is_made_again(films, reference, make):
+  out = make(films / "left.mp4")
+  whole = (out / "left.wav").read_bytes()
+  for other in (b"", whole[:-4], bytes(reversed(whole))):
+    (out / "left.wav").write_bytes(other)
+    make(films / "left.mp4")
+    assert (out / "left.wav").read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["left.wav", "left.mp4", "left.json"])
+def test_files_that_were_not_made_of_this_video_are_not_replaced(films, make, tmp_path, name):
+  out = tmp_path / "out"
+  out.mkdir()
+  (out / name).write_bytes(b"mine")
+  with pytest.raises(UserError, match=f"holds {name}, which was not made of left.mp4"):
+    make(films / "left.mp4")
+  assert names(out) == [name] and (out / name).read_bytes() == b"mine"
+
+
+def test_another_film_of_the_same_name_is_refused(films, make, tmp_path):
+  out = make(films / "left.mp4")
+  before = (out / "left.wav").read_bytes()
+  other = tmp_path / "left.mkv"
+  other.write_bytes((films / "right.mp4").read_bytes())
+  with pytest.raises(UserError, match="which was not made of left.mkv"):
+    make(other)
+  assert (out / "left.wav").read_bytes() == before

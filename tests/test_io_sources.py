@@ -1,13 +1,16 @@
 """Joined recordings, whose times go back and whose channels change; AAC; frames in memory."""
 
+import errno
+import os
 import pathlib
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 
 from spatialv2a_jax import io
-from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.errors import UnreachableError, UserError
 from spatialv2a_jax.metrics import summary
 
 CHANNELS = {"mono": 1, "stereo": 2, "5.1": 6}
@@ -113,3 +116,126 @@ def test_an_estimate_of_the_length_cuts_nothing_off(tmp_path):
   tone(tmp_path / "x.aac", "mono", 16_000, seconds=4.0, silent=3.0)  # Its bit rate falls.
   assert io.probe(tmp_path / "x.aac").duration_s < 3.5  # What libav guesses from the rate.
   assert abs(io.read_audio(tmp_path / "x.aac").shape[1] - 4.1 * 16_000) < 0.1 * 16_000
+
+
+def film(path, count=150, cut=0.0, hole=(0.0, 0.0), sound_s=None):
+  """Writes a film of key frames 2 s apart that turns white, and clicks, at 4 s.
+
+  Args:
+    path: its suffix says how.
+    count: frames, 25 a second.
+    cut: packets before that time are left out, as a copy without encoding does.
+    hole: sound between these times is left out.
+    sound_s: length of the sound.
+  """
+  whole = path.with_name(f"whole{path.suffix}")
+  rate, seconds = 48_000, count / 25 if sound_s is None else sound_s
+  sound_ep = np.zeros((2, round(seconds * rate)), np.float32)
+  sound_ep[:, 4 * rate : 4 * rate + 400] = 0.8 * np.sin(0.3 * np.arange(400))
+  options = {"preset": "ultrafast", "bf": "0", "sc_threshold": "0", "g": "50"}
+  with av.open(str(whole), "w") as output:
+    video = output.add_stream("libx264", rate=25, options=options)
+    video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+    audio = output.add_stream("aac", rate=rate, layout="stereo")
+    assert isinstance(audio, av.AudioStream)
+    for i in range(max(count, round(25 * seconds))):
+      if i < count:
+        pixels = np.full((64, 64, 3), 20 + i // 4 if i < 100 else 255, np.uint8)
+        output.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+      block = np.ascontiguousarray(sound_ep[:, i * rate // 25 : (i + 1) * rate // 25])
+      if block.shape[1]:
+        frame = av.AudioFrame.from_ndarray(block, "fltp", "stereo")
+        frame.sample_rate, frame.pts, frame.time_base = rate, i * rate // 25, Fraction(1, rate)
+        output.mux(audio.encode(frame))
+    for stream in (video, audio):
+      output.mux(stream.encode(None))
+  with av.open(str(whole)) as source, av.open(str(path), "w") as output:
+    streams = {x.index: output.add_stream_from_template(x) for x in source.streams}
+    start = float(source.streams.video[0].start_time * source.streams.video[0].time_base)
+    for packet in source.demux():
+      if packet.dts is None:
+        continue
+      time = float(packet.pts * packet.time_base) - start
+      lost = packet.stream.type == "audio" and hole[0] <= time < hole[1]
+      if time >= cut and not lost:
+        packet.stream = streams[packet.stream.index]
+        output.mux(packet)
+  return path
+
+
+def flash_and_click(path):
+  """Returns the seconds at which the picture turns white and the sound clicks."""
+  frames, audio_ep = io.read_video(path, 25, (8, 8)), io.read_audio(path, 16_000)
+  flash = np.flatnonzero(frames.mean((1, 2, 3)) > 180)[0] / 25
+  return flash, np.flatnonzero(np.abs(audio_ep).max(0) > 0.2)[0] / 16_000
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".mkv", ".mp4"])
+def test_sound_and_picture_of_a_copy_that_lacks_its_first_whole_picture_line_up(tmp_path, suffix):
+  flash, click = flash_and_click(film(tmp_path / f"x{suffix}", cut=1.0))
+  assert flash == 2.0 and click == pytest.approx(flash, abs=2e-3)
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".mkv", ".mp4"])
+def test_what_comes_after_a_hole_in_the_sound_is_in_its_place(tmp_path, suffix):
+  flash, click = flash_and_click(film(tmp_path / f"x{suffix}", hole=(1.5, 2.5)))
+  assert flash == 4.0 and click == pytest.approx(flash, abs=2e-3)
+
+
+@pytest.mark.parametrize("start", [4.6, 5.0, 5.8])
+def test_a_stream_without_an_index_is_read_from_where_it_is_asked(tmp_path, start):
+  path = film(tmp_path / "x.ts")
+  whole = io.read_video(path, 25, (8, 8))
+  part = io.read_video(path, 25, (8, 8), start=start, duration=0.12)
+  first = round(25 * start)
+  np.testing.assert_array_equal(part, whole[first : first + 3])
+
+
+def test_a_stream_of_pictures_without_times_is_read_from_where_it_is_asked(tmp_path):
+  with av.open(str(tmp_path / "x.h264"), "w") as output:
+    stream = output.add_stream("libx264", rate=25, options={"preset": "ultrafast", "g": "50"})
+    stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+    for i in range(150):
+      pixels = np.full((64, 64, 3), 20 + i, np.uint8)
+      output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+    output.mux(stream.encode(None))
+  whole = io.read_video(tmp_path / "x.h264", 25, (8, 8))
+  assert np.abs(whole.mean((1, 2, 3)) - 20 - np.arange(150)).max() < 2  # Each once.
+  part = io.read_video(tmp_path / "x.h264", 25, (8, 8), start=5, duration=0.12)
+  np.testing.assert_array_equal(part, whole[125:128])
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".ts"])
+def test_a_film_is_as_long_as_its_picture_not_as_its_sound(tmp_path, suffix):
+  path = film(tmp_path / f"x{suffix}", count=110, sound_s=9.0)
+  assert io.probe(path).duration_s == pytest.approx(4.4, abs=0.05)
+
+
+def test_a_disk_that_cannot_read_a_film_is_told_from_a_damaged_film(tmp_path, monkeypatch):
+  """libav calls both an input/output error."""
+  path = film(tmp_path / "x.mp4")
+  path.write_bytes(path.read_bytes()[:2000])
+  with pytest.raises(UserError) as damage:
+    io.probe(path)
+  assert not isinstance(damage.value, UnreachableError)
+
+  def broken(name, *arguments, **options):
+    if pathlib.Path(name) == path:
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return open(name, *arguments, **options)
+
+  monkeypatch.setitem(io.files.__dict__, "open", broken)
+  with pytest.raises(UnreachableError, match=f"cannot read {path}: Input/output error"):
+    io.probe(path)
+  with pytest.raises(UnreachableError, match="no such file"):
+    io.probe(tmp_path / "gone.mp4")
+
+
+def test_names_that_are_not_utf_8_and_sounds_too_long_for_wav(tmp_path):
+  name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+  sound_ep = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 800)).astype(np.float32)
+  for suffix in (".wav", ".flac"):
+    io.write_audio(name + suffix, sound_ep, 16_000)
+    np.testing.assert_allclose(io.read_audio(name + suffix), sound_ep, atol=2**-22)
+  with pytest.raises(UserError, match="wav holds at most 4 GiB; use --format flac"):
+    io.write_audio(tmp_path / "x.wav", np.broadcast_to(np.float32(0), (2, 2**29)), 16_000)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from spatialv2a_jax import generate, io, report, report_run
+from spatialv2a_jax import cli, generate, io, report, report_run
 from spatialv2a_jax.errors import UserError
 
 RATE = 16000
@@ -245,3 +245,14 @@ def test_mistakes_are_one_line(clips, tmp_path):
   with pytest.raises(UserError, match="clip.json"):
     report.write_report(clips, page)
   assert not page.exists()
+
+
+def test_a_damaged_clip_is_left_out_and_named(clips, tmp_path, capsys):
+  for suffix in (".wav", ".json"):
+    (clips / f"other{suffix}").write_bytes((clips / f"clip{suffix}").read_bytes())
+  (clips / "other.wav").write_bytes(b"RIFF")
+  page = tmp_path / "report.html"
+  assert cli.main(["report", str(clips), "--out", str(page)]) == 4
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and "left out" in error and "other.wav" in error
+  assert len(payload(page)["clips"]) == 1

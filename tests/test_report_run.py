@@ -150,3 +150,27 @@ def test_a_run_of_an_older_version_is_drawn_as_far_as_it_goes(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(UserError, match="cannot read .*config.json"):
     report_run.read(tmp_path)
+
+
+def test_a_run_that_goes_on_beyond_its_end_is_not_finished(tmp_path):
+  write_run(tmp_path)
+  (tmp_path / "model").mkdir()
+  (tmp_path / "model" / "config.json").write_text("{}")
+  facts = report_run.read(tmp_path)["summary"]
+  assert facts["Step"] == "200 of 400, not finished"
+  (tmp_path / "config.json").write_text(json.dumps({"steps": 200}))
+  assert report_run.read(tmp_path)["summary"]["Step"] == "200 of 200, finished"
+
+
+def test_bytes_that_a_disk_garbled_cost_their_lines_alone(tmp_path):
+  write_run(tmp_path)
+  whole = report_run.read(tmp_path)
+  with open(tmp_path / "metrics.jsonl", "ab") as file:
+    file.write(b'{"step": 1\xff\xfe\n')
+  (events,) = tmp_path.glob("events*")
+  head = events.read_bytes()
+  for damage in (b"\x05" + bytes(7) + b"crc." + b"\xff" * 9, b"\xff" * 40):
+    events.write_bytes(head + damage)
+    found = report_run.read(tmp_path)
+    assert found["figures"] == whole["figures"] and found["sounds"] == whole["sounds"]
+  assert len(logbook.read_metrics(tmp_path)) == 22

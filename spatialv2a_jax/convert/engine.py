@@ -97,7 +97,8 @@ def convert(source: Source, state: Mapping[str, Any], name: str) -> tuple[Any, d
   beside: Mapping[str, Any] = {}
   if source.wrapper in state and isinstance(state[source.wrapper], Mapping):
     state, beside = state[source.wrapper], state
-  state = {**traverse_util.flatten_dict(dict(state), sep=".")}
+  flat: dict[Any, Any] = traverse_util.flatten_dict(dict(state))
+  state = {".".join(map(str, path)): value for path, value in flat.items()}  # Some are numbers.
   skip = re.compile("|".join(source.ignore) or r"(?!)")
   arrays: dict[str, np.ndarray] = {
     k: v for k, v in state.items() if isinstance(v, np.ndarray) and not skip.fullmatch(k)

@@ -10,6 +10,7 @@ from spatialv2a_jax.io.files import (
   check_writable,
   file_hash,
   list_media,
+  named_in_text,
   probe,
   remove_leftovers,
 )
@@ -31,6 +32,7 @@ __all__ = [
   "file_hash",
   "iter_views",
   "list_media",
+  "named_in_text",
   "probe",
   "read_audio",
   "read_video",

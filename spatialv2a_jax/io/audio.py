@@ -1,5 +1,6 @@
 """Sound in and out of files. Axes: e channel (0 left, 1 right), p sample."""
 
+import io
 import os
 import pathlib
 import warnings
@@ -16,15 +17,24 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.io.files import atomic_path, check_readable, open_media
+from spatialv2a_jax.io.files import (
+  atomic_path,
+  check_readable,
+  check_whole,
+  first_shown,
+  open_media,
+)
 
 _SOUND_FILES = {".wav", ".flac", ".ogg", ".aiff"}
+_ROUNDED_S, _JUMP_S = 0.05, 60.0  # Between them, a time differs from the samples before it.
 
 
 def _decode_file(path: pathlib.Path) -> tuple[np.ndarray, int]:
   try:
-    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    with open(path, "rb") as file:  # libsndfile takes no name that is not UTF-8.
+      samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
   except soundfile.LibsndfileError as error:
+    check_whole(path)
     raise UserError(f"{path} is not a sound file or is damaged ({error.error_string})") from None
   return samples.T, rate
 
@@ -51,21 +61,35 @@ def _blocks(
     yield from ((block.time, block.to_ndarray()) for block in planar.resample(None))
 
 
+def _in_time(block_ep: np.ndarray, late: int, rate: int) -> np.ndarray:
+  """Returns a block that comes `late` samples after the ones before it, or too early, in its place.
+
+  Recordings that lost packets have holes. What is off by less than a block was rounded; what is off
+  by very much is a clock that was set anew.
+  """
+  if not _ROUNDED_S * rate < abs(late) < _JUMP_S * rate:
+    return block_ep
+  return np.pad(block_ep, ((0, 0), (late, 0))) if late > 0 else block_ep[:, -late:]
+
+
 def _decode_container(path: pathlib.Path) -> tuple[np.ndarray, int]:
   with open_media(path) as container:
     if not container.streams.audio:
       raise UserError(f"{path} has no audio stream")
     stream = container.streams.audio[0]
     rate, channels = stream.codec_context.sample_rate, stream.codec_context.channels
-    blocks, first = [], None
+    blocks, first, count = [], None, 0
     try:
       for time, block_ep in _blocks(container, stream):
         first = time if first is None else first
+        # Alone, bare sound has times of no meaning, if its rate changes on the way.
+        if container.streams.video and time is not None and first is not None:
+          block_ep = _in_time(block_ep, round((time - first) * rate) - count, rate)
         blocks.append(block_ep)
+        count += block_ep.shape[1]
     except av.error.FFmpegError as error:
-      seconds = sum(block.shape[1] for block in blocks) / rate
       raise UserError(
-        f"{path} is damaged: its sound stops after {seconds:.2f} s ({error.strerror or error})"
+        f"{path} is damaged: its sound stops after {count / rate:.2f} s ({error.strerror or error})"
       ) from None
     audio_ep = np.concatenate(blocks, 1) if blocks else np.zeros((channels, 0), np.float32)
     if stream.duration and stream.time_base:
@@ -76,8 +100,7 @@ def _decode_container(path: pathlib.Path) -> tuple[np.ndarray, int]:
         audio_ep = audio_ep[:, :stated]
     shift = 0
     if container.streams.video and first is not None:
-      video = container.streams.video[0]
-      shift = round((first - float((video.start_time or 0) * (video.time_base or 0))) * rate)
+      shift = round((first - float(first_shown(path))) * rate)
     audio_ep = np.pad(audio_ep, ((0, 0), (max(shift, 0), 0)))[:, max(-shift, 0) :]
     return audio_ep, rate
 
@@ -150,13 +173,17 @@ def write_audio(path: str | os.PathLike, audio_ep: np.ndarray, sample_rate: int)
   """
   path = pathlib.Path(path)
   audio_ep = np.atleast_2d(np.asarray(audio_ep, np.float32))
+  suffix = path.suffix.lower()
+  if suffix == ".wav" and audio_ep.nbytes >= 2**32 - 2**10:
+    raise UserError(f"cannot write {path}: wav holds at most 4 GiB; use --format flac")
   if not np.isfinite(audio_ep).all():
     raise ValueError(f"{path}: the sound holds NaN or infinite samples")
-  suffix = path.suffix.lower()
   if suffix not in (".wav", ".flac"):
     raise UserError(f"cannot write sound to {path}: the suffix must be .wav or .flac")
   with atomic_path(path) as temporary:
     if suffix == ".wav":  # libsndfile would put the time of writing into the file.
       scipy.io.wavfile.write(temporary, sample_rate, audio_ep.T)
-    else:
-      soundfile.write(temporary, fixed_point(audio_ep, path).T, sample_rate, subtype="PCM_24")
+    else:  # libsndfile does not tell what the system said of a full disk.
+      held, encoded = fixed_point(audio_ep, path).T, io.BytesIO()
+      soundfile.write(encoded, held, sample_rate, format="FLAC", subtype="PCM_24")
+      temporary.write_bytes(encoded.getbuffer())

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import os
 import pathlib
 import re
@@ -18,7 +19,7 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 
-from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.errors import UnreachableError, UserError
 
 av.logging.set_level(None)  # libav would print its own lines between ours.
 
@@ -26,6 +27,8 @@ VIDEO_EXTENSIONS = frozenset(
   {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp"}
 )
 AUDIO_EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac", ".opus", ".aiff"})
+
+REORDER = 4  # Frames held back to put a badly ordered stream in order of presentation.
 
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
@@ -92,6 +95,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   except OSError as error:
     if error.errno in DISK_TROUBLE:
       raise UserError(f"cannot write {target}: {error.strerror}") from error
+    if isinstance(error, FileNotFoundError) and error.filename == str(temporary):
+      raise UserError(f"cannot write {target}: another process is at work on it, too") from error
     raise
   finally:
     temporary.unlink(missing_ok=True)
@@ -156,15 +161,24 @@ def list_media(
   return found
 
 
+def named_in_text(path: pathlib.Path) -> pathlib.Path:
+  """Returns `path`; UserError if its name is not UTF-8, which no record or list can hold."""
+  try:
+    str(path).encode()
+  except UnicodeEncodeError:
+    raise UserError(f"the name of {ascii(str(path))} is not UTF-8; rename the file") from None
+  return path
+
+
 def check_readable(path: str | os.PathLike) -> pathlib.Path:
-  """`path` if it is a file with bytes in it, else a UserError."""
+  """`path` if it is a file with bytes in it, else a UserError; UnreachableError if it is gone."""
   path = pathlib.Path(path)
   try:
     size = path.stat().st_size
   except (FileNotFoundError, NotADirectoryError):
-    raise UserError(f"no such file: {path}") from None
+    raise UnreachableError(f"no such file: {path}") from None
   except OSError as error:
-    raise UserError(f"cannot read {path}: {error.strerror}") from None
+    raise _unreadable(path, error) from None
   if path.is_dir():
     raise UserError(f"{path} is a folder, a media file is needed")
   if not size:
@@ -172,17 +186,43 @@ def check_readable(path: str | os.PathLike) -> pathlib.Path:
   return path
 
 
+def check_whole(path: str | os.PathLike) -> None:
+  """Raises UnreachableError unless a file can be read to its end, which tells damage from faults.
+
+  libav calls both an input/output error.
+  """
+  try:
+    with open(path, "rb") as file:
+      while file.read(1 << 20):
+        pass
+  except OSError as error:
+    raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str | os.PathLike, error: OSError) -> UserError:
+  """Returns what is wrong; permissions are the file's own, the rest is the system's."""
+  kind = UserError if error.errno in (errno.EACCES, errno.EPERM) else UnreachableError
+  return kind(f"cannot read {path}: {error.strerror}")
+
+
 @contextlib.contextmanager
 def open_media(path: str | os.PathLike) -> Iterator[InputContainer]:
-  """Opens a container for reading; a file that libav cannot understand is a UserError."""
+  """Opens a container for reading; a file that libav cannot understand is a UserError.
+
+  If the block raises one, and it is the disk that cannot read the file, that is what is raised.
+  """
   path = check_readable(path)
   try:
-    container = av.open(str(path))
-  except (av.error.FFmpegError, OSError, ValueError) as error:
-    reason = getattr(error, "strerror", None) or error
-    raise UserError(f"{path} is not a media file or is damaged ({reason})") from None
-  with container:
-    yield container
+    try:
+      container = av.open(str(path))
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+      reason = getattr(error, "strerror", None) or error
+      raise UserError(f"{path} is not a media file or is damaged ({reason})") from None
+    with container:
+      yield container
+  except UserError:
+    check_whole(path)
+    raise
 
 
 def video_stream(container: InputContainer, path: str | os.PathLike) -> av.VideoStream:
@@ -191,6 +231,25 @@ def video_stream(container: InputContainer, path: str | os.PathLike) -> av.Video
     if not stream.disposition & Disposition.attached_pic:
       return stream
   raise UserError(f"{path} has no video stream")
+
+
+def first_shown(path: str | os.PathLike) -> Fraction:
+  """Returns the time of the first frame shown, by the file's own clock; 0 without any.
+
+  A copy that was cut between two whole pictures begins with some that nobody can decode.
+  """
+  with open_media(path) as container:
+    if not container.streams.video:
+      return Fraction(0)
+    stream = container.streams.video[0]
+    base = stream.time_base or Fraction(1, av.time_base)
+    head = next(container.demux(stream), None)
+    if head is not None and head.is_keyframe and head.pts == stream.start_time:
+      return (head.pts or 0) * base
+  with open_media(path) as container, contextlib.suppress(av.error.FFmpegError):
+    frames = itertools.islice(container.decode(container.streams.video[0]), REORDER + 1)
+    return min((frame.pts * base for frame in frames if frame.pts is not None), default=Fraction(0))
+  return Fraction(0)
 
 
 def display_turn(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
@@ -214,6 +273,21 @@ def stated_seconds(container: InputContainer, stream: av.VideoStream) -> Fractio
   if container.duration and len(container.streams) == 1:
     return Fraction(container.duration, av.time_base)
   return None
+
+
+def _shown_seconds(path: str | os.PathLike) -> Fraction:
+  """Length of a video stream that states none, from its packets: the file may hold longer sound."""
+  start, end = None, Fraction(0)
+  with open_media(path) as container:
+    stream = video_stream(container, path)
+    step = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
+    for packet in container.demux(stream):
+      if packet.pts is None:
+        continue
+      time = packet.pts * packet.time_base
+      start = time if start is None else min(start, time)
+      end = max(end, time + (packet.duration * packet.time_base if packet.duration else step))
+  return end - start if start is not None else Fraction(0)
 
 
 def probe(path: str | os.PathLike) -> MediaInfo:
@@ -243,7 +317,7 @@ def probe(path: str | os.PathLike) -> MediaInfo:
       rotation = int(frame.rotation)
       fps = float(stream.average_rate or stream.guessed_rate or 0)
       frames = stream.frames or None
-      duration = stated_seconds(container, stream) or duration
+      duration = stated_seconds(container, stream) or _shown_seconds(path)
     elif sound is not None and sound.duration and sound.time_base:
       duration = sound.duration * sound.time_base
     return MediaInfo(

@@ -9,8 +9,10 @@ frames from a file at 23.976, 24, 29.97 or 30.
 Axes: v frame, y row, x column; pixels are RGB uint8 [v, y, x, 3].
 """
 
+import contextlib
 import dataclasses
 import heapq
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -24,9 +26,14 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.io.files import display_turn, open_media, stated_seconds, video_stream
+from spatialv2a_jax.io.files import (
+  REORDER,
+  display_turn,
+  open_media,
+  stated_seconds,
+  video_stream,
+)
 
-_REORDER = 4  # Frames held back to put a badly ordered stream in order of presentation.
 _SEEK_MARGIN_S = 2
 
 
@@ -139,6 +146,30 @@ def fit(pixels: np.ndarray, view: View) -> np.ndarray:
   return pixels
 
 
+def _from(
+  container: InputContainer, stream: av.VideoStream, path: str | os.PathLike, start: Fraction
+) -> Iterator[av.VideoFrame]:
+  """Decodes frames from some time at or before `start` (of the file's own clock) on.
+
+  Streams without an index (MPEG-TS) put a seek into the middle of pictures that build on each
+  other: decoding then begins at the next whole one, which may be after `start`.
+  """
+  base = stream.time_base or Fraction(1, av.time_base)
+  for margin in (_SEEK_MARGIN_S, 8 * _SEEK_MARGIN_S):
+    with contextlib.suppress(av.error.FFmpegError):
+      container.seek(int((start - margin) / base), stream=stream)
+      frames = container.decode(stream)
+      head = list(itertools.islice(frames, REORDER + 1))
+      if any(frame.pts is not None and frame.pts * base <= start for frame in head):
+        yield from head
+        yield from frames
+        return
+  with open_media(path) as again:  # From the beginning, to which not every format seeks.
+    whole = video_stream(again, path)
+    whole.thread_type, whole.codec_context.thread_count = stream.thread_type, stream.thread_count
+    yield from again.decode(whole)
+
+
 def timed_frames(
   container: InputContainer, stream: av.VideoStream, path: str | os.PathLike, start: Fraction
 ) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame]]:
@@ -147,7 +178,7 @@ def timed_frames(
   Args:
     container: the open file.
     stream: its video stream.
-    path: named in errors.
+    path: the file; named in errors.
     start: frames well before this time may be left out.
 
   Raises:
@@ -172,14 +203,16 @@ def timed_frames(
     if seeking:
       first = next(container.decode(stream))
       origin = (first.pts or 0) * base
-      container.seek(int((origin + start - _SEEK_MARGIN_S) / base), stream=stream)
-    for frame in container.decode(stream):
+      decoded = _from(container, stream, path, origin + start)
+    else:
+      decoded = container.decode(stream)
+    for frame in decoded:
       time = frame.pts * base if frame.pts is not None else (origin or 0) + end
       length = frame.duration * base if frame.duration else step
       heapq.heappush(waiting, (time, count, length, frame))
       count += 1
-      end = max(end, time + length - (time if origin is None else origin))
-      if len(waiting) > _REORDER:
+      end = max(end, time + length - (waiting[0][0] if origin is None else origin))
+      if len(waiting) > REORDER:
         time, _, length, frame = heapq.heappop(waiting)
         origin = time if origin is None else origin
         yield time - origin, length, frame

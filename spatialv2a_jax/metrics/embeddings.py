@@ -33,7 +33,7 @@ def score(path: str | os.PathLike) -> dict[str, Any]:
   try:
     with np.load(path) as arrays:
       held = {name: arrays[name] for name in arrays.files}
-  except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+  except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
     raise UserError(f"{path} is no .npz of plain arrays: {error}") from None
   for name in ("pred", "ref"):
     if name not in held:

@@ -166,7 +166,7 @@ def set_digest(ref: str | os.PathLike, truth: str | os.PathLike | None) -> str:
   for stem, path in sorted(_by_stem(ref).items()):
     seen = None if truth is None else pathlib.Path(truth) / f"{stem}.json"
     known = io.file_hash(seen) if seen and seen.is_file() else "-"
-    digest.update(f"{stem}\0{io.file_hash(path)}\0{known}\n".encode())
+    digest.update(f"{stem}\0{io.file_hash(path)}\0{known}\n".encode(errors="surrogateescape"))
   return digest.hexdigest()
 
 

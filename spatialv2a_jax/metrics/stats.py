@@ -69,10 +69,11 @@ def summary(metric: Metric, parts_n: Sequence[np.ndarray], counts_bn: np.ndarray
   """
   value_n = per_clip(metric, parts_n)
   known_n = value_n[np.isfinite(value_n)]
+  clips = sum(_counts(metric, parts) for parts in parts_n)
   value = pooled(metric, parts_n, np.ones((1, len(parts_n))))[0]
   boot_b = pooled(metric, parts_n, counts_bn)
   boot_b = boot_b[np.isfinite(boot_b)]
-  spread = len(known_n) > 1 and len(boot_b) > 0
+  spread = clips > 1 and len(boot_b) > 0
 
   def percentiles(x: np.ndarray, *at: float) -> list[float | None]:
     return [number(v) for v in np.percentile(x, at)] if len(x) else [None] * len(at)
@@ -84,11 +85,22 @@ def summary(metric: Metric, parts_n: Sequence[np.ndarray], counts_bn: np.ndarray
     "p5": low,
     "p95": high,
     "ci95": percentiles(boot_b, 2.5, 97.5) if spread else [None, None],
-    "n": len(known_n),
-    "undefined": len(value_n) - len(known_n),
+    "n": clips,
+    "undefined": len(value_n) - clips,
     "unit": metric.unit,
     "better": metric.better,
   }
+
+
+def _counts(metric: Metric, parts: np.ndarray) -> bool:
+  """Returns whether a clip has a part in the corpus, even if it has no value by itself.
+
+  The correlation over sources that stand still, each in a place of its own, is one such.
+  """
+  if not np.isfinite(parts).all() or not len(parts):
+    return False
+  place = {"pearson": 0, "ratio": 1}.get(metric.pool)
+  return place is None or bool(parts[place] > 0)
 
 
 def draws(clips: int, count: int = DRAWS, seed: int = SEED) -> np.ndarray:

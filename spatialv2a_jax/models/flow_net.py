@@ -23,6 +23,7 @@ from spatialv2a_jax.models.layers import Constrain
 from spatialv2a_jax.models.remat import POLICIES
 
 Params = dict[str, Any]
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Config:
   attention: Literal["auto", "xla", "cudnn"] = "auto"
 
   def __post_init__(self):
+    if self.dtype not in _DTYPES or self.activations not in (self.dtype, "float32"):
+      raise ValueError(f"no dtype={self.dtype} with activations={self.activations}: {_DTYPES}")
+    sizes = (self.width, self.heads, self.joint_depth, self.ear_depth)
+    if min(*sizes, 1 if self.ffn is None else self.ffn) < 1:
+      raise ValueError("width, heads, ffn, joint_depth and ear_depth must be at least 1")
     if self.ears not in (1, 2):
       raise ValueError(f"ears must be 1 or 2, got {self.ears}")
     if self.width % (2 * self.heads):
@@ -84,8 +90,6 @@ class Config:
       raise ValueError(f"remat {self.remat!r} is unknown, have: {list(POLICIES)}")
     if self.attention not in ("auto", "xla", "cudnn"):
       raise ValueError(f"attention {self.attention!r} is unknown, have: auto, xla, cudnn")
-    if min(self.joint_depth, self.ear_depth) < 1:
-      raise ValueError("joint_depth and ear_depth must be at least 1")
 
 
 class FlowNet(NamedTuple):

@@ -5,6 +5,9 @@ known weighting of the parameters over the steps; the weighting of another width
 steps, is their least-squares mixture. Weightings here are those of `optim.Ema.take` step by step,
 not their continuous limit, so that a width that was tracked comes back as it was.
 
+No average moves in a step that the guard left out. Weightings take it for one in which the
+parameters stayed as they were: many such steps make the error that is told too small.
+
 Axes: i snapshot, s step.
 """
 
@@ -70,15 +73,19 @@ class Snapshots:
     """Returns whether there is a snapshot of a step."""
     return self._manager is not None and step in self._manager.all_steps()
 
-  def save(self, step: int, averages: Sequence[Any]) -> None:
-    """Starts to save; the arrays may be donated as soon as this returns.
+  def save(self, step: int, averages: Sequence[tuple[Any, Any]]) -> None:
+    """Starts to save parameters and running statistics, which may be donated once this returns.
 
     Raises:
       UserError: if this or the save before failed (exit code 1).
     """
     assert self._manager is not None
     pairs = zip(self._widths, averages, strict=True)
-    tree = self._half({f"{width:g}": average for width, average in pairs if width})
+    tree = {
+      f"{width:g}": {"params": self._half(params), "stats": stats}
+      for width, (params, stats) in pairs
+      if width
+    }
     self.wait()
     with self._loud():
       self._manager.save(step, args=ocp.args.PyTreeSave(tree))  # pyright: ignore[reportCallIssue]
@@ -207,7 +214,8 @@ def write_model(
 
   Raises:
     MissingAssetError: if the run is not finished or kept no snapshots.
-    UserError: if the width cannot be mixed from the snapshots, or they are another model's.
+    UserError: if the width cannot be mixed from the snapshots, or they are another model's or
+      damaged.
   """
   optim.Ema(sigma_rel=sigma_rel)  # Checks the width.
   workdir = pathlib.Path(workdir)
@@ -227,7 +235,10 @@ def write_model(
     if step not in steps:
       raise MissingAssetError(f"{folder} holds no snapshot of step {step}, have: {steps}")
     steps = steps[: steps.index(step) + 1]
-    snapshots = [(width, at) for at in steps for width in _tracked(manager, at)]
+    snapshots: list[tuple[str, int]] = []
+    for at in steps:
+      with _readable(folder, at):
+        snapshots += [(width, at) for width in _tracked(manager, at)]
     mixture = mix([(float(width), at) for width, at in snapshots], sigma_rel, step)
     widths = ", ".join(sorted({width for width, _ in snapshots}, key=float))
     told = f"width {sigma_rel:g} at step {step} from {len(steps)} snapshots of {widths}"
@@ -236,24 +247,46 @@ def write_model(
         f"{told} would be {100 * mixture.error:.2g} % off, and off by {100 * mixture.rounding:.2g} "
         "% of rounding; ask for a width nearer to them"
       )
-    trees = (_read(manager, at, width) for width, at in snapshots)
-    flat = _sum(_flat(model.params[name]), zip(mixture.share_i, trees, strict=True), folder)
-  frozen = optim.lookup(optim.from_mapping(run["optim"]).freeze, list(flat), "freeze")
-  for key, constant in _flat(model.params[name]).items():
-    flat[key] = constant if frozen[key] else flat[key]
+    trees = (_read(manager, at, width, folder) for width, at in snapshots)
+    like = {"params": model.params[name], "stats": model.stats.get(name, {})}
+    flat = _sum(_flat(like), zip(mixture.share_i, trees, strict=True), folder)
+  found = traverse_util.unflatten_dict(flat, sep="/")
+  mixed = _flat(found["params"])
+  frozen = optim.lookup(optim.from_mapping(run["optim"]).freeze, list(mixed), "freeze")
+  mixed |= {key: x for key, x in _flat(model.params[name]).items() if frozen[key]}
   about = {"sigma_rel": sigma_rel, "step": step, "snapshots": len(steps), "error": mixture.error}
-  params = {**model.params, name: traverse_util.unflatten_dict(flat, sep="/")}
-  model_folder.save_model(out, params, model.stats, {**model.config, "average": about})
+  params = {**model.params, name: traverse_util.unflatten_dict(mixed, sep="/")}
+  stats = {**model.stats, name: found.get("stats", {})}
+  model_folder.save_model(out, params, stats, {**model.config, f"{name}_average": about})
   say(f"{told}, {100 * mixture.error:.2g} % off: {out}")
 
 
 def _tracked(manager: ocp.CheckpointManager, step: int) -> Mapping[str, Any]:
+  """Returns the shapes of each average of a snapshot, by its width."""
   metadata = manager.item_metadata(step)
+  if metadata is None:  # Which is what Orbax returns if it finds no such file.
+    raise ValueError("what describes its arrays is missing")
   return getattr(metadata, "tree", metadata)
 
 
-def _read(manager: ocp.CheckpointManager, step: int, width: str) -> Any:
-  """Returns one average of a snapshot, whatever mesh saved it."""
+def _read(manager: ocp.CheckpointManager, step: int, width: str, folder: pathlib.Path) -> Any:
+  """Returns one average of a snapshot, whatever mesh saved it; UserError if it is damaged."""
+  with _readable(folder, step):
+    return _restored(manager, step, width)
+
+
+@contextlib.contextmanager
+def _readable(folder: pathlib.Path, step: int) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files.
+    raise UserError(
+      f"cannot read the snapshot {folder}/{step}: {save_failures.reason(error)}; move it away to "
+      "mix the others"
+    ) from error
+
+
+def _restored(manager: ocp.CheckpointManager, step: int, width: str) -> Any:
   part = {width: _tracked(manager, step)[width]}
   item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), part)
   plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)

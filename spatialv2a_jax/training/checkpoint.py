@@ -297,23 +297,26 @@ def saved_runs(workdir: Path) -> dict[int, pathlib.Path]:
 
 
 def load_params(
-  folder: Path, which: str = "ema", step: int | None = None
+  folder: Path, which: int | None = 0, step: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
   """Returns (params, stats, config) of a run as numpy arrays, whatever mesh saved them.
 
   Args:
     folder: working directory of the run, or its `checkpoints`.
-    which: "ema", "params", or "beside" for a list of all further averages in their order.
+    which: number of an average, as `optim.Ema.widths` has them; None: what is being trained.
     step: the newest complete checkpoint by default.
 
   Raises:
     MissingAssetError: if there is no complete checkpoint.
     UserError: if the checkpoint is damaged.
   """
-  if which not in ("ema", "params", "beside"):
-    raise UserError(f"which={which!r} is unknown, have: ema, params, beside")
-  state, run = _read(folder, step, (which, "stats"))
-  return state[which], state["stats"], dict(run["config"])
+  if which is None:
+    state, run = _read(folder, step, ("params", "stats"))
+    return state["params"], state["stats"], dict(run["config"])
+  part = "beside" if which else "ema"
+  state, run = _read(folder, step, (part, "means"))
+  found = state["beside"][which - 1] if which else state["ema"]
+  return found, state["means"][which], dict(run["config"])
 
 
 def whole(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:

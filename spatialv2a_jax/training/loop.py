@@ -205,7 +205,7 @@ class Loop:
           self._save(done, state)
         if self.every.averages(done, self.steps):
           with self.ledger.during("save"):
-            self.snapshots.save(done, (state.ema, *state.beside))
+            self.snapshots.save(done, state.averages())
         if stopping and done < self.steps:
           self._leave(done)
         if evaluates:
@@ -229,6 +229,7 @@ class Loop:
       self._leave(self.first)
     if self.stop.poll():
       self._leave(self.first)
+    self._mark = (self.first, self.ledger.seconds())  # What a start takes is in no rate.
     how = "compiled" if compile_cache.found() == known else "found compiled, read"
     self.say(
       f"traced in {traced - clock:.1f} s, {how} in {took:.1f} s; training to step {self.steps}"

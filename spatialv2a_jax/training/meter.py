@@ -64,6 +64,8 @@ def peak_flops(kind: str | None = None) -> float | None:
     kind: as JAX calls it; that of this machine by default.
   """
   kind = jax.devices()[0].device_kind if kind is None else kind
+  if " MIG " in kind:  # A part of a device.
+    return None
   words = [kind, *(word.partition("-")[0] for word in kind.split() if kind.startswith("NVIDIA"))]
   return next((PEAK_FLOPS[word] for word in words if word in PEAK_FLOPS), None)
 

@@ -83,6 +83,11 @@ class Config:
 
   def remarks(self, steps: int) -> list[str]:
     """Returns lines on what of the schedule a run of `steps` steps does not reach."""
+    if steps <= self.warmup:
+      return [
+        f"the learning rate does not reach optim.lr={self.lr:g}: the run has {steps} steps, the "
+        f"warm-up {self.warmup}"
+      ]
     late = [self.warmup + x for x in self.milestones if self.warmup + x >= steps]
     if self.decay != "step" or not late:
       return []

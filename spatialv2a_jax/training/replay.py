@@ -98,7 +98,7 @@ def verify(
     about = checkpoints.run(start) if start else {}
     state = checkpoints.read(start, abstract) if start else recipe.begin(create())
     if start and config is not None:
-      state = train.judged(state, about.get("config", {}), config)
+      state = train.judged(state, about, {**about, "config": config})
     step, feed = recipe.step(layout), recipe.feed(int(about.get("examples", 0)))
     say(f"replaying steps {start + 1} to {end} of {run}")
     meter, agreed, compared = Meter(**about.get("meter", {})), True, 0

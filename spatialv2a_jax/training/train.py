@@ -98,6 +98,7 @@ def fit(
   config = json.loads(json.dumps(config))
   about = {"kind": kind, "config": config, "versions": versions(), "machine": machine(recipe.mesh)}
   about["data"] = getattr(recipe.batches, "digests", dict)()
+  about["averages"] = list(widths)
 
   with contextlib.ExitStack() as stack:
     watchdog = watchdog or stack.enter_context(Watchdog(ledger, workdir, limits))
@@ -128,11 +129,13 @@ def fit(
       evaluated = _agreed(start, _evaluated(rows, start), workdir)
     ledger.resume(run.get("ledger"), rows)
     evaluated = evaluated or evaluate is None or not every.evaluates(start, steps)
+    later = (workdir / averages.FOLDER).is_dir()
     snapshots = stack.enter_context(
-      averages.Snapshots(workdir, widths if every.average else (), start)
+      # Those of a way that is no longer gone would pass for this run's.
+      averages.Snapshots(workdir, widths if every.average or later else (), start)
     )
     if start and every.averages(start, steps) and start not in snapshots:
-      snapshots.save(start, (state.ema, *state.beside))  # Killed before it was on disk.
+      snapshots.save(start, state.averages())  # Killed before it was on disk.
     if start > steps or (start == steps and evaluated):
       say(f"this run is finished: {workdir} holds step {start} of {steps}; nothing to do")
       return state
@@ -209,12 +212,17 @@ def _begin(checkpoints, create, abstract, about, say) -> tuple[State, dict[str, 
   if found is None:
     return create(), {}
   state, run = found
+  if (widths := run.get("averages", about["averages"])) != about["averages"]:
+    raise UserError(
+      f"the checkpoint's averages are of widths {widths}, not {about['averages']}: leave ema as it "
+      "was, or use another --workdir, with the weights as init_from"
+    )
   age = max(time.time() - run["time"], 0)
   say(f"resumed at step {int(state.step)} from a checkpoint saved {duration(age)} ago")
   for name in ("config", "machine", "versions", "data"):
     for line in changes(run.get(name), about[name], name) if name in run else ():
       say(f"  changed since then: {line}")
-  return judged(state, run.get("config", {}), about["config"]), run
+  return judged(state, run, about), run
 
 
 def judged(state: State, then: Mapping[str, Any], now: Mapping[str, Any]) -> State:
@@ -224,17 +232,18 @@ def judged(state: State, then: Mapping[str, Any], now: Mapping[str, Any]) -> Sta
 
   Args:
     state: of a checkpoint.
-    then: configuration of the run that saved it.
-    now: configuration of the steps to come.
+    then: "config" and "data" of the run that saved it.
+    now: those of the steps to come.
   """
 
-  def causes(config: Mapping[str, Any]) -> list[Any]:
+  def causes(about: Mapping[str, Any]) -> list[Any]:
+    config = about.get("config") or {}
     optimizer, data = (config.get(name) or {} for name in ("optim", "data"))
     return [
-      config.get("model"),
-      config.get("loss"),
+      *(config.get(name) for name in ("model", "loss", "seconds")),
       optimizer.get("freeze"),
-      data.get("batch_size"),
+      *(data.get(name) for name in ("batch_size", "mirror")),
+      (about.get("data") or {}).get("path"),
     ]
 
   if causes(then) == causes(json.loads(json.dumps(now))):

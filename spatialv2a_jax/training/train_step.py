@@ -51,6 +51,8 @@ class State:
     stats: running statistics of the normalisation layers; may be empty.
     guard: what decides whether an update counts.
     beside: averages of the widths `optim.Ema.beside`, in their order.
+    means: averages of `stats`, one for `ema` and each of `beside`: averaged weights have other
+      statistics than the newest ones, and the newest ones are those of few batches.
   """
 
   step: Any
@@ -60,6 +62,11 @@ class State:
   stats: Any
   guard: Any
   beside: tuple[Any, ...] = ()
+  means: tuple[Any, ...] = ()
+
+  def averages(self) -> tuple[tuple[Any, Any], ...]:
+    """Returns each average of parameters and statistics, in the order of `optim.Ema.widths`."""
+    return tuple(zip((self.ema, *self.beside), self.means, strict=True))
 
 
 def init_state(
@@ -91,11 +98,13 @@ def init_state(
     UserError: if a parameter does not divide by the mesh, or `fsdp` splits too few of them.
   """
 
+  count = 1 + len(ema.beside if ema else ())
+
   def boxed(key, stats):
     params = init(key)
     opt = optimizer.tx.init(params)
-    beside = (params,) * len(ema.beside if ema else ())
-    return State(jnp.zeros((), jnp.int32), params, params, opt, stats, guards.init(), beside)
+    beside, means = (params,) * (count - 1), (stats,) * count
+    return State(jnp.zeros((), jnp.int32), params, params, opt, stats, guards.init(), beside, means)
 
   shapes = jax.eval_shape(boxed, key, stats)
   whole, layout = (sharding.shardings(shapes, mesh, rules, zero=zero) for zero in (False, True))
@@ -144,17 +153,19 @@ def overwrite(
     return traverse_util.unflatten_dict(flat, sep="/")
 
   params = replaced(state.params, values)
-  averages = (state.ema, *state.beside)
+  running = replaced(state.stats, stats) if stats else state.stats
 
-  def copies(params):
+  def copies(*trees):
     # The step donates its state, so that parameters and averages may not share a buffer.
-    return tuple(jax.tree.map(jnp.copy, params) for _ in averages)
+    return tuple(jax.tree.map(jnp.copy, trees) for _ in state.means)
 
   # One program: copied one by one, every shape would be compiled.
-  shardings = jax.tree.map(lambda x: x.sharding, averages)
-  ema, *beside = jax.jit(copies, out_shardings=shardings)(params)
-  state = state.replace(params=params, ema=ema, beside=tuple(beside))  # pyright: ignore
-  return state.replace(stats=replaced(state.stats, stats)) if stats else state  # pyright: ignore
+  shardings = jax.tree.map(lambda x: x.sharding, state.averages())
+  averages = jax.jit(copies, out_shardings=shardings)(params, running)
+  (ema, *beside), means = zip(*averages, strict=True)
+  return state.replace(  # pyright: ignore
+    params=params, ema=ema, beside=tuple(beside), stats=running, means=means
+  )
 
 
 def make_train_step(
@@ -229,19 +240,19 @@ def make_train_step(
     updates, opt = optimizer.tx.update(grads, state.opt, own)
     params = optax.apply_updates(own, updates)
     averages = tuple(
-      one.update(old, params, state.step + 1)
-      for one, old in zip(average.all(), (state.ema, *state.beside), strict=True)
+      one.update(old, (params, stats), state.step + 1)
+      for one, old in zip(average.all(), state.averages(), strict=True)
     )
     grad_norm = optax.tree.norm(grads)
     good, watch, judged = guards.judge(guard, state.guard, value, grad_norm)
-    old = (own, (state.ema, *state.beside), state.opt, state.stats)
+    old = (own, state.averages(), state.opt, state.stats)
     params, averages, opt, stats = guards.select(good, (params, averages, opt, stats), old)
     metrics = metrics | judged | {"loss": value, "grad_norm": grad_norm, "good": good}
     metrics["param_norm"] = optax.tree.norm(params)
     if optimizer.lr is not None:  # The schedule counts the updates that count.
       metrics["lr"] = optimizer.lr(state.step - state.guard.skipped)
-    first, *beside = averages
-    return State(state.step + 1, params, first, opt, stats, watch, tuple(beside)), metrics
+    (first, *beside), means = zip(*averages, strict=True)
+    return State(state.step + 1, params, first, opt, stats, watch, tuple(beside), means), metrics
 
   return jax.jit(
     step,

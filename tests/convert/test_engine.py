@@ -117,3 +117,10 @@ def test_fused_rows_are_queries_then_keys_then_values():
   out, heads = RNG.normal(size=(6, 6)), RNG.normal(size=(7, 2, 3))
   got = np.einsum("nhk,hko->no", heads, leaves["out/kernel"].layout(out))
   np.testing.assert_allclose(got, heads.reshape(7, 6) @ out.T, atol=1e-12)
+
+
+def test_a_checkpoint_of_a_training_run_is_one_line():
+  """Its optimiser has numbers as keys."""
+  state = {"weights": {"a": np.ones(2, "f4")}, "optimizer": {"state": {0: {"step": 3}}}, "it": 7}
+  with pytest.raises(UserError, match="its keys begin with: it, optimizer.state.0.step, weights.a"):
+    engine.convert(source(), state, "file")

@@ -104,6 +104,8 @@ def test_without_a_list_every_video_is_taken_with_its_caption(tmp_path):
     ("a,b\n", "four columns"),
     ("a,soon,dog,train\n", "four columns"),
     ("id,split\na,of hand\n", "'of hand' of 'a' is no word"),
+    ('id,label\na,"dog\nb,cat\n', "quotes in it do not match"),
+    ("label,id\ndog\n", "a line has no id"),
   ],
 )
 def test_lists_that_cannot_be_meant(tmp_path, text, why):

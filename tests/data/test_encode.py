@@ -272,16 +272,28 @@ def test_a_table_of_texts_may_be_copied_by_several_at_once(tmp_path):
   assert {path.name: path.read_text() for path in target.iterdir()} == {n: n for n in names}
 
 
-def test_a_damaged_record_is_a_bad_clip_of_the_next_stage(media, tmp_path):
+def test_a_damaged_record_ends_the_next_stage_until_its_shard_is_restored(media, tmp_path):
   features(media, tmp_path / "clips")
   path = shards.paths(tmp_path / "clips")[0]
-  blob = bytearray(path.read_bytes())
+  whole = path.read_bytes()
+  blob = bytearray(whole)
   blob[200] ^= 1
   path.write_bytes(blob)
+  with pytest.raises(UserError, match=f"{path.name}: record 0 is damaged .*restore the shard"):
+    stage.encode_latents(tmp_path / "clips", tmp_path / "latents", codec, config={})
+  path.write_bytes(whole)
   stats = stage.encode_latents(tmp_path / "clips", tmp_path / "latents", codec, config={})
-  assert stats["clips_out"] == 5
-  (why,) = stats["bad"].values()
-  assert f"{path.name}: record 0 is damaged" in why
+  assert stats["clips_out"] == 6 and not stats["bad"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_sound_that_is_not_finite_makes_a_bad_clip(media, tmp_path, value):
+  """Neither can be told from silence or full scale in 16 bits."""
+  audio_ep = sound(2, SAMPLES + 100)
+  audio_ep[0, 7] = value
+  write_clip(media, 2, audio_ep)
+  stats = features(media, tmp_path / "clips")
+  assert stats["bad"] == {"clip2": "its sound holds NaN or infinite samples"}
 
 
 def test_stage_two_wants_stage_one_finished(media, tmp_path):

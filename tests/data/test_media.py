@@ -1,11 +1,12 @@
 """What encoding takes its clips from: a finished build, with its splits."""
 
+import os
 import pathlib
 
 import numpy as np
 import pytest
 
-from data import encode, media, shards, tf_example, tfrecord
+from data import catalogue, encode, media, shards, tf_example, tfrecord
 from spatialv2a_jax.errors import UserError
 
 RATE, SAMPLES = 16_000, 320
@@ -78,5 +79,18 @@ def test_builds_that_do_not_fit(raw, tmp_path):
     media.records(raw, tmp_path, 44_100)
   with pytest.raises(UserError, match="no such folder"):
     media.records(raw, tmp_path / "no", RATE)
-  with pytest.raises(UserError, match="finish building"):
+  with pytest.raises(UserError, match=f"no shards in {tmp_path}; it has {tmp_path}/raw"):
     media.records(tmp_path, tmp_path, RATE)
+
+
+def test_names_and_captions_that_are_no_text(tmp_path):
+  (tmp_path / "a.mp4").write_bytes(b"1")
+  (tmp_path / "a.json").write_text('{"caption": ["a", "dog"]}')
+  (item,) = media.files(tmp_path)
+  with pytest.raises(ValueError, match="a.json: the caption is no text"):
+    assert item.payload.caption
+  assert not list(media.captions([item]))
+  os.close(os.open(os.fsencode(tmp_path) + b"/caf\xe9.mp4", os.O_CREAT))
+  for read in (media.files, lambda folder: catalogue.read(folder, None)):
+    with pytest.raises(UserError, match=r"caf\\udce9.mp4' is not UTF-8; rename the file"):
+      read(tmp_path)

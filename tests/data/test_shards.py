@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from data import layout, shards, tf_example, tfrecord
-from spatialv2a_jax.errors import MissingAssetError, UserError
+from spatialv2a_jax.errors import MissingAssetError, UnreachableError, UserError
 
 ITEMS = [shards.Item(f"clip{i}", i) for i in range(20)]
 
@@ -298,7 +299,7 @@ def test_tensorflow_datasets_reads_the_folder(tmp_path):
 
 
 def test_a_missing_shard_or_manifest_is_named(tmp_path):
-  with pytest.raises(UserError, match="manifest.json"):
+  with pytest.raises(UserError, match=f"no shards in {tmp_path}"):
     shards.paths(tmp_path)
   build(tmp_path)
   shards.paths(tmp_path)[2].unlink()
@@ -339,3 +340,34 @@ def test_a_shard_without_its_own_sidecar_is_unfinished(tmp_path, monkeypatch):
   again = Maker()
   build(tmp_path, again, config={"a": 1})
   assert again.calls > 0
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(errno.ESTALE, "Stale file handle"),
+    MemoryError(),
+    RuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    UnreachableError("no such file: clip9.mp4"),
+    tfrecord.CorruptRecordError("clips/x", 9, "checksum"),
+  ],
+  ids=lambda error: type(error).__name__,
+)
+def test_a_fault_of_the_machine_costs_no_clip(tmp_path, error):
+  """A clip that is left out is so for good: nobody looks at it again."""
+  with pytest.raises(type(error)):
+    build(tmp_path / "a", Maker(broken=(9,), error=error), max_bad=1.0)
+  build(tmp_path / "a")
+  build(tmp_path / "b")
+  assert contents(tmp_path / "a") == contents(tmp_path / "b") and len(ids(tmp_path / "a")) == 20
+
+
+def test_half_of_another_build_is_none(tmp_path):
+  """Its shards have the names and sizes of those that they replace."""
+  build(tmp_path)
+  with pytest.raises(KeyboardInterrupt):
+    build(tmp_path, Maker(broken=(9,), error=KeyboardInterrupt()), config={"a": 2})
+  with pytest.raises(UserError, match="finish building"):
+    shards.paths(tmp_path)
+  build(tmp_path, config={"a": 2})
+  assert layout.read_json(tmp_path / "manifest.json")["config"] == {"a": 2}

@@ -61,13 +61,20 @@ def test_a_run_begins_with_all_or_with_the_picture_s_part_of_a_model_folder(tmp_
   model_folder.save_model(tmp_path / "resnet", *seen)
   for folder, parts in (("whole", {"visual", "audio", "apnet"}), ("resnet", {"visual"})):
     task = build(config_of("smoke", init_from=tmp_path / folder))
-    assert set(task.values()) == parts and set(task.stats) == {"visual", "audio", "apnet"}
+    values, running = task.values()
+    assert set(values) == set(running) == parts
+    assert set(task.stats) == {"visual", "audio", "apnet"}
     for part in parts:
-      jax.tree.map(np.testing.assert_array_equal, task.values()[part], params[part])
-  assert jax.tree.leaves(task.stats["visual"])[0].min() >= 1
+      jax.tree.map(np.testing.assert_array_equal, values[part], params[part])
+      jax.tree.map(
+        np.testing.assert_array_equal,
+        running[part],
+        stats[part] if folder == "resnet" else whole.stats[binauralizer.NETWORK][part],
+      )
   model_folder.save_model(tmp_path / "other", {"vae": {"x": np.zeros(1, "f4")}}, {}, {})
   with pytest.raises(UserError, match="neither 'mono2binaural' nor 'resnet18'"):
-    build(config_of("smoke", init_from=tmp_path / "other"))
+    build(config_of("smoke", init_from=tmp_path / "other")).values()
+  build(config_of("smoke", init_from=tmp_path / "gone"))  # Only a new run reads it.
 
 
 @pytest.mark.slow

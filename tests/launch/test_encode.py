@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from data import captions, layout, pipeline, shards, tf_example, tfrecord
 from launch import data as launch_data
-from launch import tasks
+from launch import flow_task, tasks
 from spatialv2a_jax import codec, features, io, model_folder, schema
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import spatial
@@ -125,11 +125,11 @@ def test_training_drops_to_the_text_features_of_no_text(tmp_path):
     captions.build(texts, text, clips, config={}, storage="float32")
     return str(clips)
 
-  np.testing.assert_array_equal(tasks.null_text(build(["", "a dog"]), config), np.ones((3, 2)))
+  np.testing.assert_array_equal(flow_task.null_text(build(["", "a dog"]), config), np.ones((3, 2)))
   with pytest.raises(UserError, match="it has no caption ''; encode the clips again"):
-    tasks.null_text(build(["a dog"]), config)
-  assert not tasks.null_text(tasks.SYNTHETIC, config).any()
-  assert not tasks.null_text(str(tmp_path / "nowhere"), features.Config()).any()
+    flow_task.null_text(build(["a dog"]), config)
+  assert not flow_task.null_text(tasks.SYNTHETIC, config).any()
+  assert not flow_task.null_text(str(tmp_path / "nowhere"), features.Config()).any()
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def test_trained_networks_fill_the_shards(media, tmp_path, capsys, monkeypatch):
     [encoder.read(media / "clip0.mp4", caption) for caption in ("block 0", "a cat")]
   )
   # Training drops to what the encoder says of no text, not to zeros.
-  null_wf = tasks.null_text(str(tmp_path / "clips"), encoder.config)
+  null_wf = flow_task.null_text(str(tmp_path / "clips"), encoder.config)
   stored_wf = encoder.text("").astype("bfloat16").astype(np.float32)
   np.testing.assert_array_equal(null_wf, stored_wf)
   assert np.linalg.norm(null_wf, axis=1).min() > 0.9

@@ -55,7 +55,8 @@ def test_topologies_are_named(text, chip, count, parts):
 
 
 @pytest.mark.parametrize(
-  "text", ["v5e", "v9:4x4", "v5e:4", "v5p:4x4", "cpu:2x2", "v5e:0x4", "v5e:4x"]
+  "text",
+  ["v5e", "v9:4x4", "v5e:4", "v5p:4x4", "cpu:2x2", "v5e:0x4", "v5e:4x", "v5e:32x32", "h200:16"],
 )
 def test_other_topologies_are_refused(text):
   with pytest.raises(UserError, match="--topology"):
@@ -74,7 +75,11 @@ def test_a_missing_compiler_is_named(monkeypatch, capsys):
   [
     (ARGUMENTS[:2], "--topology"),
     ([*ARGUMENTS[:2], "--topology=v5e:banana"], "v5e:16x16"),
+    ([*ARGUMENTS[:2], "--topology=h200:16"], "a host of h200 has at most 8 chips"),
+    ([*ARGUMENTS[:2], "--topology=v5e:32x32"], "as in v5e:2x32x32"),
     ([*ARGUMENTS, "--config.mesh.data=3"], "does not fit 8 device"),
+    ([*ARGUMENTS, "--out=/proc/nowhere/x.json"], "cannot write to /proc/nowhere"),
+    ([*ARGUMENTS, "--layout=/proc/nowhere/x.txt"], "cannot write to /proc/nowhere"),
     ([*ARGUMENTS, "--config.data.batch_size=12"], "multiple of 8"),
     ([*ARGUMENTS, "--config.accumulate=3"], "does not divide by accumulate 3 x"),
   ],

@@ -8,9 +8,10 @@ import pytest
 
 from benchmarks import figures
 from configs import tiny
-from launch import flops, tasks
+from launch import flops, flow_task
 from spatialv2a_jax import flow, schema
 from spatialv2a_jax.models import flow_net
+from spatialv2a_jax.training import optim
 
 
 def test_loops_and_calls_are_counted():
@@ -66,5 +67,27 @@ def test_the_network_has_the_work_that_is_known_of_it(depth, ears, gflop):
   kinds: dict[str, Any] = {"clip_dim": 1024, "sync_dim": 768, "text_len": 77, "text_dim": 1024}
   shapes = schema.feature_shapes(8.0, schema.AUDIO["16k"], **kinds)
   shapes |= {name: (ears, *shapes[name][1:]) for name in ("mean", "std")}
-  found = tasks.flow_flops(sizes, flow.LossConfig(), shapes) / 3e9
+  found = flow_task.flops_per_clip(sizes, flow.LossConfig(), shapes) / 3e9
   assert found == pytest.approx(gflop, rel=0.02)
+
+
+def test_the_gradient_of_what_is_frozen_is_no_work():
+  """Of all but the last layer frozen, the backward pass is that of one product alone."""
+  sizes = flow_net.Config(width=16, heads=2, joint_depth=2, ear_depth=1, ffn=32)
+  kinds: dict[str, Any] = {"clip_dim": 1024, "sync_dim": 768, "text_len": 77, "text_dim": 1024}
+  shapes = schema.feature_shapes(0.64, schema.AUDIO["16k"], **kinds)
+  frozen = ("frozen/.*", True)
+  tables = {
+    "nothing": (frozen, (".*", False)),
+    "joint": (frozen, ("joint/.*", True), (".*", False)),
+    "all": (frozen, ("final/.*", False), (".*", True)),
+  }
+  work = {
+    name: flow_task.flops_per_clip(
+      sizes, flow.LossConfig(), shapes, optim.Config(lr=1, freeze=table)
+    )
+    for name, table in tables.items()
+  }
+  assert work["nothing"] == flow_task.flops_per_clip(sizes, flow.LossConfig(), shapes)
+  forward = work["nothing"] / 3
+  assert forward < work["all"] < 1.2 * forward < work["joint"] < work["nothing"]

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from launch import hlo, hlo_cost, roofline
+from benchmarks import scaling
+from launch import hlo, hlo_cost, roofline, targets
 from spatialv2a_jax import sharding
 
 
@@ -274,6 +275,12 @@ ENTRY %main (x: f32[256]) -> f32[256] {
     ("replica_groups=[8,2]<=[2,8]T(1,0)", True),
     ("replica_groups=[1,16]<=[16]", True),
     ("replica_groups={}", True),
+    ("replica_groups=mesh['a'=16] {'a'}", True),
+    ("replica_groups=mesh['a'=2,'b'=8] {'b'}", False),
+    ("replica_groups=mesh['a'=2,'b'=8] {'a'}", True),
+    ("replica_groups=mesh['a'=2,'b'=4,'c'=2] {'b','c'}", False),
+    ("replica_groups=mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'a'}", False),
+    ("replica_groups=mesh['a'=8,'b'=2], device_ids=([2,8]T(1,0)) {'b'}", True),
   ],
 )
 def test_what_leaves_a_slice_goes_by_the_network(groups, far):
@@ -309,3 +316,26 @@ def test_sizes_of_types():
   printed = "(f32[2,3]{1,0}, pred[5], bf16[4], /*index=3*/s32[], f8e4m3fn[8], u4[3], token[])"
   sizes = [hlo.size(leaf) for leaf in hlo.leaves(printed)]
   np.testing.assert_array_equal(sizes, [24, 5, 8, 4, 8, 2, 0])
+
+
+@pytest.mark.parametrize(
+  "groups", ["replica_groups=mesh['a'=16] {'a':(1)4}", "replica_groups=whatever(3)"]
+)
+def test_groups_that_cannot_be_read_are_no_guess(groups):
+  module = hlo.parse(REDUCTION.replace("GROUPS", groups))
+  with pytest.raises(ValueError, match="replica_groups|parts of axes"):
+    hlo_cost.collectives(module, 8)
+
+
+def test_the_network_of_a_zero_1_run_on_gpus_is_in_its_rates():
+  """There the gradient is a reduce-scatter, on TPUs an all-reduce."""
+  report = {"chip": "h200", "chips": 8, "batch_size": 512, "seconds": 0.1}
+  alone = {
+    kind: [
+      scaling.rates({**report, "collectives": {kind: {"count": 1, "bytes": 1e9}}}, chips)[2]
+      for chips in (8, 64)
+    ]
+    for kind in ("all-reduce", "reduce-scatter")
+  }
+  for near, far in alone.values():  # Each chip sends and gets an eighth of it by the network.
+    assert far - near == pytest.approx(1e3 * 2 * 1e9 / 8 / targets.CHIPS["h200"].network)

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from launch import tasks
+from launch import flow_task, tasks
 from spatialv2a_jax.training import optim
 from tests.launch.test_train import VARIANTS, config_of
 
 
 def test_the_paper_config_has_its_numbers():
   config = config_of("small_16k", "paper")
-  sizes = tasks.flow_config(config)
+  sizes = flow_task.sizes_of(config)
   assert (sizes.width, sizes.heads, sizes.joint_depth, sizes.ear_depth) == (448, 7, 6, 12)
   assert (sizes.latent_channels, config["steps"]) == (20, 300_000)
 

@@ -323,8 +323,9 @@ def test_sky_recovers_what_asks_for_it(tmp_path):
   _parses(words[3:])
   (disk,) = task["volumes"]  # Not a bucket: the log of a run is appended to.
   assert all(task["envs"][name].startswith(f"{disk}/") for name in ("WORKDIR", PROGRAMS))
-  given = words[words.index("--config.data.path=/shards")].partition("=")[2]
-  assert task["file_mounts"][given]["source"]
+  (mount,) = task["file_mounts"]
+  for key in ("data.path", "data.eval", "vae"):
+    assert any(word.startswith(f"--config.{key}={mount}/") for word in words)
 
 
 def _parses(arguments):

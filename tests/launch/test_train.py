@@ -2,6 +2,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 import time
 from typing import Any
 
@@ -9,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from launch import export, tasks, train
-from spatialv2a_jax import cli, model_folder, schema, sharding
+from data import layout
+from launch import encode, export, flow_task, tasks, train
+from spatialv2a_jax import cli, features, model_folder, schema, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import flow_net
 from spatialv2a_jax.training import guard, optim, train_step, watchdog
@@ -88,7 +90,7 @@ def test_a_working_directory_in_a_bucket_is_refused():
 )
 def test_the_44k_family_has_the_shapes_of_mmaudio(name, variant, ours):
   """Else its converted weights could not start both ears."""
-  sizes = tasks.flow_config(config_of(name, variant))
+  sizes = flow_task.sizes_of(config_of(name, variant))
   assert (sizes.width, sizes.heads, sizes.joint_depth, sizes.ear_depth, sizes.v2) == ours
   assert (sizes.latent_channels, sizes.ears, sizes.dtype) == (40, 2, "bfloat16")
   assert (sizes.remat, sizes.activations) == ("convolutions", "bfloat16")
@@ -194,7 +196,16 @@ def test_every_config_has_the_switches_of_a_run(name, variant):
     ({"model.width": 65}, "config.model: width 65"),
     ({"kind": "flaw"}, "config.kind='flaw' is unknown, have: flow, vae"),
     ({"audio": "48k"}, "config.audio='48k' is unknown"),
-    ({"data.path": "/nowhere"}, "finish building the shards"),
+    ({"data.path": "/nowhere"}, "no shards in /nowhere"),
+    ({"seconds": 0.5}, "config.seconds: 0.5 s is shorter than one segment"),
+    ({"model.dtype": "bf16"}, "config.model: no dtype=bf16"),
+    ({"model.heads": 0}, "heads, ffn, joint_depth and ear_depth must be at least 1"),
+    ({"model.ffn": -4}, "must be at least 1"),
+    ({"data.batch_size": 0}, "config.data.batch_size=0 is less than 1"),
+    ({"data.statistics": 0}, "config.data.statistics=0 is less than 1"),
+    ({"data.eval_batches": -1}, "config.data.eval_batches=-1 is less than 1"),
+    ({"seed": 2**32}, "config.seed=4294967296 is not in 0"),
+    ({"loss.mirror_weight": float("nan")}, "mirror_weight=nan is not 0 or more"),
     ({"data.path": ""}, "config.data.path is empty"),
     ({"vae": "/nowhere"}, "no model folder /nowhere"),
   ],
@@ -203,6 +214,44 @@ def test_a_mistake_in_a_config_is_one_line(options, message):
   config = config_of("tiny", "smoke", **options)
   with pytest.raises(UserError, match=message):
     tasks.build(config, one_device(), sharding.Rules()).batches(0)
+
+
+def test_the_length_of_a_run_is_that_of_the_run_alone():
+  """`optim.steps` follows it, unless it is given, and never the other way."""
+  assert config_of("tiny", "smoke", steps=70)["optim"]["steps"] == 70
+  config = config_of("tiny", "smoke", **{"optim.steps": 50})
+  assert config["steps"] == config_of("tiny", "smoke")["steps"] and config["optim"]["steps"] == 50
+
+
+def test_a_run_that_ends_in_its_warm_up_says_so():
+  for decay in ("constant", "step"):
+    (line,) = optim.Config(lr=1e-4, warmup=1000, decay=decay).remarks(500)
+    assert line.startswith("the learning rate does not reach optim.lr=0.0001: the run has 500")
+
+
+def test_shards_of_another_codec_or_other_features_are_refused(tmp_path):
+  folder, shards_at = tmp_path / "vae", tmp_path / "latents"
+  about = {"audio": "16k", "vae": {"width": 8}}
+  saved = model_folder.save_model(folder, {"vae": {"x": np.ones(1, "f4")}}, {}, about)
+  config = config_of("tiny", "smoke", vae=str(folder))
+  encoders = features.Config(**config["features"])
+
+  def build(key="path", **made):
+    data = config["data"] | {key: str(shards_at)}
+    layout.write_json(shards_at / "manifest.json", {"config": made, "shards": []})
+    return flow_task._check_encoded({**config, "data": data}, encoders, saved.sha256["vae"])
+
+  same = {"vae": saved.sha256["vae"], "features": encode.identity(encoders)}
+  for key in ("path", "eval"):
+    build(key, **same)
+    build(key)  # Not said: shards of others.
+    with pytest.raises(
+      UserError, match=f"is not the VAE that config.data.{key}=.*begins with 0123"
+    ):
+      build(key, vae="0123456789abcdef")
+    other = encode.identity(dataclasses.replace(encoders, seed=7))
+    with pytest.raises(UserError, match="config.features: seed=0, but .* was encoded with 7"):
+      build(key, features=other)
 
 
 def test_a_codec_of_another_audio_is_one_line(tmp_path):
@@ -232,8 +281,8 @@ def test_a_codec_of_another_audio_is_one_line(tmp_path):
     ),
     ("ema", "decai", 0.9, "config.ema: "),
     ("loss", "drop_video", 10, "config.loss: drop_video=10 is not in 0..1"),
-    ("loss", "difference_weight", -1.0, "config.loss: difference_weight=-1.0 is less than 0"),
-    ("data", "eval", "/nowhere", "finish building the shards"),
+    ("loss", "difference_weight", -1.0, "config.loss: difference_weight=-1.0 is not 0 or more"),
+    ("data", "eval", "/nowhere", "no shards in /nowhere"),
     ("optim", "clip", -1.0, "config.optim: clip=-1.0 is not 0 or more"),
     ("optim", "lrr", 1.0, "optim has no ['lrr'], have: "),
     ("guard", "kap", 3, "config.guard: "),
@@ -277,7 +326,7 @@ def test_a_stop_is_heeded_while_the_evaluation_is_compiled(monkeypatch):
   config = config_of("tiny", "smoke", **{"data.batch_size": 2})
   task = tasks.build(config, one_device(), sharding.Rules())
   monkeypatch.setattr(train_step, "make_eval_step", lambda *_, **__: Step())
-  state = train_step.State({}, {}, {}, {}, {}, {})
+  state = train_step.State({}, {}, {}, {}, {}, {}, means=({},))
   began = time.monotonic()
   assert task.evaluate is not None and task.evaluate(state, 1, None, Stop()) is None
   assert time.monotonic() - began < 3
@@ -301,7 +350,7 @@ def test_the_evaluation_is_compiled_in_a_stage_of_its_own(monkeypatch, tmp_path)
   def fit(*_, evaluate, ledger, **__):
     ledger.enter("eval")
     for _ in range(2):
-      evaluate(train_step.State({}, {}, {}, {}, {}, {}), 1, None, Stop())
+      evaluate(train_step.State({}, {}, {}, {}, {}, {}, means=({},)), 1, None, Stop())
     assert ledger.phase == "eval" and ledger.seconds()["compile"] >= 0.3
     raise FittedError
 
@@ -342,7 +391,7 @@ def test_a_stop_is_heeded_while_sound_is_made(monkeypatch):
   config = config_of("tiny", "smoke", **{"data.batch_size": 2})
   hook: Any = tasks.build(config, one_device(), sharding.Rules()).evaluate
   hook = dataclasses.replace(hook, step=evaluate, listener=lambda *_: time.sleep(5))
-  state = train_step.State({}, {}, {}, {}, {}, {})
+  state = train_step.State({}, {}, {}, {}, {}, {}, means=({},))
   for rank in (0, 1):
     monkeypatch.setattr(jax, "process_index", lambda rank=rank: rank)
     began, leave = time.monotonic(), Stop()
@@ -350,11 +399,29 @@ def test_a_stop_is_heeded_while_sound_is_made(monkeypatch):
     assert time.monotonic() - began < 3
 
 
+def test_an_exported_model_says_where_its_weights_come_from_and_runs_anywhere(tmp_path):
+  """The licence of converted weights stays with them, also in a run that began with them."""
+  licence = {"licence": "CC-BY-NC-4.0"}
+  vae = {"audio": "16k", "vae": {"width": 8}, "vae_source": licence}
+  model_folder.save_model(tmp_path / "vae", {"vae": {"x": np.ones(1, "f4")}}, {}, vae)
+  start = {"flow_source": licence, "flow": {}}
+  model_folder.save_model(tmp_path / "start", {"flow": {"x": np.ones(1, "f4")}}, {}, start)
+  paths = {"vae": str(tmp_path / "vae"), "init_from": str(tmp_path / "start")}
+  config = config_of("small_16k", "smoke", **paths, **{"model.attention": "xla"})
+  for gone in (False, True):
+    task = tasks.build(config, one_device(), sharding.Rules())
+    task.export(tmp_path / "out", {"y": np.ones(1, "f4")}, {})
+    about = model_folder.load_model(tmp_path / "out").config
+    assert about["vae_source"] == licence and about["flow"]["attention"] == "auto"
+    assert about["flow_source"] == ({} if gone else licence) | {"init_from": paths["init_from"]}
+    shutil.rmtree(tmp_path / "start", ignore_errors=True)
+
+
 def test_latent_statistics_are_those_of_samples_of_the_posterior():
   rng = np.random.default_rng(0)
   mean = 2 + 3 * rng.standard_normal((400, 2, 25, 3))
   batch = {"mean_betc": mean.astype("f4"), "std_betc": np.full(mean.shape, 4.0, "f4")}
-  mean_c, std_c = tasks.latent_statistics(iter([batch, batch]))
+  mean_c, std_c = flow_task.latent_statistics(iter([batch, batch]))
   np.testing.assert_allclose(mean_c, 2, atol=0.1)
   np.testing.assert_allclose(std_c, 5, atol=0.1)  # 3 between clips, 4 within: a 3-4-5 triangle.
 
@@ -362,7 +429,7 @@ def test_latent_statistics_are_those_of_samples_of_the_posterior():
 @pytest.mark.slow
 def test_flops_are_about_six_per_weight_and_token():
   config = config_of("tiny", "demo", **{"data.path": "synthetic"})
-  sizes = tasks.flow_config(config)
+  sizes = flow_task.sizes_of(config)
   flops = tasks.build(config, one_device(), sharding.Rules()).flops()
   assert flops is not None
   deeper = config_of("tiny", "demo", **{"data.path": "synthetic", "model.ear_depth": 4})
@@ -400,6 +467,6 @@ def test_the_smoke_variant_trains_and_leaves_a_model_folder(tmp_path, capsys, na
   if name == "small_16k":  # It keeps snapshots of its averages.
     assert cli.main(["average", str(tmp_path), "--width=0.07", f"--out={tmp_path / 'wide'}"]) == 0
     wide = model_folder.load_model(tmp_path / "wide")
-    assert wide.config["flow"] == model.config["flow"] and wide.config["average"]["step"] == 4
+    assert wide.config["flow"] == model.config["flow"] and wide.config["flow_average"]["step"] == 4
     frozen, other = (folder.params["flow"]["frozen"]["latent_std"] for folder in (model, wide))
     np.testing.assert_array_equal(frozen, other)

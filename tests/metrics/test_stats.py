@@ -34,7 +34,7 @@ def test_pearson_is_that_of_the_pooled_points():
   assert row["median"] == pytest.approx(
     np.median([np.corrcoef(a, b)[0, 1] for a, b in zip(x, y, strict=True)])
   )
-  assert (row["n"], row["undefined"]) == (5, 1)
+  assert (row["n"], row["undefined"]) == (6, 0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
@@ -63,3 +63,14 @@ def test_derangement_uses_every_clip_once_and_never_itself():
     assert sorted(partner) == list(range(clips))
     assert (partner != np.arange(clips)).all()
     np.testing.assert_array_equal(partner, stats.derangement(clips))
+
+
+def test_sources_that_stand_still_have_a_correlation_over_clips():
+  """None has one by itself."""
+  azimuth = np.arange(-3.0, 4.0)
+  parts = [
+    stats.moments(np.full(9, x), np.full(9, 2 * x + 0.1 * (-1) ** i)) for i, x in enumerate(azimuth)
+  ]
+  row = summary("pearson", [*parts, stats.moments(np.empty(0), np.empty(0))])
+  assert row["n"] == 7 and row["undefined"] == 1 and row["value"] > 0.99
+  assert row["median"] is None and row["ci95"][0] > 0.9

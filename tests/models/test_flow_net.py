@@ -386,6 +386,8 @@ def test_bfloat16_is_close(activations):
 @pytest.mark.parametrize(
   "options, message",
   [
+    ({"activations": "bfloat16"}, "no dtype=float32 with activations=bfloat16"),
+    ({"dtype": "bf16", "activations": "bf16"}, "no dtype=bf16"),
     ({"ears": 3}, "ears"),
     ({"remat": "some"}, "remat"),
     ({"attention": "best"}, "attention"),

@@ -68,11 +68,11 @@ def test_what_was_tracked_comes_back_alone():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A finished run of the toy model and its parameters after every step."""
+  """A finished run of the toy model, its parameters and its statistics after every step."""
   workdir, path = tmp_path_factory.mktemp("run"), []
 
   def record(state, step, book, leave):
-    path.append(jax.device_get(state.params))
+    path.append(jax.device_get(state.params | {"stats": state.stats}))
     return {}
 
   table = [["null/.*", True], [".*", False]]
@@ -86,16 +86,19 @@ def run(tmp_path_factory):
     evaluate=record,
     ema=optim.Ema(sigma_rel=0.1, beside=(0.2,)),
   )
-  params = {"toy": jax.device_get(state.ema), "other": {"x": np.ones(2, "f4")}}
-  model_folder.save_model(workdir / "model", params, {"toy": {"n": np.ones(1, "f4")}}, {"a": 1})
+  params, stats = jax.device_get(state.averages()[0])
+  other = {"other": {"x": np.ones(2, "f4")}}
+  model_folder.save_model(workdir / "model", {"toy": params, **other}, {"toy": stats}, {"a": 1})
   return workdir, path, state
 
 
 def test_a_run_tracks_every_width(run):
   _, path, state = run
-  for width, ema in ((0.1, state.ema), (0.2, state.beside[0])):
+  for width, (params, stats) in zip((0.1, 0.2), state.averages(), strict=True):
     wanted = run_average(width, np.stack([p["up"]["kernel"] for p in path]))[-1]
-    np.testing.assert_allclose(ema["up"]["kernel"], wanted, atol=1e-6)
+    np.testing.assert_allclose(params["up"]["kernel"], wanted, atol=1e-6)
+    wanted = run_average(width, np.stack([p["stats"]["mean"] for p in path]))[-1]
+    np.testing.assert_allclose(stats["mean"], wanted, atol=1e-6)
 
 
 def test_the_command_writes_a_model_of_another_width(run, tmp_path, capsys):
@@ -104,8 +107,8 @@ def test_the_command_writes_a_model_of_another_width(run, tmp_path, capsys):
   assert cli.main(["average", str(workdir), "--width", "0.18", "--out", str(out)]) == 0
   assert "width 0.18 at step 12 from 3 snapshots of 0.1, 0.2" in capsys.readouterr().out
   model = model_folder.load_model(out)
-  assert set(model.params) == {"toy", "other"} and model.stats["toy"]["n"] == 1
-  about = model.config["average"]
+  assert set(model.params) == {"toy", "other"}
+  about = model.config["toy_average"]
   assert about["sigma_rel"] == 0.18 and about["step"] == 12 and about["error"] < 0.02
   wanted = run_average(0.18, np.stack([p["up"]["kernel"] for p in path]))[-1]
   off = np.abs(model.params["toy"]["up"]["kernel"] - wanted).max()
@@ -117,9 +120,36 @@ def test_the_command_writes_a_model_of_another_width(run, tmp_path, capsys):
 def test_an_earlier_end_uses_only_what_was_there(run, tmp_path):
   workdir, path, _ = run
   averages.write_model(workdir, tmp_path / "early", 0.1, step=8)
-  early = model_folder.load_model(tmp_path / "early").params["toy"]["down"]["kernel"]
+  early = model_folder.load_model(tmp_path / "early")
+  kernel = early.params["toy"]["down"]["kernel"]
   wanted = run_average(0.1, np.stack([p["down"]["kernel"] for p in path[:8]]))[-1]
-  np.testing.assert_allclose(early, wanted, rtol=2**-10, atol=1e-6)  # Stored in half precision.
+  np.testing.assert_allclose(kernel, wanted, rtol=2**-10, atol=1e-6)  # Stored in half precision.
+  wanted = run_average(0.1, np.stack([p["stats"]["mean"] for p in path[:8]]))[-1]
+  np.testing.assert_allclose(early.stats["toy"]["mean"], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("broken", ["_METADATA", "manifest.ocdbt", "d"])
+def test_a_damaged_snapshot_is_one_line_and_the_others_are_mixed_without_it(
+  run, tmp_path, capsys, broken
+):
+  shutil.copytree(run[0], tmp_path / "run")
+  (snapshot,) = tmp_path.glob("run/averages/8")
+  for path in [x for x in snapshot.rglob(broken) if x.is_file()] or snapshot.rglob(f"{broken}/*"):
+    path.write_bytes(
+      path.read_bytes()[: path.stat().st_size // 2]
+    ) if broken == "d" else path.unlink()
+  argv = ["average", str(tmp_path / "run"), "--width", "0.15", "--out", str(tmp_path / "out")]
+  assert cli.main(argv) == 2
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1 and f"cannot read the snapshot {snapshot}" in error
+  shutil.rmtree(snapshot)
+  assert cli.main(argv) == 0
+
+
+def test_an_average_of_a_run_is_not_written_into_it(run, capsys):
+  argv = ["average", str(run[0]), "--width", "0.15", "--out", str(run[0])]
+  assert cli.main(argv) == 2 and "is the working directory of a run" in capsys.readouterr().err
+  assert "toy_average" not in json.loads((run[0] / "config.json").read_text())
 
 
 def test_a_checkpoint_comes_after_all_earlier_averages(tmp_path, monkeypatch):
@@ -147,11 +177,19 @@ def test_a_run_resumed_from_an_older_state_forgets_later_snapshots(run, tmp_path
   _, _, state = run
   with averages.Snapshots(tmp_path, (0.1, 0.2)) as first:
     for step in (2, 4, 6):
-      first.save(step, (state.ema, *state.beside))
+      first.save(step, state.averages())
     first.wait()
   with averages.Snapshots(tmp_path, (0.1, 0.2), start=5):
     pass
   assert sorted(path.name for path in (tmp_path / averages.FOLDER).iterdir()) == ["2", "4"]
+
+
+def test_also_one_that_takes_none(tmp_path):
+  ema, kept = optim.Ema(sigma_rel=0.1), train.Every(log=1, checkpoint=2, average=2)
+  fit(tmp_path, steps=4, ema=ema, every=kept)
+  shutil.rmtree(tmp_path / checkpoint.FOLDER / "4")
+  fit(tmp_path, steps=3, ema=ema, every=train.Every(log=1, checkpoint=2))
+  assert sorted(path.name for path in (tmp_path / averages.FOLDER).iterdir()) == ["2"]
 
 
 def test_a_snapshot_that_a_kill_has_cost_is_taken_again(tmp_path):
@@ -209,6 +247,8 @@ def test_a_change_of_the_tracked_widths_is_told_before_anything_is_lost(tmp_path
   fit(tmp_path, steps=2, ema=optim.Ema(sigma_rel=0.1))
   with pytest.raises(UserError, match="0 averages besides the first, not 1"):
     fit(tmp_path, steps=4, ema=optim.Ema(sigma_rel=0.1, beside=(0.2,)))
+  with pytest.raises(UserError, match=r"averages are of widths \[0.1\], not \[0.2\]"):
+    fit(tmp_path, steps=4, ema=optim.Ema(sigma_rel=0.2))
   assert json.loads((tmp_path / "config.json").read_text()) and not list(tmp_path.glob("damaged*"))
 
 
@@ -234,7 +274,7 @@ def test_plain_and_power_function_averages_are_kept_in_one_run(tmp_path, monkeyp
   states = {}
   for name, ema in runs.items():
     every = train.Every(log=4, checkpoint=4, average=0 if name == "plain" else 4)
-    config = {"ema": {"decay": 0.9, "sigma_rel": ema.sigma_rel, "beside": ema.beside}}
+    config = {"ema": {"decay": 0.9, "sigma_rel": ema.sigma_rel, "beside": ema.beside}, "model": {}}
     states[name] = fit(tmp_path / name, steps=4, ema=ema, every=every, config=config)
   for a, b in (
     (states["both"].beside[1], states["plain"].ema),
@@ -247,12 +287,12 @@ def test_plain_and_power_function_averages_are_kept_in_one_run(tmp_path, monkeyp
     assert set(averages._tracked(snapshots._manager, 4)) == {"0.1", "0.2"}
 
   out = []
-  build = types.SimpleNamespace(export=lambda path, state: out.append(state.ema))
+  build = types.SimpleNamespace(export=lambda path, *average: out.append(average))
   monkeypatch.setattr(export.tasks, "build", lambda *_: build)
   for average in (None, 0.1, 0.2, 0.0):
     export.export(tmp_path / "both", tmp_path / "x", average=average)
-  both = states["both"]
-  for got, wanted in zip(out, (both.ema, both.ema, *both.beside), strict=True):
+  both = states["both"].averages()
+  for got, wanted in zip(out, (both[0], *both), strict=True):
     jax.tree.map(np.testing.assert_array_equal, got, jax.device_get(wanted))
   with pytest.raises(UserError, match="tracks no average 0.3, have: 0.1, 0.2, 0 .0 is the plain"):
     export.export(tmp_path / "both", tmp_path / "x", average=0.3)

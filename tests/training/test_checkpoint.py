@@ -79,7 +79,7 @@ def test_a_save_compiles_nothing(tmp_path):
 def test_parameters_load_alone_as_numpy(tmp_path):
   state, _ = saved(tmp_path)
   for folder in (tmp_path, tmp_path / "checkpoints"):
-    params, stats, config = checkpoint.load_params(folder, which="params")
+    params, stats, config = checkpoint.load_params(folder, None)
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
     np.testing.assert_array_equal(stats["mean"], np.arange(8))
     assert config == RUN["config"]
@@ -295,8 +295,6 @@ def test_missing_checkpoints_are_one_line(tmp_path):
   saved(tmp_path)
   with pytest.raises(MissingAssetError, match="no checkpoint of step 7"):
     checkpoint.load_params(tmp_path, step=7)
-  with pytest.raises(UserError, match="have: ema, params, beside"):
-    checkpoint.load_params(tmp_path, which="emma")
 
 
 def model(seed):
@@ -323,6 +321,39 @@ def test_a_model_folder_holds_several_networks(tmp_path):
   files = sorted(p.name for p in (tmp_path / "m").iterdir())
   assert files == ["config.json", "flow.safetensors", "vae.safetensors"]
   assert all(len(digest) == 64 for digest in loaded.sha256.values())
+
+
+def test_what_was_said_of_a_network_goes_with_it(tmp_path):
+  about = {"flow": {"width": 8}, "flow_source": {"licence": "CC"}, "flow_average": {"step": 2}}
+  model_folder.save_model(tmp_path, {"flow": model(0)}, {}, about)
+  other = {"vae": {"width": 4}, "vae_source": {"licence": "MIT"}}
+  model_folder.save_model(tmp_path, {"vae": model(1)}, {}, other)
+  assert model_folder.load_model(tmp_path).config == about | other
+  model_folder.save_model(tmp_path, {"flow": model(2)}, {}, {"flow": {"width": 9}})
+  assert model_folder.load_model(tmp_path).config == {"flow": {"width": 9}} | other
+
+
+def test_a_model_that_cannot_be_written_whole_leaves_the_one_before(tmp_path, monkeypatch):
+  both = {"flow": model(0), "vae": model(1)}
+  model_folder.save_model(tmp_path / "m", both, {}, {})
+  before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+  write = model_folder.tensors.write
+
+  def interrupted(path, flat):
+    if "vae" in path.name:
+      raise KeyboardInterrupt
+    return write(path, flat)
+
+  monkeypatch.setattr(model_folder.tensors, "write", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    model_folder.save_model(tmp_path / "m", {"flow": model(2), "vae": model(3)}, {}, {})
+  assert before == {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+  (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+  with pytest.raises(UserError, match="run is the working directory of a run"):
+    model_folder.save_model(tmp_path / "run", both, {}, {})
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="cannot write to .*file"):
+    model_folder.save_model(tmp_path / "file", both, {}, {})
 
 
 def test_a_transposed_or_device_array_is_saved_as_it_reads(tmp_path):

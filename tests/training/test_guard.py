@@ -80,10 +80,22 @@ def test_a_run_that_goes_on_with_another_batch_learns_anew_what_is_usual():
   _, _, metrics = guard.judge(config, state, jnp.float32(loud[0]), jnp.float32(0.1 * loud[0]))
   assert metrics["sigmas"] > 6
   full = train_step.State(*[None] * len(dataclasses.fields(train_step.State))).replace(guard=state)
-  then = {"data": {"batch_size": 512}, "loss": {"drop_text": 0.1}, "optim": {"lr": 1}}
-  for now in (then, then | {"optim": {"lr": 2}}, then | {"steps": 9}):
-    assert train.judged(full, then, now) is full
-  for now in (then | {"data": {"batch_size": 64}}, then | {"loss": {"drop_text": 0.5}}):
+  config = {
+    "data": {"batch_size": 512, "path": "a"},
+    "loss": {"drop_text": 0.1},
+    "optim": {"lr": 1},
+  }
+  then = {"config": config, "data": {"path": "0f"}}
+  moved = {"data": {"batch_size": 512, "path": "b"}}
+  for same in ({}, {"optim": {"lr": 2}}, {"steps": 9}, moved):
+    assert train.judged(full, then, then | {"config": config | same}) is full
+  others = [
+    then | {"config": config | {"data": {"batch_size": 64}}},
+    then | {"config": config | {"loss": {"drop_text": 0.5}}},
+    then | {"config": config | {"seconds": 4}},
+    then | {"data": {"path": "1e"}},
+  ]
+  for now in others:
     found = train.judged(full, then, now).guard
     assert int(found.skipped) == 3 and int(found.seen) == 0 and not found.mean_q.any()
 

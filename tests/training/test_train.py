@@ -95,7 +95,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
   second = python(f"fit(t.pathlib.Path({str(b)!r}), steps=8)")
   assert second.returncode == 0, second.stderr
   assert "resumed at step" in second.stdout
-  for which in ("params", "ema"):
+  for which in (None, 0):
     whole, resumed = checkpoint.load_params(a, which), checkpoint.load_params(b, which)
     jax.tree.map(np.testing.assert_array_equal, whole[:2], resumed[:2])
   losses = [{x["step"]: x["loss"] for x in lines(run)} for run in (a, b)]
