@@ -252,6 +252,9 @@ def show(row: Row, peak: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Prints a row per setting."""
+  if {"-h", "--help"} & set(sys.argv if argv is None else argv):
+    print(__doc__)
+    return
   values = flags.FlagValues()
   flags.DEFINE_multi_string("setting", [""], "see above", flag_values=values)
   flags.DEFINE_integer("steps", 10, "of a round", flag_values=values)

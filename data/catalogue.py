@@ -207,9 +207,9 @@ def read_table(path: str | pathlib.Path | None, flag: str) -> dict[str, dict[str
     raise UserError(f"{flag} {path}: cannot read it ({error})") from None
   delimiter = "\t" if "\t" in text.split("\n", 1)[0] else ","
   reader = csv.DictReader(text.splitlines(), delimiter=delimiter, strict=True)
-  if "id" not in (reader.fieldnames or ()):
-    raise UserError(f"{flag} {path}: its first line names no column id")
   try:
+    if "id" not in (reader.fieldnames or ()):
+      raise UserError(f"{flag} {path}: its first line names no column id")
     return {
       row["id"]: {name: float(cell) for name, cell in row.items() if name != "id" and cell}
       for row in reader

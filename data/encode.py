@@ -174,8 +174,8 @@ def in_batches(
   Args:
     items: what to read, in order.
     read: what is read of an item.
-    encode: from up to `batch` things read to as many results. If it fails, they are encoded one
-      by one, so that a bad clip costs no good one.
+    encode: from up to `batch` things read to as many results. If it fails for their sake, they are
+      encoded one by one, so that a bad clip costs no good one.
     batch: how many.
   """
 

@@ -34,7 +34,6 @@ FAILURES = ("unreadable", "failed")  # What a full disk or a broken network woul
 AXES = ("CE", "CU", "PC", "PQ")  # Content enjoyment, usefulness, production complexity, quality.
 FLOOR_DB = -120.0
 WINDOW_S = 0.05
-COUNT_FPS = 100  # At which the length of a video is counted that does not state it.
 ACTIVE_DB = -40.3  # auditok's default: an energy of 50 on the scale of 16-bit samples.
 ONE_SIDED_DB = 40.0  # A channel this far below the other counts as empty.
 DUAL_MONO_DB = -26.0  # Side over middle; joint-stereo codecs leave some 30 dB and less.
@@ -87,11 +86,8 @@ def probe(path: str, limits: Limits) -> dict[str, Any]:
   drop = None
   if not info.has_video:
     raise DropError("no_video", "it has no video stream")
-  if not info.duration_s:  # Recordings that were streamed do not say: their frames are counted.
-    shown = io.read_video(path, fps=COUNT_FPS, size=(8, 8), duration=limits.seconds, threads=1)
-    found["duration_s"] = len(shown) / COUNT_FPS
-  if found["duration_s"] < limits.least_s:
-    drop = DropError("short", f"{found['duration_s']:.2f} s of {limits.seconds:g} s")
+  if info.duration_s < limits.least_s:
+    drop = DropError("short", f"{info.duration_s:.2f} s of {limits.seconds:g} s")
   elif not info.has_audio:
     drop = DropError("no_sound", "it has no audio stream")
   if drop:

@@ -379,7 +379,7 @@ def _check_record(
 def _check_bad(bad: Mapping[str, str], limit: int) -> None:
   if len(bad) > limit:
     named = "; ".join(f"{name}: {why}" for name, why in list(bad.items())[:3])
-    raise UserError(f"more than {limit} bad clips, raise --max-bad if that is expected: {named}")
+    raise UserError(f"more than {limit} bad clips (see --max-bad or --max-failures): {named}")
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from launch import hlo
 from launch.hlo import Instruction, Module, Op
+from spatialv2a_jax.errors import UserError
 
 COLLECTIVES = (
   "all-reduce",
@@ -88,7 +89,7 @@ def _is_far(instruction: Instruction, near: int) -> bool:
   elif instruction.attribute(r"replica_groups=(\{\})") or "_groups=" not in instruction.attributes:
     return True  # No groups: all devices.
   else:
-    raise ValueError(f"{instruction.name}: which devices take part? {instruction.attributes[:200]}")
+    raise UserError(f"{instruction.name}: which devices take part? {instruction.attributes[:200]}")
   return any(len({int(device) // near for device in group}) > 1 for group in groups)
 
 
@@ -102,7 +103,7 @@ def _mesh_groups(text: str) -> np.ndarray:
   sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes[1])}
   chosen = re.findall(r"'([^']+)'", named[1])
   if ":(" in named[1] or not sizes.keys() >= set(chosen):
-    raise ValueError(f"devices of parts of axes are not known: {text}")
+    raise UserError(f"devices of parts of axes are not known: {text}")
   number = np.arange(math.prod(sizes.values()))
   if ids is not None:
     source, _, turned = ids[1].partition("]")

@@ -1,4 +1,4 @@
-"""Starts the processes of one training run on this machine, and starts them again when they ask.
+"""Rehearses a run of several processes on the CPU of this machine, and starts them again on demand.
 
 python -m launch.local [--processes N] [--devices M] [--restarts R] -- --config ... --workdir DIR
 
@@ -24,6 +24,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+
+from spatialv2a_jax.cli import number
 
 AGAIN = (42, 43)
 GRACE = 60.0  # Seconds that the others have to follow the first process that leaves.
@@ -151,9 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
-  parser.add_argument("--processes", type=int, default=2, choices=range(1, 65), metavar="N")
-  parser.add_argument("--devices", type=int, default=1, choices=range(1, 65), metavar="M")
-  parser.add_argument("--restarts", type=int, default=0, choices=range(1001), metavar="R")
+  parser.add_argument("--processes", type=number(int, 1, 64), default=2, metavar="N")
+  parser.add_argument("--devices", type=number(int, 1, 64), default=1, metavar="M")
+  parser.add_argument("--restarts", type=number(int, 0), default=0, metavar="R")
   parser.add_argument("train", nargs="+", metavar="--config ... --workdir DIR")
   args = parser.parse_args(argv)
   forced = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(args.devices)}

@@ -149,14 +149,11 @@ def parse(text: str) -> Target:
     raise UserError(f"--topology {text!r}: the shape of {chip.name} is {wanted}")
   target = Target(text, chip, shape)
   if target.count > target.parts * chip.near:
-    part, more = (
-      ("host", f"h200:2x{chip.near}")
-      if chip.platform == "cuda"
-      else ("slice", f"{chip.name}:2x{'x'.join(map(str, shape))}")
-    )
+    part = "host" if chip.platform == "cuda" else "slice"
+    example = {"h200": "h200:2x8", "v5p": "v5p:2x16x16x16"}.get(chip.name, f"{chip.name}:4x16x16")
     raise UserError(
       f"--topology {text!r}: a {part} of {chip.name} has at most {chip.near} chips; the number of "
-      f"{part}s comes first, as in {more}"
+      f"{part}s comes first, as in {example}"
     )
   return target
 
@@ -167,12 +164,12 @@ def prepare(target: Target) -> None:
   Raises:
     MissingAssetError: if the compiler for the target is not installed.
   """
-  needed = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
-  module = needed.get(target.chip.platform)
-  if module and importlib.util.find_spec(module) is None:
+  needed = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
+  modules = needed.get(target.chip.platform, ())
+  if modules and not any(importlib.util.find_spec(module) for module in modules):
     package = {"tpu": "spatialv2a_jax[estimate]", "cuda": f"jax[cuda12]=={jax.__version__}"}
     raise MissingAssetError(
-      f"--topology {target.text} needs the compiler of {module}, which is not installed; "
+      f"--topology {target.text} needs the compiler of {modules[0]}, which is not installed; "
       f"pip install '{package[target.chip.platform]}' (no such hardware is needed)"
     )
   jax.config.update("jax_platforms", "cpu")

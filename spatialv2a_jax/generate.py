@@ -82,7 +82,7 @@ def check_free(path: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def write(model: Generator, job: Job, clip: Clip, out: pathlib.Path, settings: Settings) -> None:
-  """Writes sound, video and, last of all, the sidecar of one file.
+  """Writes sound, video and, last of all, the whole sidecar of one file.
 
   Raises:
     UserError: the sound is not finite, or a file cannot be written.
@@ -91,7 +91,10 @@ def write(model: Generator, job: Job, clip: Clip, out: pathlib.Path, settings: S
     raise UserError(f"{job.path}: the sound is not finite; lower --guidance and --spatial-guidance")
   rate = model.audio.sample_rate
   target = targets(job.path, out)
-  for path in target.values():  # The sidecar goes first: what it describes is replaced.
+  about = sidecar(model, job, settings)
+  _note(target["json"], about | {"outputs": {}})  # Whose the files are, if this ends half way.
+  made = [path for suffix, path in target.items() if suffix != "json"]
+  for path in made:
     path.unlink(missing_ok=True)
   io.write_audio(target[settings.format], clip.audio_ep, rate)
   if settings.video:
@@ -104,19 +107,23 @@ def write(model: Generator, job: Job, clip: Clip, out: pathlib.Path, settings: S
       duration=settings.duration,
     )
   wall = time.monotonic() - job.began
-  about = sidecar(model, job, settings) | {
+  about |= {
     "licences": model.licences(settings.localizer),
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
     "descriptors": np.round(clip.descriptors_vk.astype(float), 4).tolist(),
     "heat": report.heat_strip(clip.heat_vyx / 255),
     "spatial": spatial_cues(clip.audio_ep, rate),
-    "outputs": {path.name: io.file_hash(path) for path in target.values() if path.is_file()},
+    "outputs": {path.name: io.file_hash(path) for path in made if path.is_file()},
     "wall_s": round(wall, 3),
     "rtf": round(wall / job.seconds, 3),
     "peak_memory_mb": peak_memory_mb(),
   }
-  with io.atomic_path(target["json"]) as temporary:
+  _note(target["json"], about)
+
+
+def _note(path: pathlib.Path, about: Mapping[str, Any]) -> None:
+  with io.atomic_path(path) as temporary:
     temporary.write_text(json.dumps(about, indent=1) + "\n")
 
 
@@ -138,9 +145,9 @@ def finished(model: Generator, job: Job, out: pathlib.Path, settings: Settings) 
   made = {} if about is None else about.get("outputs", {})
   if not about or not made.keys() >= names or not all((out / name).is_file() for name in made):
     return False
-  if any(io.file_hash(out / name) != digest for name, digest in made.items()):
+  if any(about.get(key) != value for key, value in sidecar(model, job, settings).items()):
     return False
-  return all(about.get(key) == value for key, value in sidecar(model, job, settings).items())
+  return all(io.file_hash(out / name) == digest for name, digest in made.items())
 
 
 def read_sidecar(path: pathlib.Path) -> dict[str, Any] | None:

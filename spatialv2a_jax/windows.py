@@ -13,7 +13,6 @@ import numpy as np
 
 from spatialv2a_jax import io, schema
 
-COUNT_SECONDS = 8.0  # Stretch of video that is held while frames are counted.
 Source = str | pathlib.Path | io.Frames
 
 
@@ -31,10 +30,6 @@ def length(source: Source, most: float | None = None) -> float:
     seconds = source.seconds
   else:
     seconds = io.probe(source).duration_s
-    if not seconds:  # Recordings that were streamed may not say: count their frames.
-      view = {"frames": io.View(schema.SYNC_FPS, size=(16, 16), quick=True)}
-      pieces = io.iter_views(source, view, COUNT_SECONDS)
-      seconds = sum(len(piece.frames["frames"]) for piece in pieces) / schema.SYNC_FPS
   return min(seconds, most or math.inf)
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 import errno
 import json
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -307,3 +309,28 @@ def test_training_on_a_torn_shard_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_the_solvers_offered_are_those_there_are():
   assert tuple(flow.SOLVERS) == cli.SOLVERS
+
+
+def test_a_signal_leaves_nothing_half_written(tmp_path):
+  code = f"""
+import os, signal
+from spatialv2a_jax import cli, doctor, io
+def run():
+  with io.atomic_path({str(tmp_path / "x.wav")!r}) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGTERM)
+doctor.run = run
+cli.main()
+"""
+  done = subprocess.run([sys.executable, "-c", code, "doctor"], cwd=ROOT, check=False)
+  assert done.returncode == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
+
+
+def test_devices_that_are_not_there_are_one_line(tmp_path):
+  for command in ("doctor", "generate"):
+    more = ["x.mp4", "--checkpoint", tmp_path, "--out", tmp_path] if command == "generate" else []
+    argv = [sys.executable, "-m", "spatialv2a_jax.cli", command, *map(str, more)]
+    env = {**os.environ, "JAX_PLATFORMS": "cuda"}
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr and "set JAX_PLATFORMS=cpu" in done.stdout + done.stderr
+    assert done.returncode == (1 if command == "doctor" else 2)

@@ -124,6 +124,7 @@ def by_hand(batch, key, config):
     x1 = (batch["mean_betc"][i] + batch["std_betc"][i] * eps - 0.5) / 2
     shares = np.array([config.drop_video, config.drop_text, config.drop_spatial])
     video, text, spatial = 1.0 - (np.asarray(jax.random.uniform(k_drop, (3,))) < shares)
+    spatial *= max(video, text)
     both = video * (batch["clip_bvf"][i].mean() + batch["sync_bsf"][i].mean())
     both += text * batch["text_bwf"][i].mean()
     ear = SIGNS[0, :ears]
@@ -385,3 +386,19 @@ def test_exchanged_ears_of_noise_and_condition_give_exchanged_ears():
     return flow.sample(velocity, x, steps=5)
 
   np.testing.assert_allclose(run(mirrored, x[:, ::-1]), run(cond, x)[:, ::-1], atol=1e-5)
+
+
+def test_what_knows_neither_picture_nor_words_knows_no_place(monkeypatch):
+  """Guidance subtracts what the network says of nothing at all: one clip in a hundred is that."""
+  seen = {}
+
+  class Net(FakeNet):
+    def condition(self, params, stats, cond, drop, **options):
+      seen.update(drop)
+      return super().condition(params, stats, cond, drop, **options)
+
+  flow.loss(jnp.ones(()), {"calls": 0}, batch_of(20_000), KEY, net=Net(), config=flow.LossConfig())
+  video, text, spatial = (np.asarray(seen[name]) for name in ("video", "text", "spatial"))
+  assert spatial[video & text].all() and 0.007 < (video & text).mean() < 0.013
+  for name, share in (("video", 0.1), ("text", 0.1), ("spatial", 0.109)):
+    assert np.asarray(seen[name]).mean() == pytest.approx(share, abs=0.008)

@@ -246,13 +246,6 @@ def test_a_turned_video_is_seen_upright(make, tmp_path):
   assert io.probe(out / "turned.mp4").rotation == io.probe(path).rotation != 0
 
 
-def test_a_video_that_does_not_say_its_length_is_counted(films, make, tmp_path, monkeypatch):
-  probe = io.probe
-  mute = lambda path: dataclasses.replace(probe(path), duration_s=0.0)  # noqa: E731
-  monkeypatch.setattr(generate.io, "probe", mute)
-  assert about(make(films / "left.mp4"))["duration_s"] == 1.28
-
-
 def test_each_file_has_noise_of_its_own(films, make, monkeypatch):
   keys = []
   run = generator.Generator.sample
@@ -299,8 +292,6 @@ def test_what_is_done_is_left_alone_until_a_setting_changes(films, make, monkeyp
   track.write_text("time_s,azimuth_deg\n0,-30\n")
   assert ran(**by_track)
   (tmp_path / "out" / "left.mp4").unlink()
-  assert ran(**by_track)
-  (tmp_path / "out" / "left.json").write_text("[]")
   assert ran(**by_track)
   assert ran(format="flac", video=False)
   assert names(tmp_path / "out") == ["left.flac", "left.json"]  # No older sound beside the new.
@@ -367,7 +358,8 @@ def test_an_interrupted_run_is_not_taken_for_finished(films, make, monkeypatch, 
     patch.setattr(generate.io, "remux", interrupted)
     with pytest.raises(KeyboardInterrupt):
       make(films / "left.mp4", seed=1)
-  assert names(out) == ["left.wav"]  # No sidecar that describes other sound.
+  assert names(out) == ["left.json", "left.wav"]
+  assert about(out)["seed"] == 1 and not about(out)["outputs"]  # No other sound is described.
   make(films / "left.mp4", seed=1)
   fresh = make(films / "left.mp4", out="fresh", seed=1)
   for name in ("left.wav", "left.mp4"):
@@ -393,13 +385,15 @@ def test_a_killed_process_leaves_whole_files_only(model_folder, tmp_path):
   assert 3 <= len(list(out.glob("*.json"))) < 24
   for path in whole:
     if path.suffix == ".json":
-      assert json.loads(path.read_text())["input"] == f"{path.stem}.mp4"
+      assert (made := json.loads(path.read_text()))["input"] == f"{path.stem}.mp4"
+      if not made["outputs"]:
+        continue  # At work when it was killed.
       assert sound(out, path.stem).shape == sound(out, path.stem, "mp4").shape == (2, 20_480)
   assert subprocess.run(list(map(str, command)), cwd=root, capture_output=True).returncode == 0
   assert len(list(out.glob("*.json"))) == len(list(out.glob("*.wav"))) == 24
 
 
-def test_what_was_changed_or_cut_short_is_made_again(films, reference, make):
+def test_what_was_changed_or_cut_short_is_made_again(films, make):
   out = make(films / "left.mp4")
   whole = (out / "left.wav").read_bytes()
   for other in (b"", whole[:-4], bytes(reversed(whole))):

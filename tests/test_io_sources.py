@@ -177,6 +177,30 @@ def test_sound_and_picture_of_a_copy_that_lacks_its_first_whole_picture_line_up(
 
 
 @pytest.mark.parametrize("suffix", [".ts", ".mkv", ".mp4"])
+def test_new_sound_lines_up_with_the_picture_of_such_a_copy(tmp_path, suffix):
+  path = film(tmp_path / f"x{suffix}", cut=1.0)
+  sound_ep = io.read_audio(path, 16_000)
+  assert io.probe(path).duration_s == pytest.approx(4.0, abs=0.05)
+  io.remux(path, sound_ep, 16_000, tmp_path / "y.mp4")
+  assert flash_and_click(tmp_path / "y.mp4") == (2.0, pytest.approx(2.0, abs=2e-3))
+
+
+def test_damage_after_a_seek_is_met_once(tmp_path):
+  path = film(tmp_path / "x.mp4", count=500)
+  with av.open(str(path)) as container:
+    late = (x for x in container.demux(video=0) if x.pts * x.time_base >= 14)
+    at, size = next((x.pos, x.size) for x in late)
+  data = bytearray(path.read_bytes())
+  data[at : at + 20 * size] = bytes(20 * size)
+  path.write_bytes(data)
+  times = []
+  with pytest.raises(UserError, match="is damaged"):
+    for window in io.iter_views(path, {"x": io.View(25, (8, 8))}, 1, start=8):
+      times.append(window.start_s)
+  assert times == sorted(set(times))
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".mkv", ".mp4"])
 def test_what_comes_after_a_hole_in_the_sound_is_in_its_place(tmp_path, suffix):
   flash, click = flash_and_click(film(tmp_path / f"x{suffix}", hole=(1.5, 2.5)))
   assert flash == 4.0 and click == pytest.approx(flash, abs=2e-3)

@@ -114,8 +114,8 @@ def read_audio(
 ) -> np.ndarray:
   """Reads the sound of an audio file or of a video.
 
-  In a video, sample 0 is at the time of the first video frame, so frames and samples line up. The
-  level is kept as it is; decoded lossy sound may exceed 1.
+  In a video, sample 0 is at the time of the first frame shown, and holes in the sound are zeros, so
+  frames and samples line up. The level is kept as it is; decoded lossy sound may exceed 1.
 
   Args:
     path: a sound file or a container with a sound stream.

@@ -209,7 +209,7 @@ def _unreadable(path: str | os.PathLike, error: OSError) -> UserError:
 def open_media(path: str | os.PathLike) -> Iterator[InputContainer]:
   """Opens a container for reading; a file that libav cannot understand is a UserError.
 
-  If the block raises one, and it is the disk that cannot read the file, that is what is raised.
+  If libav fails within the block, and it is the disk that cannot read the file, that is raised.
   """
   path = check_readable(path)
   try:
@@ -220,8 +220,9 @@ def open_media(path: str | os.PathLike) -> Iterator[InputContainer]:
       raise UserError(f"{path} is not a media file or is damaged ({reason})") from None
     with container:
       yield container
-  except UserError:
-    check_whole(path)
+  except UserError as error:
+    if isinstance(error.__context__, av.error.FFmpegError | OSError):
+      check_whole(path)
     raise
 
 
@@ -276,22 +277,33 @@ def stated_seconds(container: InputContainer, stream: av.VideoStream) -> Fractio
 
 
 def _shown_seconds(path: str | os.PathLike) -> Fraction:
-  """Length of a video stream that states none, from its packets: the file may hold longer sound."""
-  start, end = None, Fraction(0)
-  with open_media(path) as container:
+  """Length of a video stream that states none: the file may hold longer sound.
+
+  Matroska has it as a tag of the stream. Without, as in recordings that were streamed, the packets
+  tell it.
+  """
+  start, end, untimed = None, Fraction(0), Fraction(0)
+  with open_media(path) as container, contextlib.suppress(av.error.FFmpegError, IndexError):
     stream = video_stream(container, path)
+    if tag := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
+      begin = (stream.start_time or 0) * (stream.time_base or Fraction(0))
+      return int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3]) - begin
     step = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
     for packet in container.demux(stream):
-      if packet.pts is None:
+      if packet.pts is None or packet.time_base is None:
+        untimed += step if packet.size else 0
         continue
       time = packet.pts * packet.time_base
       start = time if start is None else min(start, time)
       end = max(end, time + (packet.duration * packet.time_base if packet.duration else step))
-  return end - start if start is not None else Fraction(0)
+  # What comes after damage is not counted: reading it will say so.
+  return untimed if start is None else end - start
 
 
 def probe(path: str | os.PathLike) -> MediaInfo:
   """Reads what a media file holds, decoding one frame to see that it can be decoded.
+
+  Of a video that does not say how long it lasts, all packets are read.
 
   Raises:
     UserError: missing, empty, damaged, or neither video nor sound inside.
@@ -318,6 +330,8 @@ def probe(path: str | os.PathLike) -> MediaInfo:
       fps = float(stream.average_rate or stream.guessed_rate or 0)
       frames = stream.frames or None
       duration = stated_seconds(container, stream) or _shown_seconds(path)
+      late = (frame.pts or 0) - (stream.start_time or 0)  # Some of the first cannot be shown.
+      duration -= max(late, 0) * (stream.time_base or Fraction(0))
     elif sound is not None and sound.duration and sound.time_base:
       duration = sound.duration * sound.time_base
     return MediaInfo(

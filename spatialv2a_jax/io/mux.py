@@ -23,7 +23,7 @@ from av.container import InputContainer, OutputContainer
 
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.io.audio import fixed_point
-from spatialv2a_jax.io.files import atomic_path, open_media, video_stream
+from spatialv2a_jax.io.files import atomic_path, first_shown, open_media, video_stream
 from spatialv2a_jax.io.video import Picture, rational, timed_frames
 
 SoundCodec = Literal["flac", "alac", "aac"]
@@ -157,12 +157,13 @@ def write_video(
 def _video_packets(
   container: InputContainer, stream: av.VideoStream, path: str | os.PathLike, stop: Fraction | None
 ) -> Iterator[av.Packet]:
-  """Compressed packets with times counted from the first frame shown."""
+  """Compressed packets from the first whole picture on, times counted from the first one shown."""
   base = stream.time_base or Fraction(1, av.time_base)
-  origin = stream.start_time or 0
+  origin, begun = round(first_shown(path) / base), False
   try:
     for packet in container.demux(stream):
-      if packet.dts is None and packet.pts is None:
+      begun = begun or packet.is_keyframe
+      if not begun or (packet.dts is None and packet.pts is None):
         continue
       if packet.dts is not None:
         packet.dts -= origin

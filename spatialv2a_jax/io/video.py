@@ -156,14 +156,15 @@ def _from(
   """
   base = stream.time_base or Fraction(1, av.time_base)
   for margin in (_SEEK_MARGIN_S, 8 * _SEEK_MARGIN_S):
+    frames, head = iter(()), []
     with contextlib.suppress(av.error.FFmpegError):
       container.seek(int((start - margin) / base), stream=stream)
       frames = container.decode(stream)
       head = list(itertools.islice(frames, REORDER + 1))
-      if any(frame.pts is not None and frame.pts * base <= start for frame in head):
-        yield from head
-        yield from frames
-        return
+    if any(frame.pts is not None and frame.pts * base <= start for frame in head):
+      yield from head
+      yield from frames
+      return
   with open_media(path) as again:  # From the beginning, to which not every format seeks.
     whole = video_stream(again, path)
     whole.thread_type, whole.codec_context.thread_count = stream.thread_type, stream.thread_count

@@ -69,8 +69,8 @@ def summary(metric: Metric, parts_n: Sequence[np.ndarray], counts_bn: np.ndarray
   """
   value_n = per_clip(metric, parts_n)
   known_n = value_n[np.isfinite(value_n)]
-  clips = sum(_counts(metric, parts) for parts in parts_n)
   value = pooled(metric, parts_n, np.ones((1, len(parts_n))))[0]
+  clips = sum(_counts(metric, parts) for parts in parts_n) if math.isfinite(value) else 0
   boot_b = pooled(metric, parts_n, counts_bn)
   boot_b = boot_b[np.isfinite(boot_b)]
   spread = clips > 1 and len(boot_b) > 0

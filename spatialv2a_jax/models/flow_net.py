@@ -38,8 +38,7 @@ class Config:
     latent_channels: c, 20 (16 kHz) or 40 (44.1 kHz).
     clip_dim: features of a CLIP frame.
     sync_dim: features of a Synchformer token.
-    text_dim: features of a text token.
-    text_len: text tokens.
+    text_dim, text_len: features of a text token, and how many there are.
     ears: 2, or 1 for mono MMAudio.
     v2: MMAudio v2's activations and time embedding.
     spatial: has the spatial condition C_s.
@@ -79,8 +78,8 @@ class Config:
   def __post_init__(self):
     if self.dtype not in _DTYPES or self.activations not in (self.dtype, "float32"):
       raise ValueError(f"no dtype={self.dtype} with activations={self.activations}: {_DTYPES}")
-    sizes = (self.width, self.heads, self.joint_depth, self.ear_depth)
-    if min(*sizes, 1 if self.ffn is None else self.ffn) < 1:
+    sizes = (self.width, self.heads, self.joint_depth, self.ear_depth, self.ffn)
+    if min(size for size in sizes if size is not None) < 1:
       raise ValueError("width, heads, ffn, joint_depth and ear_depth must be at least 1")
     if self.ears not in (1, 2):
       raise ValueError(f"ears must be 1 or 2, got {self.ears}")

@@ -22,6 +22,10 @@ from spatialv2a_jax.training.optim import names
 
 _FULL = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "quota exceeded")
 _DAMAGED = "damaged-"  # Begins the name of a checkpoint that was set aside, before its step.
+_EARLIER = (
+  "was saved by an earlier version, without averages of running statistics; use another --workdir, "
+  "with the weights as init_from"
+)
 
 
 class Checkpoints:
@@ -222,6 +226,8 @@ class Checkpoints:
   def _check_layout(self, step: int, abstract: Any) -> None:
     """Raises UserError, naming what differs first, unless the checkpoint holds such a state."""
     where, there = f"{self.folder}/{step}", _metadata(self._manager, step)
+    if "means" not in there:
+      raise UserError(f"{where} {_EARLIER}")
     saved, wanted = _shapes(there), _shapes(abstract)
     other = {name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name)}
     order = ("params", "beside", "opt", "stats")
@@ -350,6 +356,8 @@ def _read(
     step = max(steps) if step is None else step
     try:
       tree = _metadata(manager, step)
+      if "means" not in tree:
+        raise UserError(f"it {_EARLIER}")
       item = {
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree[name] or {})
         for name in parts or tree

@@ -64,7 +64,7 @@ def fit(
     workdir: gets checkpoints/, metrics.jsonl, config.json and TensorBoard events; faults/,
       stacks/ and profile/ where there is need.
     recipe: what the steps are made of.
-    kind: what is trained, "flow" or "vae"; a checkpoint of another kind is refused.
+    kind: what is trained, such as "flow"; a checkpoint of another kind is refused.
     config: the resolved configuration, JSON-able; stored with every checkpoint.
     steps: updates of the whole run.
     every: how often to log, evaluate and save.

@@ -31,12 +31,13 @@ def streamed(path: pathlib.Path, seconds: float) -> str:
 @pytest.mark.parametrize(("seconds", "dropped"), [(0.8, True), (1.0, False), (1.2, False)])
 def test_a_length_that_is_not_stated_is_counted(tmp_path, seconds, dropped):
   path = streamed(tmp_path / "clip.mkv", seconds)
-  assert io.probe(path).duration_s == 0
+  assert io.probe(path).duration_s == pytest.approx(seconds)
   if dropped:
     with pytest.raises(filters.DropError, match="short: 0.80 s of 1 s"):
       filters.probe(path, filters.Limits(seconds=1))
   else:
-    assert filters.probe(path, filters.Limits(seconds=1))["duration_s"] == 1
+    found = filters.probe(path, filters.Limits(seconds=1))
+    assert found["duration_s"] == pytest.approx(seconds)
 
 
 def tone(seconds: float, level: float = 1.0) -> np.ndarray:

@@ -149,5 +149,5 @@ def test_other_file_formats(build, tmp_path):
 
 
 def test_what_is_missing_is_said(build, tmp_path):
-  with pytest.raises(Exception, match="latents.manifest.json.*finish building"):
+  with pytest.raises(Exception, match="no shards in .*latents"):
     prepare(build / "raw", tmp_path, "features_16k")

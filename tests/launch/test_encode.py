@@ -125,7 +125,9 @@ def test_training_drops_to_the_text_features_of_no_text(tmp_path):
     captions.build(texts, text, clips, config={}, storage="float32")
     return str(clips)
 
-  np.testing.assert_array_equal(flow_task.null_text(build(["", "a dog"]), config), np.ones((3, 2)))
+  for split in ("", ":train"):
+    found = flow_task.null_text(build(["", "a dog"]) + split, config)
+    np.testing.assert_array_equal(found, np.ones((3, 2)))
   with pytest.raises(UserError, match="it has no caption ''; encode the clips again"):
     flow_task.null_text(build(["a dog"]), config)
   assert not flow_task.null_text(tasks.SYNTHETIC, config).any()
@@ -164,6 +166,34 @@ def test_mirrored_features_are_those_of_the_mirrored_picture(media, tmp_path):
   np.testing.assert_array_equal(got["spatial_mirror_vk"], mirrored["spatial_vk"])
   signs_1k = np.asarray(spatial.MIRROR_SIGNS)[None]
   np.testing.assert_allclose(got["spatial_mirror_vk"], got["spatial_vk"] * signs_1k, atol=1e-4)
+
+
+def test_a_track_is_mirrored_with_the_picture_and_known_by_what_it_says(media, tmp_path):
+  from launch.encode import Features, identity
+
+  track = tmp_path / "track.csv"
+  track.write_text("time_s,azimuth_deg\n0,-30\n1,-30\n")
+  config = features.Config(localizer=f"track:{track}")
+  encoder = Features(SECONDS, config, mirror=True)
+  (got,) = encoder.encode([encoder.read(media / "clip0.mp4", "")])
+  np.testing.assert_array_equal(got["spatial_mirror_vk"], got["spatial_vk"] * spatial.MIRROR_SIGNS)
+  assert got["spatial_vk"][0, 0] > 0.4  # S_h: the right.
+  moved = tmp_path / "moved.csv"
+  moved.write_bytes(track.read_bytes())
+  assert identity(config) == identity(features.Config(localizer=f"track:{moved}"))
+  moved.write_text("time_s,azimuth_deg\n0,30\n1,30\n")
+  assert identity(config) != identity(features.Config(localizer=f"track:{moved}"))
+
+
+def test_the_last_picture_of_a_trimmed_film_is_held_not_that_of_a_short_one(media, tmp_path):
+  from launch.encode import Features
+
+  encoder = Features(0.84, features.Config(), mirror=False)  # The films have 0.8 s.
+  _, frames = encoder.read(media / "clip0.mp4", "")
+  assert len(frames["frames"]) == 21
+  np.testing.assert_array_equal(frames["frames"][-1], frames["frames"][-2])
+  with pytest.raises(shards.BadClipError, match="20 frames at 25 fps, not 23"):
+    Features(0.92, features.Config(), mirror=False).read(media / "clip0.mp4", "")
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def test_a_missing_compiler_is_named(monkeypatch, capsys):
     (ARGUMENTS[:2], "--topology"),
     ([*ARGUMENTS[:2], "--topology=v5e:banana"], "v5e:16x16"),
     ([*ARGUMENTS[:2], "--topology=h200:16"], "a host of h200 has at most 8 chips"),
-    ([*ARGUMENTS[:2], "--topology=v5e:32x32"], "as in v5e:2x32x32"),
+    ([*ARGUMENTS[:2], "--topology=v5e:32x32"], "as in v5e:4x16x16"),
     ([*ARGUMENTS, "--config.mesh.data=3"], "does not fit 8 device"),
     ([*ARGUMENTS, "--out=/proc/nowhere/x.json"], "cannot write to /proc/nowhere"),
     ([*ARGUMENTS, "--layout=/proc/nowhere/x.txt"], "cannot write to /proc/nowhere"),

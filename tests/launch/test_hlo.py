@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import scaling
 from launch import hlo, hlo_cost, roofline, targets
 from spatialv2a_jax import sharding
+from spatialv2a_jax.errors import UserError
 
 
 def compiled(function, *shapes, **kwargs):
@@ -323,7 +324,7 @@ def test_sizes_of_types():
 )
 def test_groups_that_cannot_be_read_are_no_guess(groups):
   module = hlo.parse(REDUCTION.replace("GROUPS", groups))
-  with pytest.raises(ValueError, match="replica_groups|parts of axes"):
+  with pytest.raises(UserError, match="replica_groups|parts of axes"):
     hlo_cost.collectives(module, 8)
 
 

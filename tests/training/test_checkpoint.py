@@ -323,6 +323,36 @@ def test_a_model_folder_holds_several_networks(tmp_path):
   assert all(len(digest) == 64 for digest in loaded.sha256.values())
 
 
+def test_a_checkpoint_of_an_earlier_version_is_neither_damaged_nor_another_model(
+  tmp_path, monkeypatch
+):
+  """It has no averages of running statistics, and nobody moves it."""
+  _, abstract = saved(tmp_path)
+  read = checkpoint._metadata
+  earlier = lambda *a: {k: v for k, v in read(*a).items() if k != "means"}  # noqa: E731
+  monkeypatch.setattr(checkpoint, "_metadata", earlier)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(UserError, match="was saved by an earlier version"):
+      checkpoints.restore(abstract)
+  with pytest.raises(UserError, match="it was saved by an earlier version"):
+    checkpoint.load_params(tmp_path)
+  assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_a_model_without_statistics_comes_back_as_it_was(tmp_path):
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  optimizer = optim.adamw(FROZEN, jax.eval_shape(toy.toy_init, jax.random.key(0)))
+  create, abstract, _ = train_step.init_state(
+    toy.toy_init, {}, optimizer, jax.random.key(0), mesh, toy.RULES
+  )
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state := create(), RUN)
+  found = checkpoint.Checkpoints(tmp_path).restore(abstract)
+  assert found and found[0].means == ({},)
+  jax.tree.map(np.testing.assert_array_equal, found[0], state)
+  assert checkpoint.load_params(tmp_path)[1] == {}
+
+
 def test_what_was_said_of_a_network_goes_with_it(tmp_path):
   about = {"flow": {"width": 8}, "flow_source": {"licence": "CC"}, "flow_average": {"step": 2}}
   model_folder.save_model(tmp_path, {"flow": model(0)}, {}, about)
