@@ -2,7 +2,8 @@ r"""Two-ear flow model on 8 s clips at 44.1 kHz, as wide as `medium_44k` and nea
 
 7 joint blocks and 14 blocks per ear, so that both ears can start as MMAudio's large_44k (variant
 `full`) or large_44k_v2 (variant `v2`, whose activations and time embedding differ):
-`spatialv2a convert mmaudio FILE --ears 2 --out DIR`, then `--config.init_from=DIR`.
+`spatialv2a convert mmaudio FILE --ears 2 --out DIR`, then `--config.init_from=DIR`
+and `--config.loss.ear_correlation=1`: with noise of their own, the ears would not begin alike.
 
 Run:      python -m launch.train --config configs/large_44k.py --workdir runs/large_44k \
             --config.data.path=SHARDS --config.vae=MODEL_FOLDER

@@ -1,7 +1,8 @@
 r"""Two-ear flow model on 8 s clips at 44.1 kHz, twice as wide as `small_44k`.
 
 4 joint blocks and 8 blocks per ear, so that both ears can start as MMAudio's medium_44k:
-`spatialv2a convert mmaudio FILE --ears 2 --out DIR`, then `--config.init_from=DIR`.
+`spatialv2a convert mmaudio FILE --ears 2 --out DIR`, then `--config.init_from=DIR`
+and `--config.loss.ear_correlation=1`: with noise of their own, the ears would not begin alike.
 
 Run:      python -m launch.train --config configs/medium_44k.py --workdir runs/medium_44k \
             --config.data.path=SHARDS --config.vae=MODEL_FOLDER

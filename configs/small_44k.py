@@ -1,7 +1,8 @@
 r"""Two-ear flow model on 8 s clips at 44.1 kHz: the recipe of `small_16k` at MMAudio-S's depth.
 
 4 joint blocks and 8 blocks per ear, so that both ears can start as MMAudio's small_44k:
-`spatialv2a convert mmaudio FILE --ears 2 --out DIR`, then `--config.init_from=DIR`.
+`spatialv2a convert mmaudio FILE --ears 2 --out DIR`, then `--config.init_from=DIR`
+and `--config.loss.ear_correlation=1`: with noise of their own, the ears would not begin alike.
 
 Run:      python -m launch.train --config configs/small_44k.py --workdir runs/small_44k \
             --config.data.path=SHARDS --config.vae=MODEL_FOLDER

@@ -81,4 +81,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  jax.config.update("jax_platforms", "cpu")  # A run that still trains holds the others.
   sys.exit(main())

@@ -270,4 +270,6 @@ def start_of(path: str, name: str) -> model_folder.Model:
   model = model_folder.load_model(path)
   if name not in model.params:
     raise UserError(f"model folder {path} has no network {name!r}, only {sorted(model.params)}")
+  if not isinstance(model.config.get(name), dict):
+    raise UserError(f"{path}/config.json describes no model of this version: it lacks {name!r}")
   return model

@@ -234,6 +234,8 @@ def make_train_step(
     step_key = jax.random.fold_in(key, state.step)
     run = gradient if accumulate == 1 else accumulated
     (value, (metrics, stats)), grads = run(state.params, state.stats, batch, step_key)
+    # Once, not for each average.
+    stats = jax.lax.with_sharding_constraint(stats, layout.stats)
     # Under ZeRO-1 each device updates the part of which it holds the moments; the layout of the
     # result then gathers the parameters.
     grads, own = jax.lax.with_sharding_constraint((grads, state.params), (layout.ema, layout.ema))

@@ -255,8 +255,12 @@ def test_shards_of_another_codec_or_other_features_are_refused(tmp_path):
 
 
 def test_a_codec_of_another_audio_is_one_line(tmp_path):
-  model_folder.save_model(tmp_path / "vae", {"vae": {"x": np.ones(1)}}, {}, {"audio": "44k"})
+  network, about = {"vae": {"x": np.ones(1)}}, {"audio": "44k"}
+  model_folder.save_model(tmp_path / "vae", network, {}, about)
   config = config_of("tiny", "smoke", vae=str(tmp_path / "vae"))
+  with pytest.raises(UserError, match="describes no model of this version: it lacks 'vae'"):
+    tasks.build(config, one_device(), sharding.Rules())
+  model_folder.save_model(tmp_path / "vae", network, {}, about | {"vae": {"width": 8}})
   with pytest.raises(UserError, match="vae is for audio '44k', this run has '16k'"):
     tasks.build(config, one_device(), sharding.Rules())
 

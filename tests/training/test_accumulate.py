@@ -42,8 +42,9 @@ def prepare(train, accumulate):
     lambda x: (0.3 * rng.standard_normal(x.shape)).astype(x.dtype), abstract.params
   )
   params["frozen"]["latent_std"][:] = 1
-  opt = toy.SGD.tx.init(params)
-  return train_step.State(np.int32(0), params, params, opt, net.init_stats(), guard.init()), step
+  opt, stats = toy.SGD.tx.init(params), net.init_stats()
+  state = train_step.State(np.int32(0), params, params, opt, stats, guard.init(), means=(stats,))
+  return state, step
 
 
 def after_a_step(batch, train, accumulate):
