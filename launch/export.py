@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import jax
 
 from launch import tasks
-from spatialv2a_jax import io, sharding
+from spatialv2a_jax import sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.training import checkpoint, optim
 
@@ -44,7 +44,6 @@ def export(
   """
   if step is None:  # Both reads must take the same one.
     step = max(checkpoint.saved_runs(run), default=None)
-  io.check_writable(out)
   params, stats, config = checkpoint.load_params(run, 0, step)
   if average is not None:
     widths = optim.Ema(**config["ema"]).widths
