@@ -183,8 +183,7 @@ def in_batches(
     try:
       return function(argument)
     except Exception as error:  # Stands in the place of the clip.
-      if errors.of_machine(error):
-        raise
+      errors.raise_of_machine(error)
       return error
 
   done = (future.result() for future in ahead(lambda item: attempt(read, item), items, batch))

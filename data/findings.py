@@ -123,8 +123,7 @@ class Run:
         try:
           found[job.clip.id] = work(job, next(given)())
         except Exception as error:
-          if errors.of_machine(error):
-            raise
+          errors.raise_of_machine(error)
           drop = drop_of(error, job)
           found[job.clip.id] = {"drop": [drop.reason, drop.detail]}
     content = {"key": key, "seconds": self.clock.seconds[name], "found": found}

@@ -57,13 +57,12 @@ class _OneByOne:
   make_record: Callable[[Item], Record]
 
   def __call__(self, items: Sequence[Item]) -> Iterator[Record | Exception]:
-    """Yields a record for each item, or what is wrong with it; raises `errors.of_machine`."""
+    """Yields a record for each item, or what is wrong with it, if that is its own fault."""
     for item in items:
       try:
         yield self.make_record(item)
       except Exception as error:  # One bad clip must not end a build of many hours.
-        if errors.of_machine(error):
-          raise
+        errors.raise_of_machine(error)
         yield error
 
 
@@ -104,7 +103,7 @@ def build(
   Args:
     items: the clips; ids are unique.
     make_record: returns a clip's fields without `id`: numpy arrays, or text. Whatever it raises
-      makes the clip a bad one, except `errors.of_machine`. Pickled to the processes if `jobs` > 1.
+      makes the clip a bad one, except as `errors.raise_of_machine`. Pickled if `jobs` > 1.
     out: folder of the shards.
     shards: their number in each split, or one number for all.
     config: plain values on which records depend; a change rebuilds all shards.
@@ -127,7 +126,7 @@ def build(
   Raises:
     UserError: a folder that cannot be written, duplicate ids, too many bad clips, none left, or
       clips of different shapes.
-    Exception: `errors.of_machine`, from `make_record`; run again, finished shards are kept.
+    Exception: as `errors.raise_of_machine`; run again, finished shards are kept.
   """
   out = pathlib.Path(out)
   io.check_writable(out)
@@ -280,8 +279,7 @@ def make_shard(job: Job, make: Maker) -> dict[str, Any]:
         record = {"id": item.id, **made}
         _check_record(record, fields, job.unknown)
       except Exception as error:
-        if errors.of_machine(error):
-          raise
+        errors.raise_of_machine(error)
         bad[item.id] = _reason(error)
         _check_bad(bad, job.max_bad)
         continue

@@ -195,8 +195,7 @@ class Slice:
       try:
         record = self._record(item.payload, found[1], found[2], place, clock)
       except Exception as error:
-        if errors.of_machine(error):
-          raise
+        errors.raise_of_machine(error)
         yield findings.drop_of(error, item.payload)
         continue
       for field, count in counts.items():

@@ -38,7 +38,7 @@ def task(config: tasks.Config, mesh: Mesh, rules: sharding.Rules) -> tasks.Task:
     name = binauralizer.NETWORK
     about: dict[str, Any] = {"audio": AUDIO, name: dataclasses.asdict(sizes)}
     if config["init_from"]:
-      about[f"{name}_source"] = tasks.origin(config["init_from"], name)
+      about[f"{name}_source"] = tasks.origin(config["init_from"], name, RESNET)
     tasks.write(path, {name: tasks.gather(params)}, {name: tasks.gather(stats)}, about)
 
   held_out = functools.partial(loss, train=False)

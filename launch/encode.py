@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     least_samples=math.floor(seconds * audio.sample_rate),
     config={
       "seconds": seconds,
-      "features": identity(encoders),
+      "features": encoders.identity(),
       "mirror": args.mirror,
       **({"weights": weights} if weights else {}),
     },
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
       args.out / "clips",
       args.out / "latents",
       net,
-      config={"audio": audio.name, "vae": net.sha256, "features": identity(encoders)},
+      config={"audio": audio.name, "vae": net.sha256, "features": encoders.identity()},
       batch=args.batch,
       **{**options, "jobs": 1},
     )
@@ -95,13 +95,6 @@ def read_config(path: str) -> tuple[dict[str, Any], features.Config]:
     raise UserError(f"--config {path}: {error}") from error
   except Exception as error:  # Whatever the file does.
     raise UserError(f"--config {path}: {type(error).__name__}: {first_line(error)}") from error
-
-
-def identity(config: features.Config) -> dict[str, Any]:
-  """Returns the settings of encoders as plain values: of a file what it says, not where it lies."""
-  kind, _, path = config.localizer.partition(":")
-  about = {**dataclasses.asdict(config), "localizer": kind}
-  return {**about, "localizer_file": io.file_hash(path)} if path else about
 
 
 def check(path: str, parts: pathlib.Path | None, vae: pathlib.Path | None) -> None:
@@ -181,7 +174,7 @@ class Features:
       one["sync_mirror_sf"] = other["sync_sf"]
       one["spatial_mirror_vk"] = other["spatial_vk"]
       if self.config.localizer.startswith("track:"):  # It does not look at the picture.
-        one["spatial_mirror_vk"] = one["spatial_vk"] * np.asarray(MIRROR_SIGNS, np.float32)
+        one["spatial_mirror_vk"] = one["spatial_vk"] * MIRROR_SIGNS
     return plain
 
   def text(self, caption: str) -> np.ndarray:

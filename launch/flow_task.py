@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from data import captions, layout
-from launch import encode, flops, tasks
+from launch import flops, tasks
 from launch.listen import Listener
 from spatialv2a_jax import codec, features, flow, schema, sharding
 from spatialv2a_jax.errors import UserError
@@ -129,7 +129,7 @@ def _check_encoded(config: tasks.Config, encoders: features.Config, vae: str | N
         f"config.vae: {config['vae']} is not the VAE that config.data.{key}={place} was encoded "
         f"with, whose SHA-256 begins with {made['vae'][:12]}: give that one, or encode again"
       )
-    for name, value in encode.identity(encoders).items() if "features" in made else ():
+    for name, value in encoders.identity().items() if "features" in made else ():
       if made["features"].get(name) != value:
         raise UserError(
           f"config.features: {name}={value!r}, but config.data.{key}={place} was encoded with "

@@ -253,14 +253,16 @@ def checked(kind: Callable[..., Any], section: str, values: Mapping[str, Any]) -
     raise UserError(f"config.{section}: {error}") from error
 
 
-def origin(path: str, name: str) -> dict[str, Any]:
-  """Returns what a model folder is to say of weights that began as those in `path`.
+def origin(path: str, *names: str) -> dict[str, Any]:
+  """Returns what a model folder is to say of weights that began as those of `path`, by name.
 
   That is their licence above all. A run reads `path` at its beginning alone; later it may be gone.
   """
   if not pathlib.Path(path).is_dir():
     return {"init_from": path}
-  return {**model_folder.open_model(path).config.get(f"{name}_source", {}), "init_from": path}
+  about = model_folder.open_model(path).config
+  known = next((about[key] for name in names if (key := f"{name}_source") in about), {})
+  return {**known, "init_from": path}
 
 
 def start_of(path: str, name: str) -> model_folder.Model:

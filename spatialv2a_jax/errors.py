@@ -2,7 +2,8 @@
 
 import errno
 
-_OF_MACHINE = {
+DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_OF_MACHINE = DISK_TROUBLE | {
   errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT,
 }  # fmt: skip
 
@@ -48,17 +49,17 @@ def _device_is_full(error: BaseException) -> bool:
   return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)  # JAX's.
 
 
-def of_machine(error: BaseException) -> bool:
-  """Returns whether an error says nothing about the clip that was at hand.
+def raise_of_machine(error: Exception) -> None:
+  """Raises an error again that says nothing about the clip that was at hand.
 
-  Such as weights, memory, a disk or a mount: a build ends, and goes on when that is mended. What
-  libav calls an input/output error may be damage; `io` raises UnreachableError where it is not.
+  Such as weights, memory, a disk or a mount: a build ends, and goes on when that is mended. `io`
+  tells what libav calls an input/output error: UnreachableError, if it is no damage.
   """
-  return (
-    isinstance(error, MemoryError | MissingAssetError | DamagedAssetError | UnreachableError)
-    or _device_is_full(error)
-    or (isinstance(error, OSError) and error.errno in _OF_MACHINE)
-  )
+  if isinstance(error, OSError) and error.errno in _OF_MACHINE:
+    raise UnreachableError(one_line(error) or str(error)) from error
+  others = MemoryError | MissingAssetError | DamagedAssetError | UnreachableError
+  if isinstance(error, others) or _device_is_full(error):
+    raise error
 
 
 class MissingAssetError(UserError):

@@ -12,6 +12,7 @@ q patch, r raw feature, f feature, k descriptor.
 import dataclasses
 import hashlib
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,6 +51,12 @@ class Config:
   text_len: int = 8
   localizer: str = "motion"
   mirror_tta: bool = False
+
+  def identity(self) -> dict[str, Any]:
+    """Returns the settings as plain values: of a file what it says, not where it lies."""
+    kind, _, path = self.localizer.partition(":")
+    about = {**dataclasses.asdict(self), "localizer": kind}
+    return {**about, "localizer_file": io.file_hash(path)} if path else about
 
 
 def views() -> dict[str, io.View]:

@@ -139,9 +139,10 @@ def peak_memory_mb() -> int | None:
 
 def finished(model: Generator, job: Job, out: pathlib.Path, settings: Settings) -> bool:
   """Whether `out` holds this file's sound already, made by the same model and settings."""
-  suffixes = (settings.format, "mp4") if settings.video else (settings.format,)
-  names = {f"{job.path.stem}.{suffix}" for suffix in suffixes}
-  about = read_sidecar(out / f"{job.path.stem}.json")
+  target = targets(job.path, out)
+  wanted = (settings.format, "mp4") if settings.video else (settings.format,)
+  names = {target[suffix].name for suffix in wanted}
+  about = read_sidecar(target["json"])
   made = {} if about is None else about.get("outputs", {})
   if not about or not made.keys() >= names or not all((out / name).is_file() for name in made):
     return False

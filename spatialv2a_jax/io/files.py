@@ -19,6 +19,7 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 
+from spatialv2a_jax.errors import DISK_TROUBLE as DISK_TROUBLE
 from spatialv2a_jax.errors import UnreachableError, UserError
 
 av.logging.set_level(None)  # libav would print its own lines between ours.
@@ -29,8 +30,6 @@ VIDEO_EXTENSIONS = frozenset(
 AUDIO_EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac", ".opus", ".aiff"})
 
 REORDER = 4  # Frames held back to put a badly ordered stream in order of presentation.
-
-DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,10 +227,13 @@ def open_media(path: str | os.PathLike) -> Iterator[InputContainer]:
 
 def video_stream(container: InputContainer, path: str | os.PathLike) -> av.VideoStream:
   """The first real video stream (cover pictures do not count); UserError without one."""
-  for stream in container.streams.video:
-    if not stream.disposition & Disposition.attached_pic:
-      return stream
+  for stream in _films(container):
+    return stream
   raise UserError(f"{path} has no video stream")
+
+
+def _films(container: InputContainer) -> list[av.VideoStream]:
+  return [x for x in container.streams.video if not x.disposition & Disposition.attached_pic]
 
 
 def first_shown(path: str | os.PathLike) -> Fraction:
@@ -240,15 +242,15 @@ def first_shown(path: str | os.PathLike) -> Fraction:
   A copy that was cut between two whole pictures begins with some that nobody can decode.
   """
   with open_media(path) as container:
-    if not container.streams.video:
+    if not _films(container):
       return Fraction(0)
-    stream = container.streams.video[0]
+    stream = video_stream(container, path)
     base = stream.time_base or Fraction(1, av.time_base)
     head = next(container.demux(stream), None)
     if head is not None and head.is_keyframe and head.pts == stream.start_time:
       return (head.pts or 0) * base
   with open_media(path) as container, contextlib.suppress(av.error.FFmpegError):
-    frames = itertools.islice(container.decode(container.streams.video[0]), REORDER + 1)
+    frames = itertools.islice(container.decode(video_stream(container, path)), REORDER + 1)
     return min((frame.pts * base for frame in frames if frame.pts is not None), default=Fraction(0))
   return Fraction(0)
 
@@ -310,9 +312,7 @@ def probe(path: str | os.PathLike) -> MediaInfo:
   """
   with open_media(path) as container:
     sound = container.streams.audio[0] if container.streams.audio else None
-    has_video = any(
-      not stream.disposition & Disposition.attached_pic for stream in container.streams.video
-    )
+    has_video = bool(_films(container))
     if not has_video and sound is None:
       raise UserError(f"{path} holds neither video nor sound")
     duration = Fraction(container.duration or 0, av.time_base)

@@ -272,7 +272,13 @@ def _tracked(manager: ocp.CheckpointManager, step: int) -> Mapping[str, Any]:
 def _read(manager: ocp.CheckpointManager, step: int, width: str, folder: pathlib.Path) -> Any:
   """Returns one average of a snapshot, whatever mesh saved it; UserError if it is damaged."""
   with _readable(folder, step):
-    return _restored(manager, step, width)
+    part = {width: _tracked(manager, step)[width]}
+    item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), part)
+    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    args = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
+      item=item, restore_args=plain, partial_restore=True
+    )
+    return manager.restore(step, args=args)[width]
 
 
 @contextlib.contextmanager
@@ -284,16 +290,6 @@ def _readable(folder: pathlib.Path, step: int) -> Iterator[None]:
       f"cannot read the snapshot {folder}/{step}: {save_failures.reason(error)}; move it away to "
       "mix the others"
     ) from error
-
-
-def _restored(manager: ocp.CheckpointManager, step: int, width: str) -> Any:
-  part = {width: _tracked(manager, step)[width]}
-  item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), part)
-  plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-  args = ocp.args.PyTreeRestore(  # pyright: ignore[reportCallIssue]
-    item=item, restore_args=plain, partial_restore=True
-  )
-  return manager.restore(step, args=args)[width]
 
 
 def _sum(

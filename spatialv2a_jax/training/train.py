@@ -129,11 +129,9 @@ def fit(
       evaluated = _agreed(start, _evaluated(rows, start), workdir)
     ledger.resume(run.get("ledger"), rows)
     evaluated = evaluated or evaluate is None or not every.evaluates(start, steps)
-    later = (workdir / averages.FOLDER).is_dir()
-    snapshots = stack.enter_context(
-      # Those of a way that is no longer gone would pass for this run's.
-      averages.Snapshots(workdir, widths if every.average or later else (), start)
-    )
+    # Opened also to delete: snapshots after `start` would pass for those of the steps to come.
+    there = every.average or (workdir / averages.FOLDER).is_dir()
+    snapshots = stack.enter_context(averages.Snapshots(workdir, widths if there else (), start))
     if start and every.averages(start, steps) and start not in snapshots:
       snapshots.save(start, state.averages())  # Killed before it was on disk.
     if start > steps or (start == steps and evaluated):

@@ -346,6 +346,7 @@ def test_a_shard_without_its_own_sidecar_is_unfinished(tmp_path, monkeypatch):
   "error",
   [
     OSError(errno.ESTALE, "Stale file handle"),
+    OSError(errno.EIO, "Input/output error"),
     MemoryError(),
     RuntimeError("RESOURCE_EXHAUSTED: out of memory"),
     UnreachableError("no such file: clip9.mp4"),
@@ -355,7 +356,7 @@ def test_a_shard_without_its_own_sidecar_is_unfinished(tmp_path, monkeypatch):
 )
 def test_a_fault_of_the_machine_costs_no_clip(tmp_path, error):
   """A clip that is left out is so for good: nobody looks at it again."""
-  with pytest.raises(type(error)):
+  with pytest.raises(UnreachableError if isinstance(error, OSError) else type(error)):
     build(tmp_path / "a", Maker(broken=(9,), error=error), max_bad=1.0)
   build(tmp_path / "a")
   build(tmp_path / "b")

@@ -169,7 +169,7 @@ def test_mirrored_features_are_those_of_the_mirrored_picture(media, tmp_path):
 
 
 def test_a_track_is_mirrored_with_the_picture_and_known_by_what_it_says(media, tmp_path):
-  from launch.encode import Features, identity
+  from launch.encode import Features
 
   track = tmp_path / "track.csv"
   track.write_text("time_s,azimuth_deg\n0,-30\n1,-30\n")
@@ -180,9 +180,9 @@ def test_a_track_is_mirrored_with_the_picture_and_known_by_what_it_says(media, t
   assert got["spatial_vk"][0, 0] > 0.4  # S_h: the right.
   moved = tmp_path / "moved.csv"
   moved.write_bytes(track.read_bytes())
-  assert identity(config) == identity(features.Config(localizer=f"track:{moved}"))
+  assert config.identity() == features.Config(localizer=f"track:{moved}").identity()
   moved.write_text("time_s,azimuth_deg\n0,30\n1,30\n")
-  assert identity(config) != identity(features.Config(localizer=f"track:{moved}"))
+  assert config.identity() != features.Config(localizer=f"track:{moved}").identity()
 
 
 def test_the_last_picture_of_a_trimmed_film_is_held_not_that_of_a_short_one(media, tmp_path):

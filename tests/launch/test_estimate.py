@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 
 import jax
 import pytest
@@ -59,8 +60,10 @@ def test_topologies_are_named(text, chip, count, parts):
   ["v5e", "v9:4x4", "v5e:4", "v5p:4x4", "cpu:2x2", "v5e:0x4", "v5e:4x", "v5e:32x32", "h200:16"],
 )
 def test_other_topologies_are_refused(text):
-  with pytest.raises(UserError, match="--topology"):
+  with pytest.raises(UserError, match="--topology") as refused:
     targets.parse(text)
+  for advised in re.findall("as in (.*)", str(refused.value)):
+    targets.parse(advised)
 
 
 def test_a_missing_compiler_is_named(monkeypatch, capsys):

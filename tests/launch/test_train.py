@@ -4,6 +4,7 @@ import pathlib
 import re
 import shutil
 import time
+import types
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from data import layout
-from launch import encode, export, flow_task, tasks, train
+from launch import export, flow_task, tasks, train
 from spatialv2a_jax import cli, features, model_folder, schema, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import flow_net
@@ -241,7 +242,7 @@ def test_shards_of_another_codec_or_other_features_are_refused(tmp_path):
     layout.write_json(shards_at / "manifest.json", {"config": made, "shards": []})
     return flow_task._check_encoded({**config, "data": data}, encoders, saved.sha256["vae"])
 
-  same = {"vae": saved.sha256["vae"], "features": encode.identity(encoders)}
+  same = {"vae": saved.sha256["vae"], "features": encoders.identity()}
   for key in ("path", "eval"):
     build(key, **same)
     build(key)  # Not said: shards of others.
@@ -249,7 +250,7 @@ def test_shards_of_another_codec_or_other_features_are_refused(tmp_path):
       UserError, match=f"is not the VAE that config.data.{key}=.*begins with 0123"
     ):
       build(key, vae="0123456789abcdef")
-    other = encode.identity(dataclasses.replace(encoders, seed=7))
+    other = dataclasses.replace(encoders, seed=7).identity()
     with pytest.raises(UserError, match="config.features: seed=0, but .* was encoded with 7"):
       build(key, features=other)
 
@@ -419,6 +420,23 @@ def test_an_exported_model_says_where_its_weights_come_from_and_runs_anywhere(tm
     assert about["vae_source"] == licence and about["flow"]["attention"] == "auto"
     assert about["flow_source"] == ({} if gone else licence) | {"init_from": paths["init_from"]}
     shutil.rmtree(tmp_path / "start", ignore_errors=True)
+
+
+def test_what_is_evaluated_is_the_average_with_its_own_statistics(monkeypatch):
+  seen = []
+
+  def evaluate(params, stats, batch):
+    del batch
+    seen.append((params, stats))
+    return {"loss": 1.0, "clips": 2.0}
+
+  config = config_of("tiny", "smoke", **{"data.batch_size": 2})
+  hook: Any = tasks.build(config, one_device(), sharding.Rules()).evaluate
+  hook = dataclasses.replace(hook, step=evaluate, listener=lambda *a: seen.append(a[:2]))
+  state = train_step.State(0, "params", "ema", {}, "newest", {}, ("other",), ("its own", "another"))
+  stop = types.SimpleNamespace(due=lambda: False, poll=lambda: False)
+  hook(state, 1, None, stop)
+  assert seen and set(seen) == {("ema", "its own")}
 
 
 def test_latent_statistics_are_those_of_samples_of_the_posterior():

@@ -33,6 +33,7 @@ def test_a_run_and_its_estimate_know_the_same_peak(kind, chip):
 
 
 def test_peaks_of_other_names():
+  assert meter.peak_flops("NVIDIA H200 MIG 1g.18gb") is None  # A part of one.
   assert meter.peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
   assert meter.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
   assert meter.peak_flops("NVIDIA H100 PCIe") == 756e12
