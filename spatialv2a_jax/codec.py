@@ -195,12 +195,6 @@ def statistics(audio: Iterable[np.ndarray], spec: AudioSpec) -> tuple[np.ndarray
   return mean.astype(np.float32), deviation.astype(np.float32)
 
 
-def with_statistics(params: Params, mean_m: np.ndarray, std_m: np.ndarray) -> Params:
-  """Returns the parameters with the data's statistics, by which the VAE normalises mels."""
-  frozen = {"data_mean": jnp.asarray(mean_m), "data_std": jnp.asarray(std_m)}
-  return {**params, "frozen": frozen}
-
-
 def build(
   config: Mapping[str, Any], spec: AudioSpec, loss_config: LossConfig | None = None
 ) -> Codec:

@@ -26,7 +26,7 @@ from spatialv2a_jax.feature_cache import Cache
 from spatialv2a_jax.models import flow_net, vocoder
 from spatialv2a_jax.sampler import Choice, Condition, Sampler, clip_key
 from spatialv2a_jax.settings import Settings as Settings
-from spatialv2a_jax.weights import Weights, missing
+from spatialv2a_jax.weights import Weights, exactly, missing
 from spatialv2a_jax.windows import Source, Window, azimuths, cross_fade, length, shares
 
 GUIDANCE = 2.0  # Where neither the user nor the checkpoint says another.
@@ -91,6 +91,7 @@ class Generator:
     self.weights = Weights([opened, *more], dtype=dtype, single=low_memory)
     self.cache, self.report = cache, _silent
     config = opened.config
+    self.weights.model("flow", config.get("audio", "16k"))  # Whose config describes the rest.
     try:
       self.audio = schema.AUDIO[config["audio"]]
       name = self.audio.name
@@ -112,15 +113,16 @@ class Generator:
       raise UserError(f"{path}/config.json describes no model of this version: {error!r}") from None
     if flow_config.latent_channels != self.audio.latent_channels:
       raise UserError(f"{path}/config.json says {name} sound, its flow network makes other latents")
-    bins = {"vae": self.weights.config("vae", name).get("n_mels", self.audio.n_mels)}
+    want = self.audio.n_mels, self.audio.hop
+    mels = {"vae": (self.weights.config("vae", name).get("n_mels", want[0]), want[1])}
     if self.vocoder is not None:
-      bins["vocoder"] = self.vocoder.n_mels
-    for network, count in bins.items():
-      if count != self.audio.n_mels:
+      mels["vocoder"] = self.vocoder.n_mels, math.prod(self.vocoder.rates)
+    for network, have in mels.items():
+      if have != want:
         where = self.weights.model(network).folder
         raise MissingAssetError(
-          f"{where} holds a {network} for other sound ({count} mel bins, {name} sound has "
-          f"{self.audio.n_mels}); {missing(network, path, name)}"
+          f"{where} holds a {network} for other sound ({have[0]} mel bins every {have[1]} samples, "
+          f"{name} sound has {want[0]} every {want[1]}); {missing(network, path, name)}"
         )
     self.weights.check("flow", self.net.init, self.net.init_stats())
     self.weights.check("vae", self.codec.init)
@@ -239,7 +241,7 @@ class Generator:
 
   @functools.cached_property
   def _encode(self) -> Callable[..., jax.Array]:
-    return jax.jit(lambda params, audio_bep: self.codec.encode(params, audio_bep)[0])
+    return jax.jit(exactly(lambda params, audio_bep: self.codec.encode(params, audio_bep)[0]))
 
   def noise(self, key: jax.Array, first: int, frames: int | None = None) -> jax.Array:
     """Returns the noise of a window, which is that of the whole clip there."""
@@ -325,7 +327,7 @@ class Generator:
 
   @functools.cached_property
   def _decode(self) -> Callable[..., jax.Array]:
-    return jax.jit(lambda params, z_etc: self.codec.decode(params, z_etc[None])[0])
+    return jax.jit(exactly(lambda params, z_etc: self.codec.decode(params, z_etc[None])[0]))
 
   def mels(self, firsts: Sequence[int], z_etc: np.ndarray) -> np.ndarray:
     """Returns the log-mels [e, m, n] of a clip from its latents.
@@ -344,7 +346,7 @@ class Generator:
   @functools.cached_property
   def _vocode(self) -> Callable[..., jax.Array]:
     assert self.vocoder is not None
-    return jax.jit(vocoder.build(self.vocoder).waveform)
+    return jax.jit(exactly(vocoder.build(self.vocoder).waveform))
 
   def synthesize(self, log_mel_mn: np.ndarray, past_p: np.ndarray) -> np.ndarray:
     """Returns the vocoder's waveform [p] of a log-mel, as `phase.binaural` asks for it."""

@@ -93,7 +93,7 @@ def works(dtype: str) -> dict[str, Work]:
     latents = shape(1, 2, frames, audio.latent_channels)
     rows[f"VAE {name}, decoder"] = Work("vae", sound.init, sound.decode, (latents,))
     voice = vocoder.build(vocoder.V1_16K if name == "16k" else vocoder.V2_44K)
-    mels = shape(1, audio.n_mels, phase.piece_frames(2 * frames))
+    mels = shape(1, audio.n_mels, phase.piece_frames(2 * frames, audio))
     rows[f"BigVGAN {name}"] = Work("vocoder", voice.init, voice.waveform, (mels,))
   return rows
 

@@ -68,10 +68,7 @@ def save_model(
   check_writable(folder)
   if (folder / CHECKPOINTS).is_dir():
     raise UserError(f"{folder} is the working directory of a run; choose another output")
-  about = _read_config(folder) if (folder / "config.json").exists() else {}
-  digests = dict(about.pop("sha256", {}))
-  old = tuple(f"{name}_" for name in params)  # What was said of networks that are replaced.
-  about = {name: x for name, x in about.items() if not name.startswith(old)} | dict(config)
+  digests, old = {}, tuple(f"{name}_" for name in params)
   # All files take their names at the end, one right after the other, config.json last.
   with contextlib.ExitStack() as whole:
     described = whole.enter_context(atomic_path(folder / "config.json"))
@@ -79,6 +76,11 @@ def save_model(
       flat = traverse_util.flatten_dict({"params": tree, "stats": stats.get(name, {})}, sep="/")
       temporary = whole.enter_context(atomic_path(folder / f"{name}.safetensors"))
       digests[name] = tensors.write(temporary, flat)
+    # Only now: meanwhile another process may have added a network.
+    about = _read_config(folder) if (folder / "config.json").exists() else {}
+    digests = {**about.pop("sha256", {}), **digests}
+    # What was said of networks that are replaced goes.
+    about = {name: x for name, x in about.items() if not name.startswith(old)} | dict(config)
     text = json.dumps({**about, "sha256": digests}, indent=2, sort_keys=True)
     described.write_text(text + "\n")
   return Model(dict(params), dict(stats), dict(about), digests, folder)

@@ -35,7 +35,8 @@ Synthesizer = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 ITERATIONS = 16
 _MOMENTUM = 0.375
-_CHUNK, _OVERLAP, _BUCKET = 640, 32, 64  # Mel frames: about 10 s, 0.5 s and 1 s at 16 kHz.
+_PIECE_S = 10.24  # Longer than the 8 s that the networks are made for.
+_OVERLAP, _BUCKET = 32, 64  # Mel frames: about 0.5 s and 1 s at 16 kHz.
 _MAX_GAIN_DB = 40.0
 _SMOOTH_S = 0.25  # Width of the window that steadies the azimuth found from level differences.
 _WIDEST_DEG = 70  # Level differences fall again beyond, towards the bright spot behind the sphere.
@@ -119,7 +120,8 @@ def azimuth_from_levels(log_mel_emn: np.ndarray, spec: AudioSpec) -> np.ndarray:
   Each frame compares its level difference per band with those of a sphere at -70 to 70 degrees,
   bands weighted by their magnitude; the answer is the mean azimuth under the weights
   exp(-misfit / 0.5 dB^2), steadied over a quarter of a second by loudness. Beyond 70 degrees levels
-  are ambiguous, and the answer stays inside. Equal ears give exactly 0, exchanged ears the exact
+  are ambiguous, and the answer stays inside. What is below the mels' floor, as a VAE's decoder may
+  make it, is silence. Equal ears give exactly 0, exchanged ears the exact
   negative.
   """
   _, level_am = _sphere_table(spec)
@@ -127,6 +129,7 @@ def azimuth_from_levels(log_mel_emn: np.ndarray, spec: AudioSpec) -> np.ndarray:
   level_am = np.concatenate([-level_am[:0:-1], level_am])
   azimuth_a = np.arange(-_WIDEST_DEG, _WIDEST_DEG + 1.0)
   mels = 10 ** (np.asarray(log_mel_emn, np.float64) * (mel.db_per_unit(spec) / 20))
+  mels = np.maximum(mels, mel.FLOOR)
   weight_mn = mels[0] + mels[1] - 2 * mel.FLOOR
   loud_n = weight_mn.sum(0)
   weight_mn = weight_mn / np.maximum(loud_n, 1e-12)[None]
@@ -169,30 +172,34 @@ def _to_ears(mid_p: Array, log_mel_emn: Array, delay_nf: Array, spec: AudioSpec)
   return mel.istft(spectrum[None] * gain * turn, spec)[:, pad:-pad]
 
 
-def piece_frames(frames: int) -> int:
-  """Returns the mel frames of the largest piece that a synthesizer gets of so long a clip."""
-  return min(_CHUNK, frames + -frames % _BUCKET)
+def piece_frames(frames: int, spec: AudioSpec) -> int:
+  """Returns the mel frames of the pieces in which a clip of so many is made."""
+  return min(round(_PIECE_S * spec.sample_rate / spec.hop), frames)
 
 
 Piece = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
 
 
-def _in_pieces(log_mel_emn: np.ndarray, spec: AudioSpec, rows: int, make: Piece) -> np.ndarray:
-  """Makes [rows, n * hop] samples from overlapping pieces of at most `_CHUNK` frames.
+def _in_pieces(
+  log_mel_emn: np.ndarray, spec: AudioSpec, rows: int, make: Piece, bucket: int
+) -> np.ndarray:
+  """Makes [rows, n * hop] samples from overlapping pieces of at most `_PIECE_S`.
 
   Calls make(piece_emn, first, past) for samples. A piece begins at frame `first`; `past` [rows, p]
-  is what has been made of its first frames already and is cross-faded with the new. Silence is
-  appended to a piece up to a multiple of `_BUCKET` frames, so that few programs are compiled.
+  is what has been made of its first frames already and is cross-faded with the new. The last piece
+  of several ends with the clip. Silence is appended to a single one up to a multiple of `bucket`
+  frames, so that few programs are compiled.
   """
   frames, hop = log_mel_emn.shape[-1], spec.hop
   silence = 20 * np.log10(mel.FLOOR) / mel.db_per_unit(spec)
   out = np.zeros((rows, frames * hop), np.float32)
   fade = np.sin(0.5 * np.pi * (np.arange(_OVERLAP * hop) + 0.5) / (_OVERLAP * hop)) ** 2
   fade = fade.astype(np.float32)[None]
-  for first in range(0, max(1, frames - _OVERLAP), _CHUNK - _OVERLAP):
-    piece_emn = log_mel_emn[..., first : first + _CHUNK]
-    count = piece_emn.shape[-1]
-    fill = [(0, 0), (0, 0), (0, -count % _BUCKET)]
+  count = piece_frames(frames, spec)
+  last = frames - count
+  for first in [*range(0, last, max(1, count - _OVERLAP)), last]:
+    piece_emn = log_mel_emn[..., first : first + count]
+    fill = [(0, 0), (0, 0), (0, -count % bucket)]
     common = slice(first * hop, (first + _OVERLAP) * hop if first else 0)
     past = out[:, common]
     piece_emn = np.pad(piece_emn, fill, constant_values=silence)
@@ -209,7 +216,13 @@ def mono(
   """Returns the waveform [p], p = n * hop, of one log-mel [m, n], in pieces of about 10 s."""
   log_mel_emn = np.asarray(log_mel_mn, np.float32)[None]
   chosen = synthesize or griffin_lim(spec)
-  return _in_pieces(log_mel_emn, spec, 1, lambda x, _, past: chosen(x[0], past[0])[None])[0]
+  make = lambda x, _, past: chosen(x[0], past[0])[None]  # noqa: E731
+  return _in_pieces(log_mel_emn, spec, 1, make, _bucket(synthesize))[0]
+
+
+def _bucket(synthesize: Synthesizer | None) -> int:
+  """Returns of how many frames pieces are multiples: a network hears silence behind the end."""
+  return 1 if synthesize else _BUCKET
 
 
 def binaural(
@@ -259,4 +272,4 @@ def binaural(
     ears = _to_ears(jnp.asarray(mid_p), jnp.asarray(piece_emn), delay_nf, spec)
     return np.concatenate([np.asarray(ears), mid_p[None]])
 
-  return _in_pieces(log_mel_emn, spec, 3, make)[:2]
+  return _in_pieces(log_mel_emn, spec, 3, make, _bucket(synthesize))[:2]

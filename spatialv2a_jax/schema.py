@@ -66,6 +66,15 @@ AUDIO: Mapping[str, AudioSpec] = {
 }
 
 
+def audio_of(n_mels: int, hop: int | None = None) -> str:
+  """Returns the name of the audio with such mels; ValueError if there is none."""
+  for name, audio in AUDIO.items():
+    if audio.n_mels == n_mels and hop in (None, audio.hop):
+      return name
+  every = "" if hop is None else f" every {hop} samples"
+  raise ValueError(f"{n_mels} mel bins{every} are those of no sound in use here")
+
+
 @dataclasses.dataclass(frozen=True)
 class Lengths:
   """Sequence lengths of a clip: latent frames, audio samples, 8 fps frames, sync tokens."""

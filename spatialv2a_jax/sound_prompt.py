@@ -59,7 +59,8 @@ class SoundPrompt:
     """
     if self._word is None:
       count = round(acl.SECONDS * beats.SAMPLE_RATE)
-      audio_p = io.read_audio(self.path, beats.SAMPLE_RATE, mono=True)[0, :count]
+      heard = {"mono": True, "duration": acl.SECONDS}
+      audio_p = io.read_audio(self.path, beats.SAMPLE_RATE, **heard)[0, :count]
       audio_1p = np.pad(audio_p, (0, count - len(audio_p)))[None]
       hear, speak = _programs(self._hears, self._speaks)
       features_1if = np.asarray(hear(self._weights.take("beats", placement=placement), audio_1p))

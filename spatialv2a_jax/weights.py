@@ -32,7 +32,7 @@ SOURCES = {
   ),
 }
 Sizes = TypeVar("Sizes")
-EXACT = ("vae", "vocoder")  # Always float32: they are small, and rounding is heard as noise.
+EXACT = ("vae", "vocoder")  # Always float32 (`exactly`): small, and rounding is heard as noise.
 
 
 def missing(name: str, folder: Any, audio: str = "16k") -> MissingAssetError:
@@ -42,6 +42,16 @@ def missing(name: str, folder: Any, audio: str = "16k") -> MissingAssetError:
     f"{folder} holds no weights of: {name}; download {file}, then: "
     f"spatialv2a convert {source} FILE --out {folder} (or name a folder that has it with --parts)"
   )
+
+
+def exactly(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """Returns the function with products in float32, which matrix units round if not told."""
+
+  def exact(*arguments: Any) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+      return function(*arguments)
+
+  return exact
 
 
 class Weights:
@@ -154,7 +164,8 @@ def placed_shapes(params: Any, network: str, dtype: str) -> Any:
 def _rounded(path: tuple[Any, ...]) -> bool:
   """Whether the network itself would round a leaf before a product: no result changes then."""
   names = [getattr(key, "key", "") for key in path]
-  return names[-1] == "kernel" and names[0] != "decoder"  # CLIPSeg's small decoder stays exact.
+  # CLIPSeg's small decoder and the positions of BEATs' tokens stay exact.
+  return names[-1] == "kernel" and names[0] not in ("decoder", "positions")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,8 @@ def tiny():
   params = jax.tree.map(
     lambda x: (rng.standard_normal(x.shape) * (x.ndim == 3)).astype(np.float32), shapes
   )
-  return net, codec.with_statistics(params, *codec.statistics([audio], SPEC)), audio
+  mean, std = codec.statistics([audio], SPEC)
+  return net, {**params, "frozen": {"data_mean": mean, "data_std": std}}, audio
 
 
 def batch_of(audio, ids=(3, 4, 5, 6), weights=(1, 1, 1, 1)):

@@ -203,6 +203,12 @@ def test_parts_for_other_sound_are_refused(tmp_path, folder):
   (net / "config.json").write_text(json.dumps(about))
   with pytest.raises(MissingAssetError, match="vocoder for other sound .*convert bigvgan FILE"):
     generator.Generator(net)
+  about["vocoder"] |= {"n_mels": 80, "rates": [4, *about["vocoder"]["rates"][1:]]}
+  (net / "config.json").write_text(json.dumps(about))
+  with pytest.raises(
+    MissingAssetError, match=r"80 mel bins every \d+ samples, 16k sound has 80 ev"
+  ):
+    generator.Generator(net)
   about["audio"] = "44k"
   (net / "config.json").write_text(json.dumps(about))
   with pytest.raises(UserError, match="says 44k sound, its flow network makes other latents"):

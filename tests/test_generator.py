@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from spatialv2a_jax import generator, io, schema, windows
+from spatialv2a_jax import generator, io, schema, tensors, windows
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.generator import Generator, Settings, Window
 from spatialv2a_jax.model_folder import load_model, save_model
@@ -243,3 +243,22 @@ def test_a_folder_with_half_a_model_is_a_missing_asset(model_folder, tmp_path):
   save_model(tmp_path / "half", {"vae": held.params["vae"]}, {}, held.config)
   with pytest.raises(MissingAssetError, match="holds no weights of: flow"):
     Generator(tmp_path / "half")
+  # Converted encoders say nothing of the sound; the network that does is the one to be named.
+  save_model(tmp_path / "parts", {"clip": {"x": np.zeros(1)}}, {}, {})
+  with pytest.raises(MissingAssetError, match="weights of: flow.*spatialv2a convert mmaudio"):
+    Generator(tmp_path / "parts")
+
+
+def test_a_network_that_joins_a_folder_during_another_s_writing_stays(tmp_path, monkeypatch):
+  """Two conversions at once; the first to begin wrote the config it had read then."""
+  write, folder = tensors.write, tmp_path / "model"
+
+  def slow(path, arrays):
+    if "big" in str(path):
+      save_model(folder, {"small": {"x": np.zeros(1)}}, {}, {"small": {"sizes": 1}})
+    return write(path, arrays)
+
+  monkeypatch.setattr(tensors, "write", slow)
+  save_model(folder, {"big": {"x": np.ones(1)}}, {}, {"big": {"sizes": 2}})
+  both = load_model(folder)
+  assert set(both.params) == {"big", "small"} and both.config["small"] == {"sizes": 1}

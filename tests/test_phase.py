@@ -66,8 +66,9 @@ def test_delay_is_that_of_a_rendered_source(noise_mn, azimuth):
 def test_delay_follows_the_low_frequency_law_at_low_frequencies():
   delay_f = phase.interaural_delay(np.array([40.0]), SPEC)[0] * 1e6
   at = lambda hz: delay_f[round(hz * SPEC.n_fft / SPEC.sample_rate)]  # noqa: E731
-  assert abs(at(200) - hrtf.low_frequency_itd_us(np.array(40.0))) < 15
-  assert abs(at(7000) - hrtf.woodworth_itd_us(np.array(40.0))) < 30
+  angle, head_us = np.radians(40), 1e6 * hrtf.HEAD_RADIUS_M / hrtf.SOUND_SPEED_M_S
+  assert abs(at(200) - 3 * head_us * np.sin(angle)) < 15  # Kuhn's law.
+  assert abs(at(7000) - head_us * (angle + np.sin(angle))) < 30  # Woodworth's law.
 
 
 @pytest.mark.parametrize("azimuth", [-45.0, 10.0, 30.0, 60.0])
@@ -79,6 +80,19 @@ def test_azimuth_is_found_from_levels(azimuth):
   found = phase.azimuth_from_levels(mels, SPEC)
   assert np.abs(found[4:-4] - azimuth).max() < 3
   np.testing.assert_allclose(phase.azimuth_from_levels(mels[::-1], SPEC), -found, atol=1e-9)
+
+
+def test_what_is_below_the_floor_is_silence():
+  """A decoder may make less; as a weight it drew the place of loud frames past the sides."""
+  floor = 20 * np.log10(mel.FLOOR) / mel.db_per_unit(SPEC)
+  mels = np.full((2, SPEC.n_mels, FRAMES), floor, np.float32)
+  mels[:, :, 28:34] += 2.0
+  mels[0, :, 28:34] += 0.01
+  expected = phase.azimuth_from_levels(mels, SPEC)
+  below = np.where(mels <= floor, mels - np.float32(0.2), mels)
+  np.testing.assert_allclose(phase.azimuth_from_levels(below, SPEC), expected, atol=1e-6)
+  noise = 0.1 * np.random.default_rng(0).standard_normal(mels.shape)
+  assert np.abs(phase.azimuth_from_levels(floor + noise, SPEC)).max() <= 70
 
 
 def test_level_and_spectrum_are_those_of_the_mel(noise_mn):
@@ -100,7 +114,7 @@ def test_small_errors_of_the_mel_stay_small(noise_mn):
 def test_pieces_join_without_a_gap(noise_mn, monkeypatch):
   tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(256 * SPEC.hop) / SPEC.sample_rate)
   mel_mn = np.asarray(mel.log_mel(jnp.asarray(tone, jnp.float32), SPEC))
-  monkeypatch.setattr(phase, "_CHUNK", 128)
+  monkeypatch.setattr(phase, "_PIECE_S", 128 * SPEC.hop / SPEC.sample_rate)
   audio = phase.binaural(_both(mel_mn), SPEC)
   assert audio.shape == (2, 256 * SPEC.hop)
   level = np.sqrt(np.square(audio[0]).reshape(-1, 1024).mean(1))[2:-2]
@@ -115,9 +129,26 @@ def test_any_synthesizer_gives_the_mid_waveform(noise_mn):
     return np.ones(log_mel_mn.shape[1] * SPEC.hop, np.float32)
 
   ears = phase.binaural(_both(noise_mn), SPEC, np.zeros(FRAMES), synthesize=synthesize)
-  np.testing.assert_allclose(seen[0][0][:, :FRAMES], noise_mn, atol=1e-5)
+  np.testing.assert_allclose(seen[0][0], noise_mn, atol=1e-5)  # No silence behind its end.
   assert seen[0][1] == 0
   np.testing.assert_allclose(ears[:, 600:-1200], 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("frames", [300, 256, 250, 129, 128, 127, 40, 1])
+def test_a_network_gets_pieces_of_one_length_that_end_with_the_clip(frames, monkeypatch):
+  monkeypatch.setattr(phase, "_PIECE_S", 128 * SPEC.hop / SPEC.sample_rate)
+  mel_mn = np.tile(np.arange(frames, dtype=np.float32) / 300, (SPEC.n_mels, 1))
+  seen = []
+
+  def synthesize(log_mel_mn, past_p):
+    del past_p
+    seen.append(log_mel_mn[0])
+    return np.repeat(log_mel_mn[0], SPEC.hop)
+
+  made = phase.mono(mel_mn, SPEC, synthesize)
+  np.testing.assert_allclose(made, np.repeat(mel_mn[0], SPEC.hop), atol=1e-6)
+  assert {len(x) for x in seen} == {min(frames, 128)} and seen[-1][-1] == mel_mn[0, -1]
+  assert len(seen) == 1 + max(0, -(-(frames - 128) // 96))
 
 
 def test_independent_ears_are_two_mono_reconstructions(noise_mn):

@@ -94,6 +94,17 @@ def test_the_word_of_a_sound_goes_into_the_prompt(folder, sounds, monkeypatch):
   assert identities[0] != identities[1]  # which the cache knows.
 
 
+def test_bfloat16_is_near(folder, sounds):
+  """BEATs' convolution of positions takes kernels of its input's kind."""
+  words = []
+  for dtype in ("float32", "bfloat16"):
+    weights = Weights([model_folder.open_model(folder)], dtype=dtype, single=True)
+    chosen = Encoders(features.Config(localizer=f"acl:{sounds[0]}"), weights)
+    (stage,) = (s for s in chosen.stages("") if s.network == "clipseg")
+    words.append(stage.encode(frames_of(), 0.25, 0.0)["spatial_vk"])
+  np.testing.assert_allclose(*words, atol=0.05)
+
+
 def test_mistakes_are_one_line(folder, sounds, tmp_path):
   with pytest.raises(UserError, match="none.wav: no such file; --localizer acl:FILE"):
     open_encoders(folder, "acl:none.wav")

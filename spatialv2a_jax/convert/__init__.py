@@ -78,15 +78,21 @@ def run(source: str, file: Path, out: Path, *, ears: int = 1) -> int:
   if ears == 2:
     config, params, stats = mmaudio.two_ears(config, params, jax.random.key(0, impl="threefry2x32"))
   name = chosen.network
-  origin = {
+  origin: dict[str, Any] = {
     "file": pathlib.Path(file).name,
     "sha256": io.file_hash(file),
     "upstream": chosen.upstream,
     "licence": chosen.licence,
   }
+  if others := chosen.beside(file):
+    origin["beside"] = {path.name: io.file_hash(path) for path in others}
   if source == "mmaudio":
     origin["variant"] = mmaudio.variant(config)
-  about = {name: dataclasses.asdict(config), f"{name}_source": origin, **chosen.about(config)}
+  try:
+    more = chosen.about(config)
+  except ValueError as error:
+    raise UserError(f"{file}: {error}") from None
+  about = {name: dataclasses.asdict(config), f"{name}_source": origin, **more}
   _check_rate(out, about, file)
   model_folder.save_model(out, {name: params}, {name: stats}, about)
   count = sum(x.size for x in jax.tree.leaves(params))

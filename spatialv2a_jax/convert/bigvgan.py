@@ -5,11 +5,13 @@ Files hold the weights with weight norm in either spelling of PyTorch, or folded
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from spatialv2a_jax import schema
 from spatialv2a_jax.convert.engine import (
   WEIGHT,
   Outputs,
@@ -26,7 +28,11 @@ from spatialv2a_jax.models import vocoder
 
 
 def configure(state: State, *, base: vocoder.Config) -> vocoder.Config:
-  """Returns the sizes; what no shape shows (dilations, the end) is that of the version."""
+  """Returns the sizes; what no shape shows (dilations, the end) is that of the version.
+
+  Raises:
+    ValueError: the other version.
+  """
 
   def shape(name):
     return state[weight_norm(state, name).keys[-1]].shape
@@ -34,6 +40,9 @@ def configure(state: State, *, base: vocoder.Config) -> vocoder.Config:
   width, n_mels, _ = shape("conv_pre")
   kernels = tuple(shape(f"ups.{i}.0")[2] for i in range(count(state, r"ups\.(\d+)\.")))
   blocks = count(state, r"resblocks\.(\d+)\.") // len(kernels)
+  if ("conv_post.bias" in state) != base.final_bias:
+    version = ("bigvgan_v2", "bigvgan")["conv_post.bias" in state]
+    raise ValueError(f"as of the other version: convert it as {version}")
   return dataclasses.replace(
     base,
     n_mels=n_mels,
@@ -41,7 +50,6 @@ def configure(state: State, *, base: vocoder.Config) -> vocoder.Config:
     kernels=kernels,
     rates=tuple(taps // 2 for taps in kernels),  # As in every released configuration.
     block_kernels=tuple(shape(f"resblocks.{i}.convs1.0")[2] for i in range(blocks)),
-    final_bias="conv_post.bias" in state,
   )
 
 
@@ -90,7 +98,7 @@ def _source(upstream: str, licence: str, base: vocoder.Config) -> Source:
     outputs=outputs,
     ignore=(r".*\.(upsample|downsample\.lowpass)\.filter",),  # A constant of the architecture.
     wrapper="generator",
-    about=lambda config: {"audio": "16k" if config.n_mels == 80 else "44k"},
+    about=lambda config: {"audio": schema.audio_of(config.n_mels, math.prod(config.rates))},
     note="the content of upstream's key 'generator', without the constant filters of the "
     "activations: load it with strict=False, before remove_weight_norm()",
   )

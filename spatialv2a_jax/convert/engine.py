@@ -6,6 +6,7 @@ that does not fit) is one error that lists all of it: a checkpoint converts comp
 """
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -60,10 +61,12 @@ class Source:
     ignore: patterns of whole foreign keys that carry nothing we need.
     wrapper: key under which files may hold the state dict.
     refine: (sizes, what the file holds beside the wrapped state dict) -> sizes.
-    about: sizes -> entries of `config.json` beside the sizes.
+    about: sizes -> entries of `config.json` beside the sizes; ValueError if nothing here is for
+      networks of these sizes.
     note: what one must know to load an exported file upstream.
     stats: whether upstream's state dict holds running statistics; their paths begin with STATS.
     read: path -> content, where upstream spreads a network over several files.
+    beside: path -> the other ones of these files.
   """
 
   network: str
@@ -81,6 +84,7 @@ class Source:
   note: str = ""
   stats: bool = False
   read: Callable[[Any], dict[str, Any]] = files.read
+  beside: Callable[[Any], list[pathlib.Path]] = lambda path: []
 
 
 def convert(source: Source, state: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
@@ -92,7 +96,7 @@ def convert(source: Source, state: Mapping[str, Any], name: str) -> tuple[Any, d
     name: how messages call it.
 
   Raises:
-    UserError: if anything on either side has no counterpart or another shape.
+    UserError: if anything on either side has no counterpart or another shape, or is not finite.
   """
   beside: Mapping[str, Any] = {}
   if source.wrapper in state and isinstance(state[source.wrapper], Mapping):
@@ -126,6 +130,7 @@ def convert(source: Source, state: Mapping[str, Any], name: str) -> tuple[Any, d
     "without a recipe": set(wanted) - set(table),
     "without a parameter": set(table) - set(wanted),
     "of another shape": set(),
+    "not finite": set(),
   }
   params = {}
   for path, leaf in table.items():
@@ -140,6 +145,8 @@ def convert(source: Source, state: Mapping[str, Any], name: str) -> tuple[Any, d
       continue
     if params[path].shape != shape:
       problems["of another shape"].add(f"{', '.join(leaf.keys)} (for {path} {shape})")
+    elif not np.isfinite(params[path]).all():  # Such as statistics that were never gathered.
+      problems["not finite"].add(", ".join(leaf.keys))
   told = [f"{kind}: {', '.join(sorted(keys))}" for kind, keys in problems.items() if keys]
   if told:
     raise UserError(f"{name} does not fit {source.upstream}; " + "; ".join(told))

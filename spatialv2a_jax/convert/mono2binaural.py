@@ -32,6 +32,7 @@ from spatialv2a_jax.convert.engine import (
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import mono2binaural, resnet
 
+_COMPANIONS = ("visual", "fusion")
 _VISUAL, _AUDIO = "visual.feature_extraction", "audio.audionet"
 _NORMED = "audio.audionet_convlayer1.1.weight"  # There with batch norm only.
 
@@ -50,14 +51,22 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
   if not path.name.startswith("audio"):
     raise UserError(f"{path}: give audio_SUFFIX.pth; visual_ and fusion_SUFFIX.pth lie beside it")
   joined = {f"audio.{key}": value for key, value in state.items()}
-  visual = files.read(path.with_name("visual" + path.name.removeprefix("audio")))
-  joined |= {f"visual.{key}": value for key, value in visual.items()}
-  fusion = path.with_name("fusion" + path.name.removeprefix("audio"))
-  if fusion.is_file():
-    state = files.read(fusion)
+  visual, *fusion = beside(path)
+  joined |= {f"visual.{key}": value for key, value in files.read(visual).items()}
+  for file in fusion:
+    state = files.read(file)
     head = "apnet" if any(key.startswith("fusion1.") for key in state) else "assoconv"
     joined |= {f"{head}.{key}": value for key, value in state.items()}
   return joined
+
+
+def beside(path: str | pathlib.Path) -> list[pathlib.Path]:
+  """Returns the visual network's file and, if it is there, the fusion network's."""
+  path = pathlib.Path(path)
+  if not path.name.startswith("audio"):
+    return []
+  visual, fusion = (path.with_name(x + path.name.removeprefix("audio")) for x in _COMPANIONS)
+  return [visual, *([fusion] if fusion.is_file() else [])]
 
 
 def configure(state: State) -> mono2binaural.Config:
@@ -192,6 +201,7 @@ SOURCE = Source(
   "without the layers that upstream never uses (channel_mapping_conv_b): load with strict=False",
   stats=True,
   read=read,
+  beside=beside,
 )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from spatialv2a_jax import schema
 from spatialv2a_jax.convert.engine import (
   WEIGHT,
   Leaf,
@@ -95,5 +96,5 @@ SOURCE = Source(
   table=table,
   build=vae.build,
   outputs=outputs,
-  about=lambda config: {"audio": "16k" if config.n_mels == 80 else "44k"},
+  about=lambda config: {"audio": schema.audio_of(config.n_mels)},
 )

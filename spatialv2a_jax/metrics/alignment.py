@@ -109,11 +109,15 @@ def read_truth(path: str | os.PathLike) -> Truth:
     azimuth_v = np.array([np.nan if a is None else a for a in data["azimuth_deg"]], np.float64)
     times = [time for source in data["sources"] for time in source["onsets_s"]]
     truth = Truth(float(data["seconds"]), float(data["fps"]), azimuth_v, np.array(times, float))
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     reason = f"no key {error}" if isinstance(error, KeyError) else error
     raise UserError(f"{path} is not the truth of a scene: {reason}") from None
-  if truth.fps <= 0 or truth.seconds <= 0 or not len(azimuth_v):
-    raise UserError(f"{path} is not the truth of a scene: no frames")
+  if azimuth_v.ndim != 1 or not len(azimuth_v):
+    raise UserError(f"{path} is not the truth of a scene: azimuth_deg is no list of angles")
+  if not (0 < truth.fps < math.inf and 0 < truth.seconds < math.inf):
+    raise UserError(f"{path} is not the truth of a scene: fps and seconds must be above 0")
+  if truth.onsets_s.ndim != 1 or not np.isfinite(truth.onsets_s).all():
+    raise UserError(f"{path} is not the truth of a scene: onsets_s are no times")
   return truth
 
 
@@ -206,8 +210,9 @@ def agreement(heard: Heard, truth: Truth) -> dict[str, np.ndarray]:
     return share(np.abs(value_w - true_w), keep_w)
 
   times = onsets.merge(truth.onsets_s)
-  error_o, hits = onsets.match(times, heard.onsets_s)
-  found = len(heard.onsets_s)
+  heard_o = heard.onsets_s[heard.onsets_s < truth.seconds]  # Nothing is known of what is later.
+  error_o, hits = onsets.match(times, heard_o)
+  found = len(heard_o)
   return {
     "sign_agreement": share(_same_side(heard.ild_db_w, true_w, 1e-3), used_w & aside_w),
     "sign_agreement_broadband": share(

@@ -2,7 +2,9 @@
 
 Sound is at 16 kHz and each ear's mean is removed. Two framings: `stft_ejf` (1024-point periodic
 Hann, hop 256, not centred) for spectra, and rectangular frames of 1024 samples (64 ms), hop 512,
-for levels and delays. A source on the left has ITD > 0: the left ear leads.
+for levels and delays. The phase transform of such a frame is tapered: whitened, what leaks from a
+tone cut off at the same sample in both ears is as loud as the tone, and reads as no delay.
+A source on the left has ITD > 0: the left ear leads.
 
 Axes: e ear (0 left, 1 right), p sample, i rectangular frame, j STFT frame, f frequency bin, l lag.
 """
@@ -23,11 +25,12 @@ SILENT_EAR = 1e-6  # An ear 60 dB below the other counts as silent.
 FLOOR, RANGE = 1e-6, 1e-4  # Active frames: above -60 dBFS and within 40 dB of the loudest.
 LOW_BAND = (100.0, 1500.0)
 PHAT_BAND = (100.0, 7900.0)
+NEGATIVE = 0.8  # A positive peak of that share of a negative one is the delay.
 
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-  """Strongest absolute peak of correlations within +-1 ms.
+  """Strongest peak of correlations within +-1 ms, see `peaks`.
 
   Attributes:
     lag_us: delay of the right ear after the left, microseconds.
@@ -51,7 +54,7 @@ class Analysis:
     audible_i: active frames in which neither ear is silent.
     stft_ejf: complex spectrogram.
     xc_il: interaural correlation coefficient per frame, lags of `lags()`.
-    phat_il: phase transform (GCC-PHAT, 100 to 7900 Hz) per frame.
+    phat_il: phase transform (GCC-PHAT, 100 to 7900 Hz) per frame, Hann-tapered.
     low_il: correlation coefficient of 100 to 1500 Hz per frame.
   """
 
@@ -110,7 +113,7 @@ def analyse(audio_ep: np.ndarray) -> Analysis:
     audible_i=active_i & ~one_silent(energy_ei),
     stft_ejf=stft(audio_ep),
     xc_il=xc_il,
-    phat_il=phat(spectra_eif, size),
+    phat_il=phat(np.fft.rfft(frames_eip * _hann(FRAME), size), size),
     low_il=coefficient(spectra_eif, size, LOW_BAND),
   )
 
@@ -122,8 +125,11 @@ def framed(x_ep: np.ndarray, length: int, hop: int) -> np.ndarray:
 
 def stft(audio_ep: np.ndarray) -> np.ndarray:
   """Returns the complex spectrogram [e, j, 513]."""
-  window_p = scipy.signal.get_window("hann", N_FFT)
-  return np.fft.rfft(framed(audio_ep, N_FFT, HOP) * window_p)
+  return np.fft.rfft(framed(audio_ep, N_FFT, HOP) * _hann(N_FFT))
+
+
+def _hann(samples: int) -> np.ndarray:
+  return scipy.signal.get_window("hann", samples)
 
 
 def one_silent(energy_ex: np.ndarray) -> np.ndarray:
@@ -171,27 +177,30 @@ def coefficient(
   return _at_lags(cross_xf, low, size, max_lag) / scale_x[..., None]
 
 
-def phat(
-  spectra_exf: np.ndarray, size: int, beta: float = 1.0, max_lag: int = MAX_LAG
-) -> np.ndarray:
-  """Returns GCC-PHAT at fine lags: the cross-spectrum over its magnitude to the power `beta`.
+def phat(spectra_exf: np.ndarray, size: int) -> np.ndarray:
+  """Returns GCC-PHAT at fine lags: the correlation of the cross-spectrum over its magnitude.
 
-  Scaled so that a pure delay peaks at 1. Bins 120 dB below the strongest are left out: their
-  phase is rounding.
+  Scaled so that a pure delay peaks at 1. Bins 80 dB below the strongest are left out: their phase
+  is that of rounding, and of what leaks from tones.
   """
   low, high = bins(size, PHAT_BAND)
   cross_xf = spectra_exf[0, :, low:high].conj() * spectra_exf[1, :, low:high]
   size_xf = np.abs(cross_xf)
-  keep_xf = size_xf > 1e-12 * size_xf.max(-1, keepdims=True)
-  white_xf = np.where(keep_xf, cross_xf / np.where(keep_xf, size_xf, 1.0) ** beta, 0.0)
+  keep_xf = size_xf > 1e-8 * size_xf.max(-1, keepdims=True)
+  white_xf = np.where(keep_xf, cross_xf / np.where(keep_xf, size_xf, 1.0), 0.0)
   total_x = np.abs(white_xf).sum(-1) / size
-  return _at_lags(white_xf, low, size, max_lag) / np.where(total_x > 0, total_x, 1.0)[..., None]
+  return _at_lags(white_xf, low, size, MAX_LAG) / np.where(total_x > 0, total_x, 1.0)[..., None]
 
 
 def peaks(corr_xl: np.ndarray) -> Peaks:
-  """Finds the strongest absolute peak per row, refined by a parabola through three lags."""
+  """Finds the strongest peak per row, refined by a parabola through three lags.
+
+  A negative peak, as of an ear with the other polarity, counts if no positive one has `NEGATIVE` of
+  its height: those half a period of a tone beside its delay are often the higher ones.
+  """
   size_xl = np.abs(corr_xl)
-  best_x = size_xl.argmax(-1)
+  positive_x = corr_xl.max(-1) >= NEGATIVE * size_xl.max(-1)
+  best_x = np.where(positive_x, corr_xl.argmax(-1), size_xl.argmax(-1))
   row_x = np.arange(len(best_x))
   inner_x = np.clip(best_x, 1, size_xl.shape[-1] - 2)
   left_x, mid_x, right_x = (size_xl[row_x, inner_x + step] for step in (-1, 0, 1))

@@ -13,9 +13,9 @@ Definitions, with the rules of `analysis`:
   ild_clip_db            10 log10(E_left / E_right), signed; `_abs` without the sign
   ild_frame_db           mean |.| over active frames (headline); `_signed` keeps the sign
   ild_tf_db              mean |20 log10(|L| / |R|)| over active time-frequency bins; `_signed`
-  itd_xc, _phat, _low    strongest absolute peak of IACF, of GCC-PHAT (100 to 7900 Hz), of IACF in
-                         100 to 1500 Hz; `_clip_us` signed, `_frame_us` mean |.| over active frames
-                         (headline: itd_phat_frame_us), `_frame_signed_us` keeps the sign
+  itd_xc, _phat, _low    strongest peak (`analysis.peaks`) of IACF, of GCC-PHAT (100 to 7900 Hz), of
+                         IACF in 100 to 1500 Hz; `_clip_us` signed, `_frame_us` mean |.| over active
+                         frames (headline: itd_phat_frame_us), `_frame_signed_us` keeps the sign
   itd_phat_rejected      share of frames left out of itd_phat_frame: peak < 1.2 x second peak
   itd_clip_flagged       1 where the clip has no delay to speak of: |IACF| is larger beyond 1 ms
                          or below 0.1 everywhere; the clip delays are then NaN

@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+from scipy import special
 
 Parts = Mapping[str, np.ndarray]
 DRAWS, SEED = 1000, 20260115
+MIN_CLIPS = 5  # Draws of fewer do not reach far enough: an interval of two holds half at most.
 MIN_WINDOWS = 3  # Fewer points have no meaningful correlation.
 MIN_VARIANCE = 1e-6
 
@@ -62,6 +64,10 @@ def per_clip(metric: Metric, parts_n: Sequence[np.ndarray]) -> np.ndarray:
 def summary(metric: Metric, parts_n: Sequence[np.ndarray], counts_bn: np.ndarray) -> dict:
   """Returns value, median and percentiles over clips, 95 % bootstrap interval and counts.
 
+  The interval is the expanded percentile interval (Hesterberg, The American Statistician 69, 2015,
+  section 4.3): percentiles of the draws so far out as makes up for their being too close together
+  where clips are few. Fewer than `MIN_CLIPS` have none.
+
   Args:
     metric: what is summarised.
     parts_n: parts of each clip.
@@ -73,7 +79,7 @@ def summary(metric: Metric, parts_n: Sequence[np.ndarray], counts_bn: np.ndarray
   clips = sum(_counts(metric, parts) for parts in parts_n) if math.isfinite(value) else 0
   boot_b = pooled(metric, parts_n, counts_bn)
   boot_b = boot_b[np.isfinite(boot_b)]
-  spread = clips > 1 and len(boot_b) > 0
+  spread = clips >= MIN_CLIPS and len(boot_b) > 0
 
   def percentiles(x: np.ndarray, *at: float) -> list[float | None]:
     return [number(v) for v in np.percentile(x, at)] if len(x) else [None] * len(at)
@@ -84,12 +90,19 @@ def summary(metric: Metric, parts_n: Sequence[np.ndarray], counts_bn: np.ndarray
     "median": median,
     "p5": low,
     "p95": high,
-    "ci95": percentiles(boot_b, 2.5, 97.5) if spread else [None, None],
+    "ci95": percentiles(boot_b, *_expanded(clips)) if spread else [None, None],
     "n": clips,
     "undefined": len(value_n) - clips,
     "unit": metric.unit,
     "better": metric.better,
   }
+
+
+def _expanded(clips: int) -> tuple[float, float]:
+  """Returns the percentiles of the draws that bound 95 % for so many clips."""
+  wide = math.sqrt(clips / (clips - 1)) * special.stdtrit(clips - 1, 0.975)
+  low = 100 * float(special.ndtr(-wide))
+  return low, 100 - low
 
 
 def _counts(metric: Metric, parts: np.ndarray) -> bool:

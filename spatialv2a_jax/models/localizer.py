@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from spatialv2a_jax.models import layers, vit
@@ -120,20 +119,6 @@ def mirror_tta(heat_of: Callable[..., Array]) -> Callable[..., Array]:
     return 0.5 * (seen_byx + mirrored_byx[:, :, ::-1])
 
   return both
-
-
-def calibrated_shift(logits: np.ndarray, area: float) -> float:
-  """Returns the shift with which a share `area` of all places is at or above one half.
-
-  Texts and sounds differ in the level of their logits; this brings a set of text-driven maps to
-  the area that sound-driven ones have.
-
-  Raises:
-    ValueError: if `area` is not between 0 and 1.
-  """
-  if not 0 < area < 1:
-    raise ValueError(f"area is a share between 0 and 1, got {area}")
-  return -float(np.quantile(np.asarray(logits), 1 - area))
 
 
 class Decoder(nn.Module):

@@ -252,14 +252,3 @@ def build(config: Config) -> Vocoder:
     return jnp.asarray(generator.apply({"params": params}, log_mel_bmn.swapaxes(1, 2)))
 
   return Vocoder(init, waveform)
-
-
-def synthesizer(config: Config, params: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-  """Returns a vocoder as the synthesizer of one channel that `phase.binaural` takes."""
-  waveform = jax.jit(build(config).waveform)
-
-  def synthesize(log_mel_mn: np.ndarray, past_p: np.ndarray) -> np.ndarray:
-    del past_p  # A network's phase depends on its mel alone.
-    return np.asarray(waveform(params, jnp.asarray(log_mel_mn)[None])[0])
-
-  return synthesize

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Callable
 
@@ -28,6 +29,7 @@ SOUND_SPEED_M_S = 343.0
 FILTER_S = 0.016  # 256 taps at 16 kHz
 # the top of the band fades to zero: a jump at the Nyquist frequency rings through the whole filter
 FADE_FROM = 0.95
+REFERENCE_HZ = (100.0, 500.0)  # Where heads differ little in what comes from the front.
 
 Located = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -219,10 +221,12 @@ def sphere(
 def sofa(path: str | os.PathLike[str], sample_rate: int) -> Hrtf:
   """Measured head from a SimpleFreeFieldHRIR file (AES69), resampled to `sample_rate`.
 
-  Directions between measurements are interpolated over the triangle that surrounds them.
+  Directions between measurements are interpolated over the triangle that surrounds them. Files have
+  any level: this has that of the sphere, for what comes from the front at `REFERENCE_HZ`.
 
   Raises:
-    UserError: missing file, not a SOFA file of that convention, or left and right exchanged.
+    UserError: missing file, not a SOFA file of that convention, of several distances, or left and
+      right exchanged.
   """
   path = os.fspath(path)
   if not os.path.isfile(path):
@@ -237,7 +241,7 @@ def _sofa(path: str, modified_ns: int, sample_rate: int) -> Hrtf:
   with open(path, "rb") as file:
     digest = hashlib.file_digest(file, "sha256")
   digest.update(f"rate={sample_rate}".encode())
-  return Hrtf(
+  head = Hrtf(
     sample_rate=sample_rate,
     name=f"sofa:{os.path.basename(path)}",
     hash=digest.hexdigest()[:16],
@@ -245,6 +249,15 @@ def _sofa(path: str, modified_ns: int, sample_rate: int) -> Hrtf:
     onset_de=measured.onset_de,
     locate=sofa_file.Triangles(measured.direction_d3),
   )
+  gain = np.float32(_frontal(sphere(sample_rate)) / _frontal(head))
+  return dataclasses.replace(head, aligned_det=gain * measured.aligned_det)
+
+
+def _frontal(head: Hrtf) -> float:
+  """Returns the root mean square gain of what comes from the front, at `REFERENCE_HZ`."""
+  size = 2 * head.taps
+  low, high = (math.ceil(hz * size / head.sample_rate) for hz in REFERENCE_HZ)
+  return float(np.sqrt(np.square(np.abs(np.fft.rfft(head.ir(0), size)[:, low:high])).mean()))
 
 
 def load(name: str, sample_rate: int) -> Hrtf:
@@ -263,34 +276,17 @@ def load(name: str, sample_rate: int) -> Hrtf:
 _HEAD_US = 1e6 * HEAD_RADIUS_M / SOUND_SPEED_M_S
 
 
-def _lateral_rad(azimuth_deg: ArrayLike) -> np.ndarray:
-  return np.arcsin(np.sin(np.radians(azimuth_deg)))
-
-
-def woodworth_itd_us(azimuth_deg: ArrayLike) -> np.ndarray:
-  """High-frequency law (a/c)(th + sin th), us, + where the left ear leads; rear folds to front."""
-  lateral = _lateral_rad(azimuth_deg)
-  return _HEAD_US * (lateral + np.sin(lateral))
-
-
-def low_frequency_itd_us(azimuth_deg: ArrayLike) -> np.ndarray:
-  """Law below about 500 Hz, 3(a/c) sin th, us, + where the left ear leads."""
-  return 3 * _HEAD_US * np.sin(np.radians(azimuth_deg))
-
-
 def woodworth_azimuth_deg(itd_us: ArrayLike) -> np.ndarray:
-  """Lateral angle whose Woodworth time is `itd_us`; +-90 beyond the largest time."""
+  """Lateral angle th, degrees, whose time (a/c)(th + sin th) is `itd_us`; +-90 beyond the largest.
+
+  Woodworth's law for high frequencies; the left ear leads where it is above 0.
+  """
   limit = np.pi / 2 + 1
   target = np.clip(np.asarray(itd_us, np.float64) / _HEAD_US, -limit, limit)
   lateral = target / 2
   for _ in range(6):  # Newton: the slope lies in [1, 2]
     lateral = lateral - (lateral + np.sin(lateral) - target) / (1 + np.cos(lateral))
   return np.degrees(lateral)
-
-
-def low_frequency_azimuth_deg(itd_us: ArrayLike) -> np.ndarray:
-  """Lateral angle whose low-frequency time is `itd_us`; +-90 beyond the largest time."""
-  return np.degrees(np.arcsin(np.clip(np.asarray(itd_us, np.float64) / (3 * _HEAD_US), -1, 1)))
 
 
 def pixel_to_azimuth(u: ArrayLike, hfov_deg: float = 120.0, law: str = "linear") -> np.ndarray:
@@ -310,23 +306,4 @@ def pixel_to_azimuth(u: ArrayLike, hfov_deg: float = 120.0, law: str = "linear")
     return np.degrees(
       np.arctan((1 - 2 * np.asarray(u, np.float64)) * np.tan(np.radians(hfov_deg) / 2))
     )
-  raise ValueError(f'unknown law "{law}"; use "linear" or "pinhole"')
-
-
-def azimuth_to_pixel(
-  azimuth_deg: ArrayLike, hfov_deg: float = 120.0, law: str = "linear"
-) -> np.ndarray:
-  """Image column of an azimuth, the inverse of `pixel_to_azimuth`; out of view outside 0 to 1.
-
-  The pinhole law gives NaN at and behind +-90 degrees, which no camera sees.
-
-  Raises:
-    ValueError: unknown law.
-  """
-  azimuth_deg = np.asarray(azimuth_deg, np.float64)
-  if law == "linear":
-    return 0.5 - azimuth_deg / hfov_deg
-  if law == "pinhole":
-    column = 0.5 - np.tan(np.radians(azimuth_deg)) / (2 * np.tan(np.radians(hfov_deg) / 2))
-    return np.where(np.cos(np.radians(azimuth_deg)) > 1e-9, column, np.nan)
   raise ValueError(f'unknown law "{law}"; use "linear" or "pinhole"')

@@ -61,8 +61,9 @@ def decoder(azimuth_s: np.ndarray, order: int = 1, kind: str = "pinv") -> np.nda
     azimuth_s: [s] radians, equally spaced.
     order: ambisonic order.
     kind: "pinv" is the paper's s' = (D^T D)^-1 D^T Psi (arXiv 2601.15017), with the Moore-Penrose
-      inverse because a ring cannot see the vertical channels; gains sum to 1. "projection" uses
-      the encoding matrix itself, as PseudoBinaural does; gains sum to S. "max-re" weights degree m
+      inverse because a ring cannot see the vertical channels; gains sum to 1 (beyond first order,
+      for horizontal directions alone). "projection" uses the encoding matrix itself, as
+      PseudoBinaural does; gains of first order sum to S. "max-re" weights degree m
       of pinv by cos(m pi / (2N+2)), which concentrates the energy towards the source.
 
   Returns:

@@ -18,6 +18,7 @@ from spatialv2a_jax.errors import UserError
 
 CONVENTION = "SimpleFreeFieldHRIR"
 GAP_DEG = 45.0
+SAME_DISTANCE = 1.05  # Largest over smallest; measured ones scatter by less.
 ONSET_FLOOR = 1e-3  # of the largest magnitude: keeps spectral zeros out of the logarithm
 ONSET_OVERSAMPLING = 16
 
@@ -46,17 +47,19 @@ def read(path: str, sample_rate: int, taps: int) -> Measured:
     taps: length of the result; longer tails are faded out.
 
   Raises:
-    UserError: not such a file, or its left and right ears are exchanged.
+    UserError: not such a file, its left and right ears are exchanged, or it has directions at
+      several distances.
   """
   response_det, rate, direction_d3 = _read_file(path)
+  # At its own rate: below 10 kHz or so the ears differ too little.
+  _check_ears(path, response_det, _onsets_of(response_det), direction_d3)
   ratio = Fraction(sample_rate, rate)
   # a response is a density over samples: fewer samples per second need proportionally larger ones
   response_det = scipy.signal.resample_poly(
     response_det, ratio.numerator, ratio.denominator, axis=-1
   )
   response_det = response_det / float(ratio)
-  onset_de = np.stack([_onsets(response_et) for response_et in response_det])
-  _check_ears(path, response_det, onset_de, direction_d3)
+  onset_de = _onsets_of(response_det)
   aligned_det = _align(response_det, onset_de, taps)
   return Measured(direction_d3, aligned_det.astype(np.float32), onset_de - onset_de.mean())
 
@@ -130,6 +133,8 @@ def _variables(path: str, file: h5py.File) -> tuple[np.ndarray, float, np.ndarra
     )
   except KeyError as error:
     raise UserError(f"{path} lacks a variable of {CONVENTION}: {error}") from error
+  except (TypeError, ValueError, IndexError) as error:
+    raise UserError(f"{path} has a variable that holds no numbers: {error}") from error
 
 
 def _read_file(path: str) -> tuple[np.ndarray, int, np.ndarray]:
@@ -142,15 +147,32 @@ def _read_file(path: str) -> tuple[np.ndarray, int, np.ndarray]:
   except (OSError, RuntimeError) as error:  # A file that is cut short fails wherever it is read.
     raise UserError(f"{path} is damaged ({error}); copy it again") from None
   shape = response_det.shape
-  if len(shape) != 3 or shape[1] != 2 or position_d3.shape != (shape[0], 3):
+  if len(shape) != 3 or shape[1] != 2 or 0 in shape or position_d3.shape != (shape[0], 3):
     raise UserError(f"{path}: Data.IR {shape} must be (directions, 2, taps); export it again")
-  if not np.all(np.isfinite(response_det)) or rate <= 0 or rate != round(rate):
-    raise UserError(f"{path}: needs finite responses and a whole sampling rate; export it again")
+  finite = all(np.isfinite(x).all() for x in (response_det, position_d3, delay_de, rate))
+  if not finite or rate <= 0 or rate != round(rate):
+    raise UserError(
+      f"{path}: needs finite responses, positions and delays, and a whole sampling rate; export it"
+      " again"
+    )
   if kind.startswith("cartesian"):
-    direction_d3 = position_d3 / np.linalg.norm(position_d3, axis=1, keepdims=True)
+    distance_d = np.linalg.norm(position_d3, axis=1)
+    direction_d3 = position_d3 / np.maximum(distance_d, np.finfo(np.float64).tiny)[:, None]
   else:
+    distance_d = position_d3[:, 2]
     direction_d3 = vectors(position_d3[:, 0], position_d3[:, 1])
-  shift_de = np.broadcast_to(delay_de, response_det.shape[:2])
+  if distance_d.max() > SAME_DISTANCE * distance_d.min():
+    raise UserError(
+      f"{path} was measured at several distances, {distance_d.min():g} to {distance_d.max():g} m;"
+      " use a file of one of them"
+    )
+  try:
+    shift_de = np.broadcast_to(delay_de, shape[:2])
+  except ValueError:
+    raise UserError(
+      f"{path}: Data.Delay {delay_de.shape} must be (1 or directions, 2); export it again"
+    ) from None
+  shift_de = shift_de - min(shift_de.min(), 0.0)
   if np.any(shift_de):
     padded = np.pad(response_det, ((0, 0), (0, 0), (0, math.ceil(shift_de.max()))))
     response_det = _shift(padded, shift_de)
@@ -162,6 +184,10 @@ def _shift(signal_det: np.ndarray, delay_de: np.ndarray) -> np.ndarray:
   size = signal_det.shape[-1]
   omega_f = 2 * np.pi * np.arange(size // 2 + 1) / size
   return np.fft.irfft(np.fft.rfft(signal_det) * np.exp(-1j * delay_de[..., None] * omega_f), size)
+
+
+def _onsets_of(response_det: np.ndarray) -> np.ndarray:
+  return np.stack([_onsets(response_et) for response_et in response_det])
 
 
 def _onsets(response_et: np.ndarray) -> np.ndarray:

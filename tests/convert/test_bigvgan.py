@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from spatialv2a_jax import convert
 from spatialv2a_jax.convert import bigvgan, engine
+from spatialv2a_jax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "bigvgan_16k.safetensors"
 SPELLINGS = {
@@ -88,3 +89,16 @@ def test_version_2_is_clipped_and_needs_no_last_bias(golden):
   config, params = engine.convert(bigvgan.V2, bare, "state")
   assert config.bounded == "clip" and not config.final_bias and "bias" not in params["conv_post"]
   assert engine.convert(bigvgan.V1, state, "state")[0].bounded == "tanh"
+  # Their files look the same but for that bias; a wrong end went unnoticed.
+  for source, other, name in ((bigvgan.V1, bare, "bigvgan_v2"), (bigvgan.V2, state, "bigvgan")):
+    with pytest.raises(UserError, match=f"convert it as {name}\\)"):
+      engine.convert(source, other, "state")
+
+
+def test_a_vocoder_of_another_hop_is_refused(golden, tmp_path):
+  state, _, _, _ = golden
+  halved = {k: x[..., :4] if k == "ups.0.0.weight" else x for k, x in state.items()}
+  save_file(halved, tmp_path / "fast.safetensors")
+  with pytest.raises(UserError, match=r"fast.safetensors: \d+ mel bins every 32 samples"):
+    convert.run("bigvgan", tmp_path / "fast.safetensors", tmp_path / "model")
+  assert not (tmp_path / "model" / "config.json").exists()

@@ -63,6 +63,14 @@ def test_all_that_does_not_match_is_told_at_once():
   assert "of another shape: fc.bias (for up/bias (5,))" in message
 
 
+def test_a_value_that_is_not_finite_is_told():
+  """Statistics that nobody gathered are NaN upstream; sound made with them is silence."""
+  given = state()
+  given["fc.bias"] = np.full_like(given["fc.bias"], np.nan)
+  with pytest.raises(UserError, match="does not fit Toy; not finite: fc.bias"):
+    engine.convert(source(), given, "file.pth")
+
+
 def test_leaves_of_ours_without_a_recipe_and_recipes_without_a_leaf_are_told():
   def table(state, config):
     kernel = engine.arranged("fc.weight", engine.WEIGHT)

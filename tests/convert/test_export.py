@@ -19,7 +19,7 @@ from tests.models import encoder_states, reference
 
 RNG = np.random.default_rng(0)
 SMALL_VOCODER = vocoder.Config(
-  n_mels=6, width=16, rates=(4, 2), kernels=(8, 4), block_kernels=(3, 7), dilations=(1, 3, 5),
+  n_mels=128, width=8, rates=(64, 8), kernels=(128, 16), block_kernels=(3, 7), dilations=(1, 3, 5),
   bounded="clip", final_bias=False,
 )  # fmt: skip
 
@@ -57,7 +57,7 @@ STATES = {
   "clip": lambda: encoder_states.clip(layers=2),
   "synchformer": lambda: encoder_states.synchformer(layers=2),
   "clipseg": encoder_states.clipseg,
-  "vae": lambda: raw("vae", vae.Config(6, 4, 8, folded=True)),
+  "vae": lambda: raw("vae", vae.Config(80, 4, 8, folded=True)),
   "bigvgan_v2": lambda: raw("bigvgan_v2", SMALL_VOCODER),
   "beats": lambda: golden("beats"),
   "acl": lambda: golden("acl"),

@@ -14,7 +14,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from spatialv2a_jax import convert, model_folder
+from spatialv2a_jax import convert, io, model_folder
 from spatialv2a_jax.convert import engine, mono2binaural
 from spatialv2a_jax.errors import MissingAssetError, UserError
 from spatialv2a_jax.models import mono2binaural as model
@@ -85,6 +85,8 @@ def test_three_files_become_a_model_folder(tmp_path):
   assert convert.run("mono2binaural", tmp_path / "audio_best.pth", tmp_path / "model") == 0
   folder = model_folder.load_model(tmp_path / "model")
   assert folder.config["mono2binaural"]["apnet"] and not folder.config["mono2binaural"]["assoconv"]
+  beside = {f"{x}_best.pth": io.file_hash(tmp_path / f"{x}_best.pth") for x in ("visual", "fusion")}
+  assert folder.config["mono2binaural_source"]["beside"] == beside
   want = {k: x for k, x in state.items() if not k.startswith("assoconv.")}
   _, params = engine.convert(mono2binaural.SOURCE, want, "state")
   stats = params.pop(engine.STATS)

@@ -111,6 +111,8 @@ def test_onsets_score():
   assert got["onset_recall"] == 0.75 and got["onset_precision"] == 1
   assert got["onset_f1"] == pytest.approx(6 / 7) and got["onset_false_alarms"] == 0
   assert got["onset_error_ms"] < 10
+  longer = np.concatenate([audio_ep, audio_ep], 1)  # Nothing is known of its second half.
+  assert values(longer, truth) == pytest.approx(got, nan_ok=True)
   late = values(np.roll(audio_ep, RATE // 20, 1), truth)
   assert late["onset_error_ms"] == pytest.approx(50, abs=10)
 
@@ -136,9 +138,32 @@ def test_read_truth(tmp_path):
   assert sorted(truth.onsets_s) == [0.1, 0.5, 0.9]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"seconds": 1, "fps": 0}', "\x00"])
+ODD = ["", "[]", "{}", '{"seconds": 1, "fps": 0}', "\x00", "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", ODD)
 def test_wrong_truth_is_named(tmp_path, text):
   path = tmp_path / "a.json"
   path.write_text(text)
   with pytest.raises(UserError, match="a.json"):
+    alignment.read_truth(path)
+
+
+@pytest.mark.parametrize(
+  "name, value",
+  [
+    ("sources", [{"onsets_s": [None]}]),
+    ("sources", [{"onsets_s": [[0.5]]}]),
+    ("azimuth_deg", [[1, 2], [3, 4]]),
+    ("azimuth_deg", []),
+    ("fps", math.inf),
+    ("seconds", math.nan),
+  ],
+)
+def test_truth_with_an_odd_value_is_named(tmp_path, name, value):
+  """Otherwise one such clip ended the scores of all."""
+  path = tmp_path / "a.json"
+  data = {"seconds": 1, "fps": 4, "azimuth_deg": [0], "sources": [{"onsets_s": [0.5]}]}
+  path.write_text(json.dumps(data | {name: value}))
+  with pytest.raises(UserError, match="a.json is not the truth of a scene"):
     alignment.read_truth(path)

@@ -168,6 +168,25 @@ def test_sphere(azimuth, itd_us, pink):
   assert values["ild_frame_signed_db"] > 0
 
 
+@pytest.mark.parametrize("azimuth", [-60, -30, 10, 30, 60])
+@pytest.mark.parametrize("partials", [1, 11])
+def test_tones_have_the_delay_of_their_place(azimuth, partials):
+  """Low ones are later than the law of high frequencies says, by half at most (Kuhn)."""
+  time_p = np.arange(32000) / 16000
+  order_k = np.arange(1, partials + 1)[:, None]
+  hz = 660 / partials**0.5
+  mono_p = (np.sin(2 * np.pi * hz * order_k * time_p + order_k**2) / order_k).sum(0)
+  mono_p *= 0.1 * np.clip(20 * np.minimum(time_p, 2 - time_p), 0, 1)
+  ears = [np.convolve(mono_p, taps) for taps in hrtf.sphere(16000).ir(azimuth)]
+  values = spatial.metrics(analysis.analyse(np.stack(ears)))
+  wanted = {10: 94, 30: 273, 60: 512}[abs(azimuth)] * np.sign(azimuth)
+  for name in ("itd_xc_clip_us", "itd_phat_clip_us", "itd_xc_frame_signed_us"):
+    assert 0.95 < values[name] / wanted < 1.5, name
+  if partials > 1:  # A single tone has other peaks as high.
+    assert 0.95 < values["itd_phat_frame_signed_us"] / wanted < 1.2
+    assert values["itd_phat_rejected"] < 0.1
+
+
 SIGNED = [name for name in spatial.METRICS if "signed" in name or name.endswith("_clip_us")]
 SIGNED.append("ild_clip_db")
 EARS = ("spl_left_dbfs", "spl_right_dbfs")

@@ -75,20 +75,6 @@ def test_shift_and_not_slope_makes_the_heat_map():
   np.testing.assert_allclose(localizer.heat(jnp.asarray(logits))[0, 0], want, atol=1e-6)
 
 
-@pytest.mark.parametrize("area", [0.1, 0.4])
-def test_calibration_brings_maps_to_an_area(area):
-  logits = np.random.default_rng(0).normal(-3, 2, (1, 4, 50, 50)).astype(np.float32)
-  shift = localizer.calibrated_shift(logits, area)
-  covered = np.mean(np.asarray(localizer.heat(jnp.asarray(logits), shift)) >= 0.5)
-  assert covered == pytest.approx(area, abs=1e-3)
-
-
-@pytest.mark.parametrize("area", [0.0, 1.0, -1.0])
-def test_no_area_is_refused(area):
-  with pytest.raises(ValueError, match="share between 0 and 1"):
-    localizer.calibrated_shift(np.zeros(3), area)
-
-
 def test_synonyms_get_a_prompt_each():
   assert localizer.prompts("dog barking") == ["A photo of dog barking"]
   assert localizer.prompts(" car, truck ,") == ["A photo of car", "A photo of truck"]

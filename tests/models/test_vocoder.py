@@ -95,11 +95,10 @@ def test_squared_sine(limit):
   np.testing.assert_allclose(vocoder.sin_squared(jnp.asarray(small)), small**2, rtol=1e-6)
 
 
-def test_synthesizer_makes_one_hop_per_frame():
+def test_each_frame_makes_one_hop():
   params = nn.unbox(jax.jit(vocoder.build(TINY).init)(jax.random.key(0)))
-  synthesize = vocoder.synthesizer(TINY, params)
-  audio = synthesize(np.ones((4, 6), np.float32), np.zeros(0, np.float32))
-  assert audio.shape == (24,) and np.abs(audio).max() <= 1
+  audio = vocoder.build(TINY).waveform(params, np.ones((1, 4, 6), np.float32))
+  assert audio.shape == (1, 24) and np.abs(audio).max() <= 1
 
 
 def test_version_2_is_clipped_not_squashed():
