@@ -192,7 +192,8 @@ def checks(
       right.append(_followed(audio_ep, record["azimuth"]))
       swapped.append(_followed(audio_ep[::-1], record["azimuth"]))
     if videos is not None and record["spatializer"] != "recorded":
-      mids.append(_kept_of_source(build, record, videos))
+      there = (videos / record["video"]).is_file()
+      mids.append(_kept_of_source(build, record, videos) if there else math.nan)
     advance()
   return [
     _kept(build.funnel),
@@ -300,8 +301,12 @@ def _middle(mids: Sequence[float], videos: pathlib.Path | None) -> Check:
   if videos is None or not mids:
     why = "give --videos" if videos is None else "no rendered clip"
     return Check(name, None, why)
-  middle = float(np.median(mids))
-  return Check(name, middle > LEAST_MID, f"r = {middle:.3f}, the least {min(mids):.3f}")
+  known = [mid for mid in mids if not math.isnan(mid)]
+  gone = f"; {len(mids) - len(known)} videos are gone" if len(known) < len(mids) else ""
+  if not known:
+    return Check(name, None, f"{videos} has none of the videos")
+  middle = float(np.median(known))
+  return Check(name, middle > LEAST_MID, f"r = {middle:.3f}, the least {min(known):.3f}{gone}")
 
 
 def _intact(build: Build) -> Check:

@@ -97,10 +97,12 @@ def _kept(
   scores = zip(filters.AXES, record["aes"], strict=True)
   facts |= {axis: _of(score) for axis, score in scores if math.isfinite(score)}
   seen: Seen = "motion"  # What other localizers found is in the record.
-  if localizer != "motion":
+  if not record["located"].any():
+    seen = "unknown"
+  elif localizer != "motion":
     times = (np.arange(len(record["azimuth"])) + 0.5) / schema.CLIP_FPS
     seen = localizers.Track(times, record["azimuth"])
-  stage = _stage(video, audio_ep, build.rate, seen)
+  stage = _stage(video, audio_ep, build.rate, seen, audio_ep.shape[1] / build.rate)
   plot = _plot(build.sound(record), record["azimuth"])
   return _card(record["id"], record["caption"], stage + plot, facts)
 
@@ -122,7 +124,8 @@ def _dropped(
       if audio_ep is not None and len(audio_ep) == 2 and audio_ep.shape[1] >= analysis.N_FFT:
         values = zip(stages.CUES, stages.cues(audio_ep, build.rate), strict=True)
         facts |= {cue: _of(value) for cue, value in values}
-      stage = _stage(video, audio_ep, build.rate, "motion" if localizer == "motion" else "unknown")
+      seen: Seen = "motion" if localizer == "motion" else "unknown"
+      stage = _stage(video, audio_ep, build.rate, seen, seconds)
     except (UserError, ValueError) as error:  # What cannot be read was dropped for it.
       facts["player"] = f"none: {' '.join(str(error).split())[:120]}"
   return _card(name, "", stage, facts)
@@ -143,7 +146,9 @@ def _card(name: str, caption: str, stage: str, facts: Mapping[str, Any]) -> str:
   return f'<article class="clip"><h3>{html.escape(title)}</h3>{stage}<dl>{rows}</dl></article>'
 
 
-def _stage(video: pathlib.Path | None, audio_ep: np.ndarray | None, rate: int, seen: Seen) -> str:
+def _stage(
+  video: pathlib.Path | None, audio_ep: np.ndarray | None, rate: int, seen: Seen, seconds: float
+) -> str:
   """A player: the picture, small, with this sound and the heat maps over it; or the sound."""
   if video is None or not io.probe(video).has_video:
     if audio_ep is None:
@@ -152,7 +157,6 @@ def _stage(video: pathlib.Path | None, audio_ep: np.ndarray | None, rate: int, s
     soundfile.write(sound, np.clip(audio_ep, -1, 1).T, rate, format="FLAC", subtype="PCM_16")
     source = webpage.data_uri("audio/flac", sound.getvalue())
     return f'<audio controls preload="metadata" src="{source}"></audio>'
-  seconds = None if audio_ep is None else audio_ep.shape[1] / rate
   with tempfile.TemporaryDirectory() as folder:
     small = pathlib.Path(folder) / "small.mp4"
     io.write_video(small, _frames(video, seconds), FPS, audio_ep, rate)
@@ -170,13 +174,13 @@ def _stage(video: pathlib.Path | None, audio_ep: np.ndarray | None, rate: int, s
   )
 
 
-def _frames(video: pathlib.Path, seconds: float | None) -> Iterator[np.ndarray]:
+def _frames(video: pathlib.Path, seconds: float) -> Iterator[np.ndarray]:
   view = io.View(FPS, short_side=SIDE)
   windows = io.iter_views(video, {"view": view}, duration=seconds, window_s=2)
   return (frame for window in windows for frame in window.frames["view"])
 
 
-def _heat(video: pathlib.Path, seconds: float | None, seen: Seen) -> dict[str, Any] | None:
+def _heat(video: pathlib.Path, seconds: float, seen: Seen) -> dict[str, Any] | None:
   """Where the build saw the sound; None if unknown, or for a picture too short to tell."""
   frames = io.read_video(video, schema.SYNC_FPS, localizers.FRAME_SIZE, duration=seconds)
   count = len(frames) * schema.CLIP_FPS // schema.SYNC_FPS

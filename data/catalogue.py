@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from spatialv2a_jax import io
@@ -169,6 +169,11 @@ def read_list(path: str | pathlib.Path) -> list[Entry]:
     raise UserError(f"--labels {path}: quotes in it do not match ({error})") from None
   head = [name.strip().lower() for name in rows[0]] if rows else []
   if "id" in head or not rows:
+    for row in rows[1:]:
+      if len(row) > len(head):  # A comma that is not in quotes; what follows it would be lost.
+        raise UserError(
+          f"--labels {path}: {','.join(row)!r} has {len(row)} columns, the first line {len(head)}"
+        )
     entries = [_titled(dict(zip(head, row, strict=False)), path) for row in rows[1:]]
   else:
     entries = _untitled(rows, path)
@@ -189,15 +194,20 @@ def slice_of(clip_id: str, shards: int) -> int:
   return int(hashlib.md5(clip_id.encode()).hexdigest(), 16) % shards
 
 
-def read_table(path: str | pathlib.Path | None, flag: str) -> dict[str, dict[str, float]]:
+def read_table(
+  path: str | pathlib.Path | None, flag: str, ids: Set[str], wanted: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
   """Reads numbers per clip: CSV or TSV with a column `id`; empty cells are left out.
 
   Args:
     path: the file; None is an empty table.
     flag: the option that named it, for errors.
+    ids: of the clips, of which it must have one: otherwise it would do nothing.
+    wanted: columns that it must have.
 
   Raises:
-    UserError: no such file, no column `id`, or a cell that is no number.
+    UserError: no such file, no column `id` or one of the `wanted`, a cell that is no number, or no
+      id of a clip.
   """
   if path is None:
     return {}
@@ -208,14 +218,21 @@ def read_table(path: str | pathlib.Path | None, flag: str) -> dict[str, dict[str
   delimiter = "\t" if "\t" in text.split("\n", 1)[0] else ","
   reader = csv.DictReader(text.splitlines(), delimiter=delimiter, strict=True)
   try:
-    if "id" not in (reader.fieldnames or ()):
+    reader.fieldnames = head = [name.strip() for name in reader.fieldnames or ()]
+    if "id" not in head:
       raise UserError(f"{flag} {path}: its first line names no column id")
-    return {
-      row["id"]: {name: float(cell) for name, cell in row.items() if name != "id" and cell}
+    if absent := [name for name in wanted if name not in head]:
+      raise UserError(f"{flag} {path}: it has no column {absent[0]}, have {', '.join(head)}")
+    table = {
+      row["id"].strip(): {name: float(cell) for name, cell in row.items() if name != "id" and cell}
       for row in reader
     }
-  except (TypeError, ValueError, csv.Error) as error:
+  except (AttributeError, TypeError, ValueError, csv.Error) as error:
     raise UserError(f"{flag} {path}: every cell beside id is a number ({error})") from None
+  if not table.keys() & ids:
+    some = min(ids, default="-")
+    raise UserError(f"{flag} {path}: none of its ids is that of a clip, such as {some}")
+  return table
 
 
 def _titled(row: Mapping[str, str], path: pathlib.Path) -> Entry:

@@ -18,11 +18,11 @@ from data import shards
 from spatialv2a_jax import io
 
 REASONS = {
+  "unlisted": ("probe", "the list of labels does not name it"),
   "unreadable": ("any", "the file is empty, damaged or no media file"),
   "no_video": ("probe", "no video stream"),
   "no_sound": ("probe", "no audio stream"),
   "short": ("probe or filter", "picture or sound ends too early"),
-  "unlisted": ("probe", "the list of labels does not name it"),
   "not_finite": ("filter", "sound with NaN or infinite samples"),
   "silent": ("filter", "too much of the sound is silent"),
   "quality": ("filter", "an Audiobox Aesthetics score is too low"),

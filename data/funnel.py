@@ -14,24 +14,27 @@ _FILES = ("coverage.json", "funnel.json", "funnel.txt", "throughput.json")
 
 
 def write(
-  out: pathlib.Path, known: catalogue.Catalogue, work: Sequence[shards.Item], whole: bool = True
+  out: pathlib.Path, known: catalogue.Catalogue, jobs: Sequence[shards.Job], whole: bool = True
 ) -> dict[str, Any]:
   """Writes the four reports of a build, of as many slices as are done.
+
+  What an earlier build left (of another cut, other settings, other files) is none of this one.
 
   Args:
     out: folder of the build.
     known: list and folder.
-    work: the clips of the build.
+    jobs: the shards of the build.
     whole: nobody else works on the build: what killed runs left of the reports is removed.
 
   Returns:
     The content of `funnel.json`.
   """
-  names = {item.payload.slice_name for item in work}
   if whole:
     for name in _FILES:
       io.remove_leftovers(out / name)
-  infos = [layout.read_json(path) for path in _sidecars(out, names)]
+  done = [(job, info) for job in jobs if (info := shards.finished(job))]
+  infos = [info for _, info in done]
+  names = {item.payload.slice_name for job, _ in done for item in job.items}
   made = {name for info in infos for name in info.get("ids", ())}
   bad = {name: why for info in infos for name, why in info.get("bad", {}).items()}
   summaries = [layout.read_json(out / "slices" / name / "summary.json") for name in sorted(names)]
@@ -159,15 +162,3 @@ def tidy(out: pathlib.Path, work: Sequence[shards.Item]) -> None:
     shard = path.name.removesuffix(".index").removesuffix(".json")
     if shard not in current:
       path.unlink()
-
-
-def _sidecars(out: pathlib.Path, names: set[str]) -> list[pathlib.Path]:
-  """Returns the JSON files of finished shards, those of an earlier cut left out.
-
-  Args:
-    out: folder of the build.
-    names: slices of this cut: SPLIT-I-of-N becomes NAME-SPLIT.tfrecord-I-of-N.
-  """
-  found = sorted((out / "raw").glob("*.tfrecord-*.json"))
-  slices = [path.stem.partition("-")[2].replace(".tfrecord-", "-") for path in found]
-  return [path for path, name in zip(found, slices, strict=True) if name in names]

@@ -21,7 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from data import captions, layout, shards, tf_example, tfrecord
+from data import captions, layout, shards, tf_example, tfrecord, workers
 from data.rows import MIRRORED, Rows
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
@@ -179,7 +179,7 @@ def loader(
 def _start_worker(index: int, count: int) -> None:
   """Begins a reading process; it would outlive a trainer that is killed."""
   del index, count
-  shards.end_with_parent()
+  workers.end_with_parent()
 
 
 def _whose(path: str, place: int) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from scipy import signal
 
-from data import scene_plan, scene_sounds, scene_visuals, shards
+from data import scene_plan, scene_sounds, scene_visuals, workers
 from data.scene_plan import CLASSES, FPS, HFOV_DEG
 from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
@@ -297,7 +297,7 @@ def generate(
   with concurrent.futures.ProcessPoolExecutor(
     min(jobs, len(indices)),
     mp_context=multiprocessing.get_context("spawn"),
-    initializer=shards.end_with_parent,
+    initializer=workers.end_with_parent,
   ) as pool:
     try:
       for done in concurrent.futures.as_completed([pool.submit(work, index) for index in indices]):

@@ -13,17 +13,14 @@ import functools
 import hashlib
 import json
 import multiprocessing
-import multiprocessing.connection
-import os
 import pathlib
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from data import layout, tf_example, tfrecord
+from data import layout, tf_example, tfrecord, workers
 from spatialv2a_jax import errors, io
 from spatialv2a_jax.errors import UserError
 
@@ -74,11 +71,42 @@ class Job:
   split: str
   items: Sequence[Item]
   config_hash: str
-  max_bad: int
-  unknown: Collection[str]
+  max_bad: int = MIN_BAD
+  unknown: Collection[str] = ()
 
 
 Runner = Callable[[Sequence[Job], Maker], Iterable[Mapping[str, Any]]]
+
+
+def plan(
+  items: Iterable[Item],
+  out: pathlib.Path,
+  *,
+  shards: int | Mapping[str, int],
+  config: Mapping[str, Any],
+  name: str = NAME,
+) -> list[Job]:
+  """Returns the shards of a build, which takes the same arguments; UserError for duplicate ids."""
+  config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+  splits: dict[str, list[list[Item]]] = {}
+  ids: set[str] = set()
+  for item in items:
+    if item.id in ids:
+      raise UserError(f"clip id {item.id!r} occurs twice; give each clip its own file name")
+    ids.add(item.id)
+    count = shards if isinstance(shards, int) else shards[item.split]
+    slices = splits.setdefault(item.split, [[] for _ in range(count)])
+    slices[int(_md5(item), 16) % count].append(item)
+  return [
+    Job(
+      out / layout.shard_name(name, split, number, len(slices)),
+      split,
+      sorted(items_of, key=_md5),
+      config_hash,
+    )
+    for split, slices in sorted(splits.items())
+    for number, items_of in enumerate(slices)
+  ]
 
 
 def build(
@@ -130,28 +158,11 @@ def build(
   """
   out = pathlib.Path(out)
   io.check_writable(out)
-  config_hash = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-  splits: dict[str, list[list[Item]]] = {}
-  ids: set[str] = set()
-  for item in items:
-    if item.id in ids:
-      raise UserError(f"clip id {item.id!r} occurs twice; give each clip its own file name")
-    ids.add(item.id)
-    count = shards if isinstance(shards, int) else shards[item.split]
-    slices = splits.setdefault(item.split, [[] for _ in range(count)])
-    slices[int(_md5(item), 16) % count].append(item)
-  limit = max(MIN_BAD, int(max_bad * len(ids)))
+  items = list(items)
+  limit = max(MIN_BAD, int(max_bad * len(items)))
   work = [
-    Job(
-      out / layout.shard_name(name, split, number, len(slices)),
-      split,
-      sorted(items_of, key=_md5),
-      config_hash,
-      limit,
-      unknown,
-    )
-    for split, slices in sorted(splits.items())
-    for number, items_of in enumerate(slices)
+    dataclasses.replace(job, max_bad=limit, unknown=unknown)
+    for job in plan(items, out, shards=shards, config=config, name=name)
   ]
   mine = work[part[0] :: part[1]]
   done, bad = 0, {}
@@ -164,7 +175,7 @@ def build(
     if progress:
       progress(done, len(mine), len(bad))
     _check_bad(bad, limit)
-  infos = [_valid(job) for job in work]
+  infos = [finished(job) for job in work]
   complete = [info for info in infos if info is not None]
   stats = {
     "clips_in": sum(len(job.items) for job, info in zip(work, infos, strict=True) if info),
@@ -214,19 +225,7 @@ _make: Maker  # Of a worker process: sent once, not with every shard.
 def _start_worker(make: Maker) -> None:
   global _make
   _make = make
-  end_with_parent()
-
-
-def end_with_parent() -> None:
-  """Ends this process once its parent is killed; it would wait for work forever."""
-  parent = multiprocessing.parent_process()
-  if parent is not None:
-    threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
-
-
-def _exit_after(sentinel: int) -> None:
-  multiprocessing.connection.wait([sentinel])
-  os._exit(1)
+  workers.end_with_parent()
 
 
 def _work(job: Job) -> dict[str, Any]:
@@ -258,7 +257,7 @@ def _run(work: Sequence[Job], make: Maker, jobs: int) -> Iterator[dict[str, Any]
 
 def make_shard(job: Job, make: Maker) -> dict[str, Any]:
   """Writes one shard and its sidecar, unless they are there already."""
-  known = _valid(job)
+  known = finished(job)
   if known is not None:
     return known
   for path in (job.path, tfrecord.index_path(job.path), sidecar(job.path)):
@@ -304,7 +303,7 @@ def make_shard(job: Job, make: Maker) -> dict[str, Any]:
   return info
 
 
-def _valid(job: Job) -> dict[str, Any] | None:
+def finished(job: Job) -> dict[str, Any] | None:
   """Returns the sidecar of a finished shard of the same clips and configuration."""
   try:
     info = json.loads(sidecar(job.path).read_text())

@@ -167,7 +167,7 @@ class Slice:
     run = Run(folder, clock)
     length = {"seconds": seconds, "tolerance_s": limits.tolerance_s}
     probed = run.stage("probe", jobs, length, lambda job: filters.probe(job.clip.path, limits))
-    probed = {job.clip.id: _listed(job, probed[job.clip.id]) for job in jobs}
+    probed |= {job.clip.id: {"drop": _UNLISTED} for job in jobs if not job.clip.listed}
     jobs = [job for job in jobs if "drop" not in probed[job.clip.id]]
     sound = {"sample_rate": settings.sample_rate, "seconds": seconds}
     sound["judge"] = self.judge.identity if self.judge else None
@@ -274,15 +274,9 @@ def cues(audio_ep: np.ndarray, sample_rate: int) -> list[float]:
   return [float(values[name]) for name in CUES]
 
 
+_UNLISTED = ["unlisted", filters.REASONS["unlisted"][1]]
 _placer = functools.lru_cache(maxsize=4)(spatialise.Placer)
 _locator = functools.lru_cache(maxsize=4)(localise.load)
-
-
-def _listed(job: Job, found: dict[str, Any]) -> dict[str, Any]:
-  """Returns the findings, with a drop if the list has no such clip."""
-  if "drop" in found or job.clip.listed:
-    return found
-  return {**found, "drop": ["unlisted", "the list of labels does not name it"]}
 
 
 def _scores(job: Job, found: Mapping[str, Any]) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """The command line of what takes a config: the file, and single values of it."""
 
+import pathlib
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +9,9 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.errors import UserError, first_line
+
+_CONFIGS = pathlib.Path(ml_collections.__file__).parent
 
 
 def parse(argv: Sequence[str], values: flags.FlagValues) -> dict[str, Any] | None:
@@ -42,13 +46,17 @@ def _read(argv: Sequence[str], values: flags.FlagValues) -> dict[str, Any] | Non
     rest = values(list(argv))[1:]
     config = values["config"].value
     resolved = None if config is None else config.to_dict()
-  except (AttributeError, KeyError) as error:  # Of the config, which knows its nearest key.
-    inner = error.args[0] if isinstance(error.args[0], KeyError) else error
-    raise UserError(f"the config has no key {inner.args[0]}") from error
   except (flags.Error, OSError) as error:
     # A config file that raises is quoted with its traceback; the last line is the message.
     lines = [line.strip() for line in str(error).strip().splitlines()]
     raise UserError("--config: " + lines[-1].removeprefix("ValueError: ")) from error
+  except Exception as error:
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if isinstance(error, AttributeError | KeyError) and _CONFIGS in pathlib.Path(raised_in).parents:
+      # Of the config, which knows its nearest key.
+      inner = error.args[0] if isinstance(error.args[0], KeyError) else error
+      raise UserError(f"the config has no key {inner.args[0]}") from error
+    raise UserError(f"--config: {type(error).__name__}: {first_line(error)}") from error
   if rest:
     raise UserError(f"unexpected argument {rest[0]!r}")
   return resolved

@@ -16,6 +16,7 @@ A run that is out of restarts, or was told to stop here, leaves with the code it
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -61,8 +62,13 @@ class Job:
 
   @staticmethod
   def _read(number, process):
+    heard = True  # Whoever reads this command's output may leave before its processes do.
     for line in process.stdout:
-      print(f"[{number}] {line}", end="", flush=True)
+      with contextlib.suppress(OSError):
+        if heard:
+          heard = False
+          print(f"[{number}] {line}", end="", flush=True)
+          heard = True
 
   def stop(self) -> None:
     """Asks all processes to save and leave."""

@@ -26,6 +26,17 @@ name=${1:?name of the TPU}
 shift
 where=("--zone=${ZONE:?zone of the TPU}")
 [ -z "${PROJECT:-}" ] || where+=("--project=$PROJECT")
+words=("$@")
+for i in "${!words[@]}"; do
+  case ${words[i]} in
+    --workdir | -workdir) workdir=${words[i + 1]:-} ;;
+    --workdir=* | -workdir=*) workdir=${words[i]#*=} ;;
+  esac
+done
+if [[ ${workdir:-/} != /* ]]; then # The code is unpacked anew at every start.
+  echo "--workdir $workdir would be lost with the next start: give a path that begins with /" >&2
+  exit 2
+fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 
 packed=$(mktemp -d)

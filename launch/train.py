@@ -100,7 +100,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     flags.DEFINE_integer(name, None, "see above", lower_bound=0, flag_values=values)
   flags.DEFINE_float("join_timeout", 300.0, "seconds", flag_values=values)
   flags.DEFINE_boolean("distributed", False, "several processes", flag_values=values)
-  verifies = any(word.lstrip("-").split("=")[0] == "verify" for word in argv)
+  verifies = any(re.match("--?verify(=|$)", word) for word in argv)
   places = [word for word in argv if verifies and word.lstrip("-").startswith(PLACES)]
   rest = [word for word in argv if word not in places]
   if verifies and any(re.match("--?(config|workdir)", word) for word in rest):

@@ -134,36 +134,42 @@ def run(args: argparse.Namespace) -> int:
   known = catalogue.read(args.videos, args.labels)
   if known.broken:
     print(f"{len(known.broken)} links lead nowhere, the first is {known.broken[0]}: passed over")
-  scores = (
-    catalogue.read_table(args.quality_scores, "--quality-scores") if args.quality_scores else {}
-  )
-  tags = catalogue.read_table(args.tags, "--tags") if args.tags else {}
+  ids = {clip.id for clip in known.clips}
+  scores = catalogue.read_table(args.quality_scores, "--quality-scores", ids)
+  if args.quality_scores and not set(filters.AXES) & set().union(*scores.values()):
+    raise UserError(
+      f"--quality-scores {args.quality_scores}: no column of {', '.join(filters.AXES)}"
+    )
+  asked = [name for name, _ in args.most_tag]
+  tags = catalogue.read_table(args.tags, "--tags", ids, asked)
   io.check_writable(args.out)
   if not scores and judge is None:
     print("quality filter: off, scores are NaN (give --quality-scores or --quality-weights)")
   counts = known.shards(args.clips_per_shard)
   work = stages.items(known, counts, scores, tags)
   whole = args.slice == (0, 1)
-  with logbook.Progress(sum(counts.values()), "slices", unit="slice") as progress:
+  cut = {"shards": counts, "config": config, "name": stages.NAME}
+  jobs = shards.plan(work, args.out / "raw", **cut)
+  mine = jobs[args.slice[0] :: args.slice[1]]
+  kept = sum(shards.finished(job) is not None for job in mine)
+  with logbook.Progress(len(mine), "slices", unit="slice", start=kept) as progress:
     try:
       stats = shards.build(
         work,
         stages.Slice(args.out / "slices", settings, judge),
         args.out / "raw",
-        shards=counts,
-        config=config,
+        **cut,
         batched=True,
-        name=stages.NAME,
         description="Videos with sound at two ears, by their pictures (arXiv 2601.15017).",
         jobs=args.jobs,
         part=args.slice,
         max_bad=1.0,  # Dropping is the work of this command; failures are capped below.
         unknown=stages.UNKNOWN,
-        progress=lambda *_: progress.advance(),
+        progress=lambda done, *_: progress.advance() if done > kept else None,
         runner=runner,
       )
     finally:
-      found = funnel.write(args.out, known, work, whole)
+      found = funnel.write(args.out, known, jobs, whole)
       _print(found, args.out)
   if whole and stats["complete"]:
     funnel.tidy(args.out, work)

@@ -86,12 +86,15 @@ class Ledger:
       **shares,
     }
 
-  def resume(self, saved: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]]) -> None:
+  def resume(
+    self, saved: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]], step: int = 0
+  ) -> None:
     """Goes on with the ledger of the attempts before.
 
     Args:
       saved: `state()` as the checkpoint has it that this attempt starts from; None: there is none.
       rows: `metrics.jsonl`; its newest row with a time is the last sign of life.
+      step: of the checkpoint. An evaluation of it came after it, but is not done again.
     """
     last = next((row for row in reversed(rows) if row.get("time")), None)
     if saved is None:
@@ -100,6 +103,9 @@ class Ledger:
       first = last["time"] - last["goodput/wall_s"]
       saved = {"seconds": {}, "first": first, "time": first, "attempts": 0}
     then = {phase: float(saved["seconds"].get(phase, 0.0)) for phase in PHASES}
+    for row in rows if step else ():
+      if row["step"] == step:
+        then["eval"] = max(then["eval"], float(row.get("goodput/eval_s") or 0.0))
     alive, seen, attempts = dict(then), float(saved["time"]), int(saved["attempts"])
     if last and last["time"] > seen:
       alive = {phase: float(last.get(f"goodput/{phase}_s") or 0.0) for phase in PHASES}

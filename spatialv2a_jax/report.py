@@ -92,7 +92,7 @@ def write_report(
       failed[sidecar] = error
   if failed and not clips:
     raise next(iter(failed.values()))
-  runs = (report_run.read(place) for place in (folder, folder / "checkpoint", folder / "train"))
+  runs = (report_run.read(place) for place in (folder, folder / "runs" / "flow"))
   run = next((found for found in runs if found), None)
   if not clips and not run:
     raise UserError(
@@ -150,7 +150,7 @@ def _page(title: str, payload: Mapping[str, Any]) -> str:
 
 def _json(path: pathlib.Path) -> Any:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
   except (OSError, ValueError) as error:
     raise UserError(f"report: cannot read {path}: {error}") from None
 

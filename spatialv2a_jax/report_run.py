@@ -215,7 +215,7 @@ def _json(path: pathlib.Path) -> Any:
   if not path.is_file():
     return None
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
   except (OSError, ValueError) as error:
     raise UserError(f"report: cannot read {path}: {error}") from None
 

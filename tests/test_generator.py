@@ -249,6 +249,13 @@ def test_a_folder_with_half_a_model_is_a_missing_asset(model_folder, tmp_path):
     Generator(tmp_path / "parts")
 
 
+def test_the_codec_is_not_rounded_by_matrix_units(model):
+  """They make products in bfloat16 unless the program says otherwise."""
+  z_etc = np.zeros((2, model.frames, model.audio.latent_channels), np.float32)
+  text = model._decode.lower(model.weights.take("vae"), z_etc).as_text()
+  assert "convolution" in text and "HIGHEST" in text and "DEFAULT" not in text
+
+
 def test_a_network_that_joins_a_folder_during_another_s_writing_stays(tmp_path, monkeypatch):
   """Two conversions at once; the first to begin wrote the config it had read then."""
   write, folder = tensors.write, tmp_path / "model"

@@ -68,6 +68,23 @@ def test_steps_after_the_checkpoint_are_lost_and_the_pause_is_down(clock):
   assert ledger.row()["goodput/attempts"] == 3
 
 
+def test_an_evaluation_of_the_checkpoint_counts_where_it_is_kept(clock):
+  """It comes after the save, and the next attempt finds it in the record."""
+  saved, _ = attempt(clock, after=0)
+  ledger = goodput.Ledger()
+  ledger.resume(saved, [])
+  ledger.enter("step")
+  with ledger.during("eval"):
+    clock(50)
+  rows = [{"step": 10, "eval/loss": 1.0, **ledger.row()}]
+  clock(7)
+  rows.append({"step": 11, **ledger.row()})
+  for step, kept in ((10, {"eval": 50, "lost": 7}), (9, {"lost": 57})):
+    ledger = goodput.Ledger()
+    ledger.resume(saved, rows, step)
+    assert phases(ledger) == {"init": 10, "step": 100, **kept}
+
+
 def test_a_run_that_never_saved_lost_all_its_steps(clock):
   _, rows = attempt(clock, after=7)
   ledger = goodput.Ledger()

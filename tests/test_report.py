@@ -3,7 +3,9 @@
 import base64
 import io as memory
 import json
+import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -224,6 +226,20 @@ def test_training_run_draws_each_ear_and_thins_long_logs(tmp_path):
   assert list(series) == ["loss", "loss/left", "loss/right"]
   assert series["loss/left"]["y"] == [1.5] * report_run.POINTS and series["loss/right"]["y"] == []
   assert series["loss"]["x"][-1] == count - 1 and run["config"] == {"seed": 3}
+
+
+def test_a_demo_shows_its_run_and_infinity_is_text(clips, tmp_path):
+  """`launch.demo` trains beside what it generates; a limit of infinity stands in a config."""
+  folder, run = tmp_path / "demo", tmp_path / "demo" / "runs" / "flow"
+  shutil.copytree(clips, folder / "generated")
+  run.mkdir(parents=True)
+  (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+  (run / "config.json").write_text('{"guard": {"sigma": Infinity}}')
+  sidecar = folder / "generated" / "clip.json"
+  sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"prompt": math.nan}))
+  report.write_report(folder, tmp_path / "report.html")
+  page = payload(tmp_path / "report.html")
+  assert page["run"]["config"] == {"guard": {"sigma": "Infinity"}} and len(page["clips"]) == 1
 
 
 def test_mistakes_are_one_line(clips, tmp_path):

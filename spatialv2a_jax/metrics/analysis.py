@@ -129,7 +129,7 @@ def stft(audio_ep: np.ndarray) -> np.ndarray:
 
 
 def _hann(samples: int) -> np.ndarray:
-  return scipy.signal.get_window("hann", samples)
+  return np.asarray(scipy.signal.get_window("hann", samples))
 
 
 def one_silent(energy_ex: np.ndarray) -> np.ndarray:

@@ -287,7 +287,7 @@ class Loop:
       scalars = self.evaluate(state, step, self.book, self.stop)
     self._mark[1]["data"] += self.ledger.seconds()["data"] - before  # No step waited for it.
     if scalars is not None:
-      self.book.scalars(step, scalars)
+      self.book.scalars(step, {**scalars, **self.ledger.row()})
     if self.stop.poll() and (scalars is None or step < self.steps):
       if not saved:
         self._save(step, state)

@@ -127,7 +127,7 @@ def fit(
       state, run = _begin(checkpoints, new, abstract, about, say)
       start, rows = int(state.step), read_metrics(workdir)
       evaluated = _agreed(start, _evaluated(rows, start), workdir)
-    ledger.resume(run.get("ledger"), rows)
+    ledger.resume(run.get("ledger"), rows, start)
     evaluated = evaluated or evaluate is None or not every.evaluates(start, steps)
     # Opened also to delete: snapshots after `start` would pass for those of the steps to come.
     there = every.average or (workdir / averages.FOLDER).is_dir()

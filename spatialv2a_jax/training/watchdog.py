@@ -83,7 +83,7 @@ class Watchdog:
     self._rank, self._count = cluster.place()
     faulthandler.register(signal.SIGALRM, sys.__stderr__ or 2, all_threads=True, chain=True)
     self._ledger.beat = self._set_alarm
-    self._set_alarm()
+    self._ledger.enter(self._ledger.phase)  # To wait for the other hosts had a limit of its own.
     self._watch = cluster.Watch(f"{self._prefix}/text", self._hear)
     self._thread.start()
     return self

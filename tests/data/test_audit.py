@@ -11,6 +11,7 @@ import pytest
 
 from data import audit, audit_page, layout, shards, stages, tf_example, tfrecord
 from launch import data as command
+from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, stats
 from tests.data import clips
@@ -124,6 +125,23 @@ def test_sound_that_is_not_the_sources_is_caught(copy, videos):
   assert named(judged(edit(copy, other), videos=videos), "correlates with the source") is False
 
 
+def test_videos_that_are_gone_are_left_out_and_counted(copy, videos, tmp_path):
+  """One that was removed ended the audit without a result."""
+  fewer, found = tmp_path / "videos", audit.Build(copy)
+  shutil.copytree(videos, fewer)
+  known = found.clips()
+  (fewer / found.record(known.places[0])["video"]).unlink()
+
+  def middle():
+    checks = audit.checks(found, known, range(len(known.ids)), videos=fewer, twin=None)
+    return next(check for check in checks if "correlates with the source" in check.name)
+
+  assert middle().passed and "; 1 videos are gone" in middle().found
+  shutil.rmtree(fewer)
+  fewer.mkdir()
+  assert middle().passed is None
+
+
 @pytest.mark.parametrize(
   ("poor", "passed"), [({"PQ": 3.9}, True), ({"PQ": 2.0}, False), ({"PQ": 3.9, "CE": 6.0}, False)]
 )
@@ -151,6 +169,19 @@ def test_pictures_are_those_of_the_records_not_of_the_names(tmp_path):
   page = (out / "audit.html").read_text()
   assert page.count("<video") == 2 and "x_000007" in page and "y_000007" in page
   assert command.main(["audit", str(out), "--videos", str(tmp_path / "nowhere")]) == 2
+
+
+def test_a_card_shows_as_much_as_the_build_looked_at(tmp_path, made):
+  """Of a dropped video without sound, all of it was put into the page."""
+  mute = clips.write(tmp_path / "mute.mp4", 4, sound=False)
+  found, drop = audit.Build(made), {"reason": "no_sound", "stage": "probe", "detail": "none"}
+  card = audit_page._dropped("mute", drop, found, mute, "motion")
+  assert f'data-frames="{schema.CLIP_FPS}"' in card
+  record = found.record(found.clips().places[0])
+  track = "track:somewhere.csv"
+  assert "<canvas" in audit_page._kept(record, found, mute, track)
+  never = record | {"located": np.zeros_like(record["located"])}
+  assert "<canvas" not in audit_page._kept(never, found, mute, track)
 
 
 @pytest.fixture(scope="module")

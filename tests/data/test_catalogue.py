@@ -106,6 +106,7 @@ def test_without_a_list_every_video_is_taken_with_its_caption(tmp_path):
     ("id,split\na,of hand\n", "'of hand' of 'a' is no word"),
     ('id,label\na,"dog\nb,cat\n', "quotes in it do not match"),
     ("label,id\ndog\n", "a line has no id"),
+    ("id,label,split\na,eating, chewing,test\n", "'a,eating, chewing,test' has 4 columns, the f"),
   ],
 )
 def test_lists_that_cannot_be_meant(tmp_path, text, why):
@@ -136,9 +137,22 @@ def test_small_lists_are_cut_for_many_processes():
 
 
 def test_tables_of_numbers(tmp_path):
-  table = listed(tmp_path, "id,CE,PQ\na,3.5,\nb,1,2\n")
-  assert catalogue.read_table(table, "--tags") == {"a": {"CE": 3.5}, "b": {"CE": 1.0, "PQ": 2.0}}
-  with pytest.raises(UserError, match="--tags .*no column id"):
-    catalogue.read_table(listed(tmp_path, "CE\n1\n"), "--tags")
-  with pytest.raises(UserError, match="every cell beside id is a number"):
-    catalogue.read_table(listed(tmp_path, "id,CE\na,good\n"), "--tags")
+  expected = {"a": {"CE": 3.5}, "b": {"CE": 1.0, "PQ": 2.0}}
+  for text in ("id,CE,PQ\na,3.5,\nb,1,2\n", "id, CE, PQ\na, 3.5,\nb , 1, 2\n"):
+    assert catalogue.read_table(listed(tmp_path, text), "--tags", {"a", "c"}, ["CE"]) == expected
+  assert catalogue.read_table(None, "--tags", set()) == {}
+
+
+@pytest.mark.parametrize(
+  ("text", "why"),
+  [
+    ("CE\n1\n", "--tags .*no column id"),
+    ("id,CE\na,good\n", "every cell beside id is a number"),
+    ("id,CE\na,1,2\n", "every cell beside id is a number"),
+    ("id,ce\na,1\n", "no column CE, have id, ce"),
+    ("id,CE\na.mp4,1\n", "none of its ids is that of a clip, such as a"),
+  ],
+)
+def test_tables_that_would_do_nothing(tmp_path, text, why):
+  with pytest.raises(UserError, match=why):
+    catalogue.read_table(listed(tmp_path, text), "--tags", {"a", "b"}, ["CE"])

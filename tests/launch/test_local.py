@@ -54,6 +54,16 @@ def test_a_mistake_ends_the_run_with_its_code(tmp_path, code):
   assert attempts(file) == 1
 
 
+def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path):
+  """As with `| head`: what the processes print is still taken from them, or they would wait."""
+  lines = "for i in range(20_000): print('x' * 50)\nfile.write_text('done')"
+  commands = script(lines, tmp_path / "file", 1)()
+  code = f"import os\nfrom launch import local\nlocal.run(lambda: {commands!r}, {{**os.environ}})"
+  reader = ["bash", "-c", '"$0" -c "$1" | head -2', sys.executable, code]
+  done = subprocess.run(reader, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+  assert done.stdout.count("[0] ") == 2 and (tmp_path / "file").read_text() == "done"
+
+
 def test_restarts_end(tmp_path):
   file = tmp_path / "attempts"
   assert local.run(script(f"{MARK}\nsys.exit(42)", file), dict(os.environ), restarts=2) == 42

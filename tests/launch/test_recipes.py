@@ -196,6 +196,14 @@ def test_the_tpu_script_copies_the_checkout_and_keeps_arguments_whole(tmp_path):
   assert bash("-n", "-c", remote).returncode == 0
 
 
+@pytest.mark.parametrize("words", [["--workdir", "runs/x"], ["--workdir=runs/x"]])
+def test_the_tpu_script_refuses_a_run_inside_what_it_replaces(tmp_path, words):
+  env = stand_in(tmp_path, "gcloud", f"touch {tmp_path}/called")
+  done = bash(LAUNCH / "tpu_vm.sh", "name", "--config", "c.py", *words, env=env | {"ZONE": "z"})
+  assert done.returncode == 2 and "--workdir runs/x would be lost" in done.stderr
+  assert not (tmp_path / "called").exists()
+
+
 @pytest.fixture
 def slice_of_one(tmp_path):
   """Runs the script for a host that is a folder, whose trainer waits until it is let go."""

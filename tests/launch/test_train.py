@@ -32,6 +32,12 @@ VARIANTS = [(name, variant) for name, *variants in CONFIGS for variant in varian
 
 
 TINY = ("--config={0}/configs/tiny.py:smoke",)
+FAULTY = {  # Files of configs.
+  "syntax.py": "def get_config(:",
+  "module.py": "import nowhere",
+  "name.py": "import ml_collections\nget_config = lambda: ml_collections.ConfigDct()",
+  "key.py": "def get_config():\n  return {}['a']",
+}
 
 
 def parse(*arguments, workdir="runs/none"):
@@ -140,6 +146,10 @@ def test_the_loader_mirrors_if_the_config_says_so(tmp_path, monkeypatch, mirror)
   [
     (["--config={0}/configs/tiny.py:huge"], "unknown variant 'huge', have: demo, quick, smoke"),
     (["--config={0}/configs/none.py"], "No such file"),
+    (["--config={1}/syntax.py"], "--config: SyntaxError: "),
+    (["--config={1}/module.py"], "--config: ModuleNotFoundError: No module named 'nowhere'"),
+    (["--config={1}/name.py"], "--config: AttributeError: module 'ml_collections' has no attr"),
+    (["--config={1}/key.py"], "--config: KeyError: 'a'"),
     (["--config={0}/configs/tiny.py", "--config.model.widht=4"], '"width" instead of "widht"'),
     (["--config={0}/configs/tiny.py", "--config.steps=many"], "config.steps=many"),
     (["--confi={0}/configs/tiny.py"], "Did you mean: config"),
@@ -156,11 +166,19 @@ def test_the_loader_mirrors_if_the_config_says_so(tmp_path, monkeypatch, mirror)
   ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(capsys, tmp_path, arguments, message):
-  argv = ["launch.train", *(a.format(ROOT) for a in arguments), f"--workdir={tmp_path / 'run'}"]
+  for name, text in FAULTY.items():
+    (tmp_path / name).write_text(text)
+  given = (a.format(ROOT, tmp_path) for a in arguments)
+  argv = ["launch.train", *given, f"--workdir={tmp_path / 'run'}"]
   assert train.main(argv) == 2
   captured = capsys.readouterr()
   assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
   assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_may_have_the_name_of_a_flag():
+  argv = ["launch.train", TINY[0].format(ROOT), "--workdir", "verify"]
+  assert train.parse(argv)[0]["kind"] == "flow"
 
 
 def test_values_of_the_command_line_replace_those_of_the_file():

@@ -214,6 +214,31 @@ def test_features_follow_on_demand(videos, out, tmp_path, capsys):
       assert bytes(raw["caption"]).decode() == f"{name} label"
 
 
+def test_reports_are_of_this_build_alone(videos, out, tmp_path, capsys):
+  """Of an earlier one with other settings, half of the shards are still there."""
+  copy = tmp_path / "copy"
+  shutil.copytree(out, copy)
+  built(videos, copy, "--spatializer", "paper", "--slice", "0/2")
+  told, funnel = capsys.readouterr(), json.loads((copy / "funnel.json").read_text())
+  assert set(funnel["spatializer"]) <= {"paper", "recorded"}
+  fates = funnel["kept"] + sum(funnel["dropped"].values()) + funnel["waiting"]
+  assert fates == funnel["files"] and funnel["waiting"] > 0
+  assert "slices: 3/3" in told.err  # Of five; the others are not this call's.
+
+
+def test_files_that_are_not_listed_are_no_failures(tmp_path, capsys):
+  """Such as downloads that are not finished."""
+  for n in range(6):
+    (tmp_path / f"part{n}.mp4").write_bytes(b"no video")
+  clips.write(tmp_path / "good.mp4")
+  (tmp_path / "list.csv").write_text("id,label\ngood,dog\n")
+  given = ["vggsound", "--videos", str(tmp_path), "--labels", str(tmp_path / "list.csv")]
+  given += ["--out", str(tmp_path / "out"), "--seconds", "1", "--jobs", "1"]
+  assert command.main(given) == 0
+  funnel = json.loads((tmp_path / "out" / "funnel.json").read_text())
+  assert funnel["failures"] == 0 and funnel["dropped"]["unlisted"] == 6 and funnel["kept"] == 1
+
+
 def test_an_audit_on_demand_decides_the_exit_code(videos, out, tmp_path, capsys):
   copy = tmp_path / "10:30"
   shutil.copytree(out, copy)
@@ -249,6 +274,7 @@ def test_too_many_unreadable_files_are_said_by_the_exit_code(tmp_path, capsys):
     (["--spatializer", "moon"], 2, "moon"),
     (["--silence", "2"], 2, "--silence 2"),
     (["--least-quality", "XX=1"], 2, "no axis 'XX'"),
+    (["--most-tag", "Speech=0.5"], 2, "it has no column Speech, have id, speech"),
     (["--quality-weights", "no.pt"], 3, "no.pt: no such file"),
     (["--beam-option", "a=b"], 2, "--beam-option needs --beam"),
     (["--features"], 2, "--features and --config FILE go together"),
