@@ -205,9 +205,7 @@ def test_parts_for_other_sound_are_refused(tmp_path, folder):
     generator.Generator(net)
   about["vocoder"] |= {"n_mels": 80, "rates": [4, *about["vocoder"]["rates"][1:]]}
   (net / "config.json").write_text(json.dumps(about))
-  with pytest.raises(
-    MissingAssetError, match="80 mel bins every 64 samples, 16k sound has"
-  ):
+  with pytest.raises(MissingAssetError, match="80 mel bins every 64 samples, 16k sound has"):
     generator.Generator(net)
   about["audio"] = "44k"
   (net / "config.json").write_text(json.dumps(about))
