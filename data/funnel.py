@@ -144,9 +144,7 @@ def speed(out: pathlib.Path) -> str:
 
 
 def tidy(out: pathlib.Path, work: Sequence[shards.Item]) -> None:
-  """Removes slices and shards of an earlier cut of a build that is complete again.
-
-  Not sooner: until then the earlier shards are the ones that the manifest names.
+  """Removes slices of an earlier cut of a build that is complete again.
 
   Args:
     out: folder of the build, on which nobody else works.
@@ -156,9 +154,3 @@ def tidy(out: pathlib.Path, work: Sequence[shards.Item]) -> None:
   for folder in (out / "slices").glob("*-of-*"):
     if folder.name not in names:
       shutil.rmtree(folder)
-  manifest = layout.read_json(out / "raw" / "manifest.json")
-  current = {shard["file"] for shard in manifest.get("shards", ())}
-  for path in (out / "raw").glob("*.tfrecord-*") if current else ():
-    shard = path.name.removesuffix(".index").removesuffix(".json")
-    if shard not in current:
-      path.unlink()

@@ -125,6 +125,14 @@ def forget(shard: pathlib.Path) -> None:
     manifest.unlink(missing_ok=True)
 
 
+def remove_unlisted(folder: pathlib.Path, name: str) -> None:
+  """Removes the shards of a data set that a finished manifest does not list: of an earlier cut."""
+  listed = {shard["file"] for found in read_manifest(folder).values() for shard in found}
+  for path in folder.glob(f"{name}-*.tfrecord-*"):
+    if path.name.removesuffix(".index").removesuffix(".json") not in listed:
+      path.unlink()
+
+
 def digest(folder: str | pathlib.Path, split: str) -> str:
   """Returns what tells the content of a split from any other one; UserError as `read_manifest`."""
   found = [(shard["file"], shard["sha256"]) for shard in read_manifest(folder).get(split, [])]
@@ -132,7 +140,7 @@ def digest(folder: str | pathlib.Path, split: str) -> str:
 
 
 def read_manifest(folder: str | pathlib.Path) -> dict[str, list[dict[str, Any]]]:
-  """Returns file, bytes and sha256 of the shards of each split.
+  """Returns file, records, bytes and sha256 of the shards of each split.
 
   Raises:
     MissingAssetError: there are none.
@@ -148,7 +156,7 @@ def read_manifest(folder: str | pathlib.Path) -> dict[str, list[dict[str, Any]]]
   try:
     for shard in json.loads(manifest.read_text())["shards"]:
       found.setdefault(shard["split"], []).append(
-        {name: shard[name] for name in ("file", "bytes", "sha256")}
+        {name: shard[name] for name in ("file", "records", "bytes", "sha256")}
       )
   except (OSError, ValueError, KeyError) as error:
     raise UserError(f"{manifest}: cannot read it ({error}); finish building the shards") from error

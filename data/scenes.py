@@ -242,6 +242,8 @@ def write(scene: Scene, folder: pathlib.Path) -> None:
   """
   stem = scene.truth["id"]
   rate = scene.truth["sample_rate"]
+  for suffix in _SUFFIXES:
+    io.remove_leftovers(folder / f"{stem}{suffix}")
   io.write_video(folder / f"{stem}.mp4", scene.frames, scene.truth["fps"], scene.audio, rate)
   io.write_audio(folder / f"{stem}.wav", scene.audio, rate)
   with io.atomic_path(folder / f"{stem}.json") as temporary:

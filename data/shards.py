@@ -187,6 +187,8 @@ def build(
   if stats["complete"]:
     about = {"name": name, "description": description, "config": config}
     _finish(out, list(zip(work, complete, strict=True)), about, stats)
+    if part == (0, 1):  # Else other parts may not know yet that all is done.
+      layout.remove_unlisted(out, name)
   return stats
 
 

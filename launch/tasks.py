@@ -215,6 +215,16 @@ class Source:
           found[f"{name}_text"] = layout.digest(folder / captions.FOLDER, shards.SPLIT)
     return found
 
+  def remarks(self) -> list[str]:
+    """Returns what one may not know of the data to train on."""
+    path, size = self.config["data"]["path"], self.config["data"]["batch_size"]
+    if path in ("", SYNTHETIC):
+      return []
+    folder, split = place_of(path)
+    clips = sum(shard["records"] for shard in layout.read_manifest(folder).get(split, []))
+    copies = f"{clips} clips for batches of {size}: copies in a batch draw the same time and noise"
+    return [copies] if clips < size else []
+
   def names(self) -> dict[int, str]:
     """Returns the names of the clips to train on by their numbers."""
     path = self.config["data"]["path"]

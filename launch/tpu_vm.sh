@@ -41,7 +41,9 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 
 packed=$(mktemp -d)
 trap 'rm -rf "$packed"' EXIT
-git -C "$root" archive --format=tar.gz -o "$packed/spatialv2a.tar.gz" HEAD
+git -C "$root" rev-parse HEAD >"$packed/COMMIT" # Which checkpoints name.
+git -C "$root" archive --format=tar.gz --add-file="$packed/COMMIT" \
+  -o "$packed/spatialv2a.tar.gz" HEAD
 gcloud compute tpus tpu-vm scp "$packed/spatialv2a.tar.gz" "$name:spatialv2a.tar.gz" \
   --worker=all "${where[@]}"
 

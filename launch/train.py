@@ -158,7 +158,8 @@ def run(arguments: Arguments, ledger: goodput.Ledger | None = None) -> int:
   ledger = ledger or goodput.Ledger()
   with watchdogs.Watchdog(ledger, workdir, config.get("limits")) as watchdog:
     task, recipe = tasks.recipe(config, tasks.mesh_of(config))
-    for line in tasks.optimizer_of(config).remarks(config["steps"]):
+    of_data = getattr(recipe.batches, "remarks", list)()
+    for line in [*tasks.optimizer_of(config).remarks(config["steps"]), *of_data]:
       _say(line)
     peak, kind = meter.peak_flops(), jax.devices()[0].device_kind
     if peak is None and jax.devices()[0].platform != "cpu":

@@ -152,6 +152,8 @@ def run(args: argparse.Namespace) -> int:
   jobs = shards.plan(work, args.out / "raw", **cut)
   mine = jobs[args.slice[0] :: args.slice[1]]
   kept = sum(shards.finished(job) is not None for job in mine)
+  if old := sum(shards.sidecar(job.path).is_file() for job in mine) - kept:
+    print(f"{old} shards are of other settings or files, and are made anew")
   with logbook.Progress(len(mine), "slices", unit="slice", start=kept) as progress:
     try:
       stats = shards.build(

@@ -206,7 +206,7 @@ def _unreadable(path: str | os.PathLike, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def open_media(path: str | os.PathLike) -> Iterator[InputContainer]:
-  """Opens a container for reading; a file that libav cannot understand is a UserError.
+  """Opens a container for reading; UserError for what libav cannot understand, and for pictures.
 
   If libav fails within the block, and it is the disk that cannot read the file, that is raised.
   """
@@ -218,6 +218,8 @@ def open_media(path: str | os.PathLike) -> Iterator[InputContainer]:
       reason = getattr(error, "strerror", None) or error
       raise UserError(f"{path} is not a media file or is damaged ({reason})") from None
     with container:
+      if container.format.name == "image2" or container.format.name.endswith("_pipe"):
+        raise UserError(f"{path} is a single picture; give a video")
       yield container
   except UserError as error:
     if isinstance(error.__context__, av.error.FFmpegError | OSError):

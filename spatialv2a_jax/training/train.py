@@ -314,7 +314,10 @@ def changes(old: Any, new: Any, name: str) -> Iterator[str]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-  """Returns the versions that a checkpoint names; `commit` is there if this is a checkout."""
+  """Returns the versions that a checkpoint names; `commit` if this is a checkout or a copy of one.
+
+  A copy says it in a file COMMIT.
+  """
   found = {"spatialv2a_jax": spatialv2a_jax.__version__}
   for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain"):
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -327,4 +330,6 @@ def versions() -> dict[str, str]:
         [*describe, "--exclude=*"], capture_output=True, text=True, check=True, timeout=30
       )
       found["commit"] = done.stdout.strip()
+  elif (root / "COMMIT").is_file():
+    found["commit"] = (root / "COMMIT").read_text().strip()
   return found

@@ -54,6 +54,7 @@ def test_complete_clips_are_kept_and_torn_ones_made_again(tmp_path, capsys):
   before = digests(tmp_path)
   kept = (tmp_path / "scene_9_000000.mp4").stat().st_mtime_ns
   (tmp_path / "scene_9_000001.json").unlink()
+  (tmp_path / ".scene_9_000001.0123abcd.mp4").touch()  # As a kill leaves it.
   assert run(tmp_path, "--clips", 2, "--jobs", 1) == 0
   assert digests(tmp_path) == before
   assert (tmp_path / "scene_9_000000.mp4").stat().st_mtime_ns == kept

@@ -156,6 +156,17 @@ def test_an_interrupted_build_goes_on(tmp_path):
   assert contents(tmp_path) == contents(tmp_path / "fresh")
 
 
+def test_another_cut_leaves_no_shard_of_the_one_before(tmp_path):
+  """Nor of another data set in the same folder does it take any."""
+  build(tmp_path)
+  other = tmp_path / "other-train.tfrecord-00000-of-00001"
+  other.touch()
+  build(tmp_path, shards=2)
+  other.unlink()
+  build(tmp_path / "fresh", shards=2)
+  assert contents(tmp_path) == contents(tmp_path / "fresh")
+
+
 def test_bad_clips_are_counted_and_named(tmp_path):
   stats = build(tmp_path, Maker((3, 7)))
   assert stats["clips_in"] == 20 and stats["clips_out"] == 18

@@ -240,6 +240,7 @@ def test_the_tpu_trainer_outlives_the_connection_and_is_found_again(slice_of_one
     assert "trains" in iter(first.stdout.readline, "").__next__()
     os.killpg(first.pid, signal.SIGKILL)  # All of this side, and what follows the log.
     first.wait(timeout=20)
+  assert re.fullmatch(r"[0-9a-f]{40}\n", (folder / "home" / "spatialv2a" / "COMMIT").read_text())
   words = (folder / "seen").read_text().splitlines()
   assert words[:4] == ["/c d", "-u", "-m", "launch.train"]
   assert words[4:] == ["--workdir", "/a b", "--distributed", WAIT]

@@ -198,6 +198,15 @@ def test_another_commit_is_told_and_must_give_the_same_bits(finished, monkeypatc
   assert f"differs from the run: run.versions.optax {versions['optax']!r} -> '9'" in told
 
 
+def test_a_copy_of_a_checkout_names_its_commit(tmp_path, monkeypatch):
+  """`launch/tpu_vm.sh` sends one."""
+  (tmp_path / "COMMIT").write_text("0123abcd\n")
+  monkeypatch.setattr(train, "__file__", str(tmp_path / "package" / "training" / "train.py"))
+  train.versions.cache_clear()
+  assert train.versions()["commit"] == "0123abcd"
+  train.versions.cache_clear()
+
+
 def test_a_checkout_names_its_commit():
   root = pathlib.Path(train.__file__).parents[2]
   if not (root / ".git").exists():
