@@ -60,7 +60,8 @@ def main() -> int:
     value, low_high = (scores["metrics"][name][key] for key in ("value", "ci95"))
     good = value >= LEAST_AGREEMENT if bar is None else value < bar
     limit = f"at least {LEAST_AGREEMENT}" if bar is None else f"below {bar:.4f} of dual mono"
-    print(f"{name} {value:.4f} ({low_high[0]:.4f} .. {low_high[1]:.4f}), wanted: {limit}: {good}")
+    low, high = ("-" if x is None else f"{x:.4f}" for x in low_high)  # Too few clips have none.
+    print(f"{name} {value:.4f} ({low} .. {high}), wanted: {limit}: {good}")
     held &= good
   return 0 if held else 1
 

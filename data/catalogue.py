@@ -224,7 +224,9 @@ def read_table(
     if absent := [name for name in wanted if name not in head]:
       raise UserError(f"{flag} {path}: it has no column {absent[0]}, have {', '.join(head)}")
     table = {
-      row["id"].strip(): {name: float(cell) for name, cell in row.items() if name != "id" and cell}
+      row["id"].strip(): {
+        name: float(cell) for name, cell in row.items() if name != "id" and cell and cell.strip()
+      }
       for row in reader
     }
   except (AttributeError, TypeError, ValueError, csv.Error) as error:

@@ -7,6 +7,7 @@ splits and the number of records in each shard; `tfds.builder_from_directory` ne
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -128,8 +129,9 @@ def forget(shard: pathlib.Path) -> None:
 def remove_unlisted(folder: pathlib.Path, name: str) -> None:
   """Removes the shards of a data set that a finished manifest does not list: of an earlier cut."""
   listed = {shard["file"] for found in read_manifest(folder).values() for shard in found}
-  for path in folder.glob(f"{name}-*.tfrecord-*"):
-    if path.name.removesuffix(".index").removesuffix(".json") not in listed:
+  ours = re.compile(rf"({re.escape(name)}-\w+\.tfrecord-\d+-of-\d+)(\.index|\.json)?")
+  for path in folder.iterdir():
+    if (found := ours.fullmatch(path.name)) and found[1] not in listed:
       path.unlink()
 
 

@@ -164,7 +164,7 @@ def build(
     dataclasses.replace(job, max_bad=limit, unknown=unknown)
     for job in plan(items, out, shards=shards, config=config, name=name)
   ]
-  mine = work[part[0] :: part[1]]
+  mine = sorted(work[part[0] :: part[1]], key=lambda job: finished(job) is None)  # Kept ones first.
   done, bad = 0, {}
   make = cast(Maker, make_record if batched else _OneByOne(cast(Any, make_record)))
   if part == (0, 1):  # Else another part may be writing them at this moment.

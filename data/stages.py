@@ -59,7 +59,7 @@ from spatialv2a_jax.metrics import analysis
 from spatialv2a_jax.metrics import spatial as metrics
 
 NAME = "binaural_vggsound"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CUES = (
   "iacc_clip", "ild_clip_db", "ild_frame_db", "ild_tf_db", "itd_phat_frame_us",
   "itd_xc_frame_samples", "ipd_100_1500_w_rad", "ipd_tf_rad", "isd_l1", "side_energy_ratio",

@@ -50,6 +50,8 @@ def _read(argv: Sequence[str], values: flags.FlagValues) -> dict[str, Any] | Non
     # A config file that raises is quoted with its traceback; the last line is the message.
     lines = [line.strip() for line in str(error).strip().splitlines()]
     raise UserError("--config: " + lines[-1].removeprefix("ValueError: ")) from error
+  except UserError:
+    raise
   except Exception as error:
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     if isinstance(error, AttributeError | KeyError) and _CONFIGS in pathlib.Path(raised_in).parents:

@@ -133,7 +133,10 @@ def run(
       if told or restarts == 0 or not (code in AGAIN or code > 128):
         return code
       restarts -= 1
-      print(f"launch.local: left with {code}; starting again, {restarts} restarts left", flush=True)
+      with contextlib.suppress(OSError):  # As in `_read`.
+        print(
+          f"launch.local: left with {code}; starting again, {restarts} restarts left", flush=True
+        )
   finally:
     for number, handler in handlers.items():
       signal.signal(number, handler)

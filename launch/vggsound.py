@@ -102,8 +102,9 @@ def add_arguments(commands) -> None:
     help="its checkpoint.pt, to score the clips here",
   )  # fmt: skip
   p.add_argument(
-    "--least-quality", type=_pairs, default=limits.quality, metavar="CE=X,CU=Y,PQ=Z",
-    help="scores below drop a clip",
+    "--least-quality", type=_pairs, metavar="CE=X,CU=Y,PQ=Z",
+    help="scores below drop a clip, "
+    + ",".join(f"{axis}={least:g}" for axis, least in limits.quality) + " if not given",
   )  # fmt: skip
   p.add_argument(
     "--tags", type=pathlib.Path, metavar="FILE", help="CSV with id and a column per tag"
@@ -135,7 +136,8 @@ def run(args: argparse.Namespace) -> int:
   if known.broken:
     print(f"{len(known.broken)} links lead nowhere, the first is {known.broken[0]}: passed over")
   ids = {clip.id for clip in known.clips}
-  scores = catalogue.read_table(args.quality_scores, "--quality-scores", ids)
+  asked = [axis for axis, _ in args.least_quality or () if judge is None]
+  scores = catalogue.read_table(args.quality_scores, "--quality-scores", ids, asked)
   if args.quality_scores and not set(filters.AXES) & set().union(*scores.values()):
     raise UserError(
       f"--quality-scores {args.quality_scores}: no column of {', '.join(filters.AXES)}"
@@ -247,7 +249,9 @@ def _settings(args: argparse.Namespace) -> stages.Settings:
     raise UserError(f"--seconds {args.seconds:g} --tolerance {args.tolerance:g}: give 1 to 600 s")
   if not 0 < args.silence <= 1:
     raise UserError(f"--silence {args.silence:g}: give a share above 0, up to 1")
-  unknown = [axis for axis, _ in args.least_quality if axis not in filters.AXES]
+  unknown = [axis for axis, _ in args.least_quality or () if axis not in filters.AXES]
+  if args.least_quality and not (args.quality_scores or args.quality_weights):
+    raise UserError("--least-quality needs --quality-scores or --quality-weights")
   if unknown:
     raise UserError(f"--least-quality: no axis {unknown[0]!r}, have {', '.join(filters.AXES)}")
   if args.features != bool(args.config):
@@ -260,7 +264,11 @@ def _settings(args: argparse.Namespace) -> stages.Settings:
     raise UserError("--most-tag needs --tags FILE")
   return stages.Settings(
     filters.Limits(
-      args.seconds, args.tolerance, args.silence, tuple(args.least_quality), tuple(args.most_tag)
+      args.seconds,
+      args.tolerance,
+      args.silence,
+      tuple(args.least_quality or filters.Limits.quality),
+      tuple(args.most_tag),
     ),
     args.audio,
     args.localizer,

@@ -195,6 +195,19 @@ def statistics(audio: Iterable[np.ndarray], spec: AudioSpec) -> tuple[np.ndarray
   return mean.astype(np.float32), deviation.astype(np.float32)
 
 
+def exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns the function with products in float32, where matrix units round them if not told.
+
+  Networks of sound are small, and rounding is heard as noise.
+  """
+
+  def exact(*arguments: Any) -> Any:
+    with jax.default_matmul_precision("highest"):
+      return function(*arguments)
+
+  return exact
+
+
 def build(
   config: Mapping[str, Any], spec: AudioSpec, loss_config: LossConfig | None = None
 ) -> Codec:
@@ -208,7 +221,8 @@ def build(
   sizes = {"n_mels": spec.n_mels, "latent_channels": spec.latent_channels, **config}
   net = vae.build(vae.Config(**sizes))
   weights = loss_config or LossConfig()
-  decode_clip = jax.jit(lambda params, z_betc: decode(net, params, z_betc))
+  decode_exactly = exactly(lambda params, z_betc: decode(net, params, z_betc))
+  decode_clip = jax.jit(decode_exactly)
 
   def waveform(params: Params, z_etc: np.ndarray) -> np.ndarray:
     mel_emn = np.asarray(decode_clip(params, jnp.asarray(z_etc)[None])[0])
@@ -216,8 +230,8 @@ def build(
 
   return Codec(
     init=net.init,
-    encode=lambda params, audio_bep: encode(net, params, audio_bep, spec),
-    decode=lambda params, z_betc: decode(net, params, z_betc),
+    encode=exactly(lambda params, audio_bep: encode(net, params, audio_bep, spec)),
+    decode=decode_exactly,
     loss=lambda params, batch, key: vae_loss(net, spec, weights, params, batch, key),
     waveform=waveform,
   )

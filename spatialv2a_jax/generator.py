@@ -26,7 +26,7 @@ from spatialv2a_jax.feature_cache import Cache
 from spatialv2a_jax.models import flow_net, vocoder
 from spatialv2a_jax.sampler import Choice, Condition, Sampler, clip_key
 from spatialv2a_jax.settings import Settings as Settings
-from spatialv2a_jax.weights import Weights, exactly, missing
+from spatialv2a_jax.weights import Weights, missing
 from spatialv2a_jax.windows import Source, Window, azimuths, cross_fade, length, shares
 
 GUIDANCE = 2.0  # Where neither the user nor the checkpoint says another.
@@ -241,7 +241,7 @@ class Generator:
 
   @functools.cached_property
   def _encode(self) -> Callable[..., jax.Array]:
-    return jax.jit(exactly(lambda params, audio_bep: self.codec.encode(params, audio_bep)[0]))
+    return jax.jit(lambda params, audio_bep: self.codec.encode(params, audio_bep)[0])
 
   def noise(self, key: jax.Array, first: int, frames: int | None = None) -> jax.Array:
     """Returns the noise of a window, which is that of the whole clip there."""
@@ -327,7 +327,7 @@ class Generator:
 
   @functools.cached_property
   def _decode(self) -> Callable[..., jax.Array]:
-    return jax.jit(exactly(lambda params, z_etc: self.codec.decode(params, z_etc[None])[0]))
+    return jax.jit(lambda params, z_etc: self.codec.decode(params, z_etc[None])[0])
 
   def mels(self, firsts: Sequence[int], z_etc: np.ndarray) -> np.ndarray:
     """Returns the log-mels [e, m, n] of a clip from its latents.
@@ -346,7 +346,7 @@ class Generator:
   @functools.cached_property
   def _vocode(self) -> Callable[..., jax.Array]:
     assert self.vocoder is not None
-    return jax.jit(exactly(vocoder.build(self.vocoder).waveform))
+    return jax.jit(codec.exactly(vocoder.build(self.vocoder).waveform))
 
   def synthesize(self, log_mel_mn: np.ndarray, past_p: np.ndarray) -> np.ndarray:
     """Returns the vocoder's waveform [p] of a log-mel, as `phase.binaural` asks for it."""

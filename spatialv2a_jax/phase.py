@@ -187,8 +187,8 @@ def _in_pieces(
 
   Calls make(piece_emn, first, past) for samples. A piece begins at frame `first`; `past` [rows, p]
   is what has been made of its first frames already and is cross-faded with the new. The last piece
-  of several ends with the clip. Silence is appended to a single one up to a multiple of `bucket`
-  frames, so that few programs are compiled.
+  ends with the clip. Silence is appended up to a multiple of `bucket` frames, so that few programs
+  are compiled.
   """
   frames, hop = log_mel_emn.shape[-1], spec.hop
   silence = 20 * np.log10(mel.FLOOR) / mel.db_per_unit(spec)

@@ -60,7 +60,7 @@ def write_report(
 
   Args:
     folder: `<stem>.wav|flac` beside `<stem>.json` (and `<stem>.mp4`), in it or in its `generated/`;
-      or a workdir with `metrics.jsonl`, in it or in its `checkpoint/`.
+      or a workdir with `metrics.jsonl`, in it or in its `runs/flow/`, as of `launch.demo`.
     out_html: page to write, atomically.
     ref: folder with reference sound `<stem>.wav|flac|mp4`, for the A/B switch.
     truth: folder with scene truth `<stem>.json`; scenes are their own truth.

@@ -32,7 +32,7 @@ SOURCES = {
   ),
 }
 Sizes = TypeVar("Sizes")
-EXACT = ("vae", "vocoder")  # Always float32 (`exactly`): small, and rounding is heard as noise.
+EXACT = ("vae", "vocoder")  # Always float32, see `codec.exactly`.
 
 
 def missing(name: str, folder: Any, audio: str = "16k") -> MissingAssetError:
@@ -42,16 +42,6 @@ def missing(name: str, folder: Any, audio: str = "16k") -> MissingAssetError:
     f"{folder} holds no weights of: {name}; download {file}, then: "
     f"spatialv2a convert {source} FILE --out {folder} (or name a folder that has it with --parts)"
   )
-
-
-def exactly(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """Returns the function with products in float32, which matrix units round if not told."""
-
-  def exact(*arguments: Any) -> jax.Array:
-    with jax.default_matmul_precision("highest"):
-      return function(*arguments)
-
-  return exact
 
 
 class Weights:

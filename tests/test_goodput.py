@@ -75,14 +75,18 @@ def test_an_evaluation_of_the_checkpoint_counts_where_it_is_kept(clock):
   ledger.resume(saved, [])
   ledger.enter("step")
   with ledger.during("eval"):
-    clock(50)
-  rows = [{"step": 10, "eval/loss": 1.0, **ledger.row()}]
+    clock(20)
+    with ledger.during("data"):
+      clock(30)
+  row = {"step": 10, **ledger.row()}
   clock(7)
-  rows.append({"step": 11, **ledger.row()})
-  for step, kept in ((10, {"eval": 50, "lost": 7}), (9, {"lost": 57})):
+  rows = [{"eval/loss": 1.0, **row}, {"step": 11, **ledger.row()}]
+  left = [row, *rows[1:]]  # Asked to stop during the evaluation, which is done again.
+  kept = {"eval": 20, "data": 30, "lost": 7}
+  for step, told, expected in ((10, rows, kept), (9, rows, {"lost": 57}), (10, left, {"lost": 57})):
     ledger = goodput.Ledger()
-    ledger.resume(saved, rows, step)
-    assert phases(ledger) == {"init": 10, "step": 100, **kept}
+    ledger.resume(saved, told, step)
+    assert phases(ledger) == {"init": 10, "step": 100, **expected}
 
 
 def test_a_run_that_never_saved_lost_all_its_steps(clock):

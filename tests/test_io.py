@@ -13,7 +13,6 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from PIL import Image
 
 from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
@@ -323,16 +322,6 @@ def test_damaged_input_is_one_line_that_names_the_file(clips, tmp_path):
     assert caught.value.exit_code == 2
   with pytest.raises(UserError, match="lasts 0.20 s"):
     io.read_video(tmp_path / "mute.mp4", 8, start=3)
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tiff"])
-def test_a_photo_is_no_video(tmp_path, suffix):
-  """It passed for one of 0.04 s, and got sound."""
-  path = tmp_path / f"photo.{suffix}"
-  Image.fromarray(next(numbered(1))).save(path)
-  for read in (io.probe, io.read_audio):
-    with pytest.raises(UserError, match="photo.* is a single picture; give a video"):
-      read(path)
 
 
 def test_libav_prints_nothing(tmp_path):

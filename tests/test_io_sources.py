@@ -8,6 +8,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from spatialv2a_jax import io
 from spatialv2a_jax.errors import UnreachableError, UserError
@@ -264,3 +265,13 @@ def test_names_that_are_not_utf_8_and_sounds_too_long_for_wav(tmp_path):
     np.testing.assert_allclose(io.read_audio(name + suffix), sound_ep, atol=2**-22)
   with pytest.raises(UserError, match="wav holds at most 4 GiB; use --format flac"):
     io.write_audio(tmp_path / "x.wav", np.broadcast_to(np.float32(0), (2, 2**29)), 16_000)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tiff"])
+def test_a_photo_is_no_video(tmp_path, suffix):
+  """It passed for one of 0.04 s, and got sound."""
+  path = tmp_path / f"photo.{suffix}"
+  Image.fromarray(np.zeros((32, 64, 3), np.uint8)).save(path)
+  for read in (io.probe, io.read_audio):
+    with pytest.raises(UserError, match="photo.* is a single picture; give a video"):
+      read(path)

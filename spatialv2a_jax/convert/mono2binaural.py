@@ -51,7 +51,7 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
   if not path.name.startswith("audio"):
     raise UserError(f"{path}: give audio_SUFFIX.pth; visual_ and fusion_SUFFIX.pth lie beside it")
   joined = {f"audio.{key}": value for key, value in state.items()}
-  visual, *fusion = beside(path)
+  visual, *fusion = _companions(path)
   joined |= {f"visual.{key}": value for key, value in files.read(visual).items()}
   for file in fusion:
     state = files.read(file)
@@ -61,10 +61,13 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def beside(path: str | pathlib.Path) -> list[pathlib.Path]:
+  """Returns the files that `read` joins to one; none to one of all networks."""
+  whole = any(key.startswith("visual.") for key in files.read(path))
+  return [] if whole else _companions(pathlib.Path(path))
+
+
+def _companions(path: pathlib.Path) -> list[pathlib.Path]:
   """Returns the visual network's file and, if it is there, the fusion network's."""
-  path = pathlib.Path(path)
-  if not path.name.startswith("audio"):
-    return []
   visual, fusion = (path.with_name(x + path.name.removeprefix("audio")) for x in _COMPANIONS)
   return [visual, *([fusion] if fusion.is_file() else [])]
 

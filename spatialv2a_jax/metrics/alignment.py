@@ -58,6 +58,12 @@ METRICS: dict[str, Metric] = {
 }
 
 
+_ODD = RecursionError, OverflowError  # Of JSON that is nested too deep, or of its numbers.
+
+
+_ODD = RecursionError, OverflowError  # Of JSON that is nested too deep, or of its numbers.
+
+
 @dataclasses.dataclass(frozen=True)
 class Truth:
   """What is visible in one clip.
@@ -109,10 +115,10 @@ def read_truth(path: str | os.PathLike) -> Truth:
     azimuth_v = np.array([np.nan if a is None else a for a in data["azimuth_deg"]], np.float64)
     times = [time for source in data["sources"] for time in source["onsets_s"]]
     truth = Truth(float(data["seconds"]), float(data["fps"]), azimuth_v, np.array(times, float))
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+  except (OSError, ValueError, LookupError, TypeError, AttributeError, *_ODD) as error:
     reason = f"no key {error}" if isinstance(error, KeyError) else error
     raise UserError(f"{path} is not the truth of a scene: {reason}") from None
-  if azimuth_v.ndim != 1 or not len(azimuth_v):
+  if azimuth_v.ndim != 1 or not len(azimuth_v) or np.isinf(azimuth_v).any():
     raise UserError(f"{path} is not the truth of a scene: azimuth_deg is no list of angles")
   if not (0 < truth.fps < math.inf and 0 < truth.seconds < math.inf):
     raise UserError(f"{path} is not the truth of a scene: fps and seconds must be above 0")

@@ -35,7 +35,7 @@ class Peaks:
   Attributes:
     lag_us: delay of the right ear after the left, microseconds.
     height: signed correlation at the peak.
-    ratio: peak over the second highest peak; inf without a second one.
+    ratio: peak over the highest other one, inf without; below 1 where that is a negative one.
   """
 
   lag_us: np.ndarray

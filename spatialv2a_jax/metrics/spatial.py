@@ -34,6 +34,7 @@ Axes: e ear, p sample, i rectangular frame, j STFT frame, f frequency bin, l lag
 
 import numpy as np
 import scipy.fft
+import scipy.signal
 
 from spatialv2a_jax.metrics import analysis as an
 from spatialv2a_jax.metrics.analysis import Analysis, Peaks
@@ -175,7 +176,7 @@ def _delay(
   flagged = inside < MIN_COHERENCE or np.abs(wide_l).max() > inside
   whole = {
     "xc": wide_l[None, EDGE:-EDGE],
-    "phat": an.phat(spectra_exf, size),
+    "phat": an.phat(_clip_spectra(clip, an.FRAME)[0], size),
     "low": an.coefficient(spectra_exf, size, an.LOW_BAND),
   }
   found = {"xc": an.peaks(clip.xc_il), "low": an.peaks(clip.low_il)}
@@ -222,11 +223,12 @@ def _spectrum(clip: Analysis) -> dict[str, float]:
   }
 
 
-def _clip_spectra(clip: Analysis) -> tuple[np.ndarray, int]:
-  """Returns the transform of the whole clip, [e, 1, f], and its length."""
+def _clip_spectra(clip: Analysis, fade: int = 0) -> tuple[np.ndarray, int]:
+  """Returns the transform of the whole clip, [e, 1, f], and its length; `fade` samples each end."""
   samples = clip.audio_ep.shape[1]
   size = 2 * int(scipy.fft.next_fast_len(samples) or samples)
-  return np.fft.rfft(clip.audio_ep, size)[:, None], size
+  window_p = np.asarray(scipy.signal.get_window(("tukey", min(1.0, 2 * fade / samples)), samples))
+  return np.fft.rfft(clip.audio_ep * window_p, size)[:, None], size
 
 
 def _active_bins(power_ejf: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ FILTER_S = 0.016  # 256 taps at 16 kHz
 # the top of the band fades to zero: a jump at the Nyquist frequency rings through the whole filter
 FADE_FROM = 0.95
 REFERENCE_HZ = (100.0, 500.0)  # Where heads differ little in what comes from the front.
+LEAST_REFERENCE = 0.03  # Share of the largest gain; that of real heads is 20 dB above it.
 
 Located = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -240,7 +241,7 @@ def _sofa(path: str, modified_ns: int, sample_rate: int) -> Hrtf:
   measured = sofa_file.read(path, sample_rate, 4 * round(FILTER_S * sample_rate / 4))
   with open(path, "rb") as file:
     digest = hashlib.file_digest(file, "sha256")
-  digest.update(f"rate={sample_rate}".encode())
+  digest.update(f"rate={sample_rate} level=sphere".encode())
   head = Hrtf(
     sample_rate=sample_rate,
     name=f"sofa:{os.path.basename(path)}",
@@ -249,15 +250,19 @@ def _sofa(path: str, modified_ns: int, sample_rate: int) -> Hrtf:
     onset_de=measured.onset_de,
     locate=sofa_file.Triangles(measured.direction_d3),
   )
-  gain = np.float32(_frontal(sphere(sample_rate)) / _frontal(head))
+  (want, _), (have, loudest) = _frontal(sphere(sample_rate)), _frontal(head)
+  if have < LEAST_REFERENCE * loudest:
+    raise UserError(f"{path} has next to nothing at 100 to 500 Hz; use an unfiltered SOFA file")
+  gain = np.float32(want / have)
   return dataclasses.replace(head, aligned_det=gain * measured.aligned_det)
 
 
-def _frontal(head: Hrtf) -> float:
-  """Returns the root mean square gain of what comes from the front, at `REFERENCE_HZ`."""
+def _frontal(head: Hrtf) -> tuple[float, float]:
+  """Returns the gain of what comes from the front: rms at `REFERENCE_HZ`, and the largest."""
   size = 2 * head.taps
   low, high = (math.ceil(hz * size / head.sample_rate) for hz in REFERENCE_HZ)
-  return float(np.sqrt(np.square(np.abs(np.fft.rfft(head.ir(0), size)[:, low:high])).mean()))
+  gain_ef = np.abs(np.fft.rfft(head.ir(0), size))
+  return float(np.sqrt(np.square(gain_ef[:, low:high]).mean())), float(gain_ef.max())
 
 
 def load(name: str, sample_rate: int) -> Hrtf:

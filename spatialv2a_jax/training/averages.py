@@ -248,12 +248,13 @@ def write_model(
         "% of rounding; ask for a width nearer to them"
       )
     trees = (_read(manager, at, width, folder) for width, at in snapshots)
-    like = {"params": model.params[name], "stats": model.stats.get(name, {})}
-    flat = _sum(_flat(like), zip(mixture.share_i, trees, strict=True), folder)
+    mixed = _flat(model.params[name])
+    frozen = optim.lookup(optim.from_mapping(run["optim"]).freeze, list(mixed), "freeze")
+    trained = {key: x for key, x in mixed.items() if not frozen[key]}
+    like = _flat({"params": trained, "stats": model.stats.get(name, {})})
+    flat = _sum(like, zip(mixture.share_i, trees, strict=True), folder)
   found = traverse_util.unflatten_dict(flat, sep="/")
-  mixed = _flat(found["params"])
-  frozen = optim.lookup(optim.from_mapping(run["optim"]).freeze, list(mixed), "freeze")
-  mixed |= {key: x for key, x in _flat(model.params[name]).items() if frozen[key]}
+  mixed |= _flat(found["params"])
   about = {"sigma_rel": sigma_rel, "step": step, "snapshots": len(steps), "error": mixture.error}
   params = {**model.params, name: traverse_util.unflatten_dict(mixed, sep="/")}
   stats = {**model.stats, name: found.get("stats", {})}

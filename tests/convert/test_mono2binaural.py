@@ -100,8 +100,9 @@ def test_three_files_become_a_model_folder(tmp_path):
 
 def test_the_way_back_gives_upstreams_tensors(tmp_path):
   state = part("batch", "param/")
-  save_file(state, tmp_path / "all.safetensors")
-  convert.run("mono2binaural", tmp_path / "all.safetensors", tmp_path / "model")
+  file = tmp_path / "audio_and_all.safetensors"  # Whatever its name, it has no companions.
+  save_file(state, file)
+  convert.run("mono2binaural", file, tmp_path / "model")
   convert.export("mono2binaural", tmp_path / "model", tmp_path / "back.safetensors")
   back = load_file(tmp_path / "back.safetensors")
   unused = {k for k in state if "num_batches_tracked" in k or "channel_mapping_conv_b" in k}

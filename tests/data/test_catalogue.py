@@ -138,7 +138,7 @@ def test_small_lists_are_cut_for_many_processes():
 
 def test_tables_of_numbers(tmp_path):
   expected = {"a": {"CE": 3.5}, "b": {"CE": 1.0, "PQ": 2.0}}
-  for text in ("id,CE,PQ\na,3.5,\nb,1,2\n", "id, CE, PQ\na, 3.5,\nb , 1, 2\n"):
+  for text in ("id,CE,PQ\na,3.5,\nb,1,2\n", "id, CE, PQ\na, 3.5, \nb , 1, 2\n"):
     assert catalogue.read_table(listed(tmp_path, text), "--tags", {"a", "c"}, ["CE"]) == expected
   assert catalogue.read_table(None, "--tags", set()) == {}
 

@@ -159,10 +159,13 @@ def test_an_interrupted_build_goes_on(tmp_path):
 def test_another_cut_leaves_no_shard_of_the_one_before(tmp_path):
   """Nor of another data set in the same folder does it take any."""
   build(tmp_path)
-  other = tmp_path / "other-train.tfrecord-00000-of-00001"
-  other.touch()
+  others = [f"{name}-train.tfrecord-00000-of-00001" for name in ("other", f"{shards.NAME}-more")]
+  others.append(f"{shards.NAME}-train.tfrecord-00000-of-00003.bak")
+  for name in others:
+    (tmp_path / name).touch()
   build(tmp_path, shards=2)
-  other.unlink()
+  for name in others:
+    (tmp_path / name).unlink()
   build(tmp_path / "fresh", shards=2)
   assert contents(tmp_path) == contents(tmp_path / "fresh")
 

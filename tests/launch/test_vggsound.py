@@ -40,6 +40,7 @@ def videos(tmp_path_factory) -> pathlib.Path:
   lines = [f"{name},{name} label,{'test' if name == 'right' else 'train'}" for name in names]
   (folder / "labels.csv").write_text("id,label,split\n" + "\n".join(lines))
   (folder / "scores.csv").write_text("id,CE,CU,PC,PQ\npoor,4,4,4,3.5\nleft,4,5,3,6\n")
+  (folder / "few.csv").write_text("id,CE\nleft,4\n")
   (folder / "tags.csv").write_text("id,speech\nspeech,0.9\nleft,0.1\n")
   return folder
 
@@ -274,6 +275,7 @@ def test_too_many_unreadable_files_are_said_by_the_exit_code(tmp_path, capsys):
     (["--spatializer", "moon"], 2, "moon"),
     (["--silence", "2"], 2, "--silence 2"),
     (["--least-quality", "XX=1"], 2, "no axis 'XX'"),
+    (["--least-quality", "PQ=1", "--quality-scores", "{0}/few.csv"], 2, "no column PQ, have"),
     (["--most-tag", "Speech=0.5"], 2, "it has no column Speech, have id, speech"),
     (["--quality-weights", "no.pt"], 3, "no.pt: no such file"),
     (["--beam-option", "a=b"], 2, "--beam-option needs --beam"),
@@ -284,6 +286,7 @@ def test_too_many_unreadable_files_are_said_by_the_exit_code(tmp_path, capsys):
   ],
 )
 def test_mistakes_are_said_before_the_work_starts(videos, tmp_path, capsys, more, code, why):
+  more = [word.format(videos) for word in more]
   assert command.main(arguments(videos, tmp_path / "out", *more)) == code
   assert why in capsys.readouterr().err and not (tmp_path / "out").exists()
 

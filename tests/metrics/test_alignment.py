@@ -156,6 +156,8 @@ def test_wrong_truth_is_named(tmp_path, text):
     ("sources", [{"onsets_s": [[0.5]]}]),
     ("azimuth_deg", [[1, 2], [3, 4]]),
     ("azimuth_deg", []),
+    ("azimuth_deg", [math.inf]),
+    ("seconds", 10**400),
     ("fps", math.inf),
     ("seconds", math.nan),
   ],

@@ -3,6 +3,7 @@
 import h5py
 import numpy as np
 import pytest
+from scipy import signal
 
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.spatial import hrtf
@@ -271,6 +272,14 @@ def test_sofa_has_the_level_of_the_sphere_whatever_that_of_the_file(tmp_path, me
   for gain in (0.05, 20):
     path = write_sofa(tmp_path / f"{gain}.sofa", direction_d2, gain * response_det)
     np.testing.assert_allclose(hrtf.sofa(path, 16000).aligned_det, expected.aligned_det, atol=1e-5)
+
+
+def test_sofa_without_low_frequencies_is_refused(tmp_path):
+  """Its level is set by them."""
+  direction_d2, response_det = sphere_set(elevations=(0,))
+  high = signal.sosfilt(signal.butter(8, 2000, "high", fs=44100, output="sos"), response_det)
+  with pytest.raises(UserError, match=r"thin\.sofa has next to nothing at 100 to 500 Hz"):
+    hrtf.sofa(write_sofa(tmp_path / "thin.sofa", direction_d2, high), 16000)
 
 
 def test_sofa_of_several_distances_is_refused(tmp_path):
