@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import pathlib
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from data import shards
 from launch import tasks
 from spatialv2a_jax import schema, sharding
 from tests import loader_shards, runner
@@ -46,6 +48,18 @@ def test_uneven_processes_read_every_clip_once(config, monkeypatch):
       for name, value in part.items():
         np.testing.assert_array_equal(value, all_rows[name][slice(*rows)])
   assert seen == {n: 4 for n in range(loader_shards.CLIPS)}
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_the_order_of_clips_is_that_of_the_seed_of_the_config(config, seed):
+  folder = pathlib.Path(config["data"]["path"])
+  read = source(config | {"seed": seed}, sharding.make_mesh(8, 1, 1))
+  order = loader_shards.stream(
+    shards.paths(folder), 2, batch_size=8, seed=seed, mirror=True, shapes=loader_shards.SHAPES
+  )
+  for batches in (read(0), read.whole()):
+    taken = itertools.islice(batches, 2)
+    assert sum(map(loader_shards.numbers, taken), []) == order
 
 
 PROCESS = """

@@ -103,6 +103,20 @@ def test_one_update_is_adamw():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
 
 
+@pytest.mark.parametrize(
+  "decay", [{"decay": "step", "milestones": (1, 3)}, {"decay": "cosine", "steps": 8, "final": 0.1}]
+)
+def test_every_update_has_the_rate_of_its_step(decay):
+  """Adam divides a constant gradient by itself."""
+  config = optim.Config(lr=0.1, warmup=3, clip=0.0, weight_decay=0.0, **decay)
+  rate, tx = optim.schedule(config), optim.adamw(config, PARAMS).tx
+  state, update = tx.init(PARAMS), jax.jit(tx.update)
+  for step in range(8):
+    updates, state = update(ONES, state, PARAMS)
+    for x in jax.tree.leaves(updates):
+      np.testing.assert_allclose(-x, rate(step), rtol=1e-5)
+
+
 def test_tables_scale_rate_and_decay_by_name():
   config = optim.Config(
     lr=0.1,

@@ -294,6 +294,14 @@ def test_another_kind_of_run_is_refused_and_changes_are_told(tmp_path):
   assert any("config.model.width 8 -> 9" in line for line in told)
 
 
+def test_a_run_that_goes_on_otherwise_learns_anew_what_is_usual(tmp_path):
+  config: dict = {"model": {"width": 8}, "data": {"batch_size": 8}}
+  fit(tmp_path, steps=2, config=config)
+  assert int(fit(tmp_path, steps=3, config=config).guard.seen) == 3
+  other = config | {"data": {"batch_size": 16}}
+  assert int(fit(tmp_path, steps=4, config=other).guard.seen) == 1
+
+
 def test_the_evaluation_hook_sees_the_state_of_its_step(tmp_path):
   seen = []
 

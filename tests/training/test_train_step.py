@@ -155,6 +155,23 @@ def test_frozen_parameters_keep_their_bits_and_have_no_optimizer_state():
   assert float(metrics["lr"]) == pytest.approx(0.1)
 
 
+def test_the_rate_that_is_logged_is_how_far_parameters_move():
+  """Adam that remembers nothing divides the gradient by its size."""
+  config = optim.Config(lr=0.1, warmup=3, clip=0.0, weight_decay=0.0, betas=(0.0, 0.0), eps=1e-12)
+  optimizer = optim.adamw(config, jax.eval_shape(toy_init, jax.random.key(0)))
+  state, _, step = prepare(one_device(), optimizer)
+  batch = sharding.global_batch(toy_batch(0), one_device(), RULES, 8)
+  rates = []
+  for _ in range(4):
+    before = jax.device_get(state.params)
+    state, metrics = step(state, batch)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b), jax.device_get(state.params), before)
+    for x in jax.tree.leaves(moved):
+      np.testing.assert_allclose(x, metrics["lr"], rtol=1e-3)
+    rates.append(float(metrics["lr"]))
+  np.testing.assert_allclose(rates, [0.025, 0.05, 0.075, 0.1], rtol=1e-5)
+
+
 def test_the_moments_are_split_like_the_parameters():
   mesh = sharding.make_mesh(2, 2, 2)
   optimizer = optim.adamw(optim.Config(), jax.eval_shape(toy_init, jax.random.key(0)))
@@ -187,16 +204,19 @@ def test_a_state_that_is_compiled_in_haste_has_the_same_bits():
   )
 
 
-def test_evaluation_does_not_depend_on_the_step():
-  mesh = one_device()
-  state, _, step = prepare(mesh)
+def test_evaluation_is_the_loss_with_the_same_noise_at_every_step():
+  mesh, key = one_device(), jax.random.key(2)
+  state, _, step = prepare(mesh, optim.Optimizer(optax.set_to_zero()))
   layout = jax.tree.map(lambda x: x.sharding, state)
-  evaluate = train_step.make_eval_step(
-    toy_loss, key=jax.random.key(2), mesh=mesh, rules=RULES, layout=layout
-  )
+  evaluate = train_step.make_eval_step(toy_loss, key=key, mesh=mesh, rules=RULES, layout=layout)
   batch = sharding.global_batch(toy_batch(0), mesh, RULES, 8)
-  first = evaluate(state.params, state.stats, batch)
-  assert float(first["loss"]) == float(evaluate(state.params, state.stats, batch)["loss"])
+  by_hand, _ = toy_loss(state.params, state.stats, batch, key)
+  for _ in range(2):
+    found = evaluate(state.params, state.stats, batch)
+    np.testing.assert_allclose([found["loss"], found["error"]], by_hand, rtol=1e-5)
+    assert float(found["clips"]) == 7  # The eighth has no weight.
+    state, trained = step(state, batch)
+    assert not np.isclose(trained["loss"], by_hand, rtol=1e-6)
 
 
 def flow_losses(mesh):

@@ -1,0 +1,73 @@
+"""What the flow network's task makes of its config."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from launch import tasks
+from spatialv2a_jax import model_folder, sharding
+from spatialv2a_jax.models.blocks import JointBlock
+from tests.launch.test_train import config_of, one_device
+
+SMALL = {
+  "data.batch_size": 2, "model.width": 8, "model.ffn": 8, "features.clip_dim": 4,
+  "features.sync_dim": 4, "features.text_dim": 4, "features.text_len": 3,
+}  # fmt: skip
+
+
+def build(**options):
+  config = config_of("tiny", "smoke", **SMALL, **options)
+  return tasks.build(config, one_device(), sharding.Rules())
+
+
+def parameters(task):
+  """Random ones, of which none is zero; and statistics other than a new run's."""
+  rng = np.random.default_rng(0)
+  shapes = sharding.unboxed(jax.eval_shape(task.init, jax.random.key(0)))
+  params = jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape)).astype(x.dtype), shapes)
+  params["frozen"]["latent_std"][:] = 1
+  return params, jax.tree.map(lambda x: np.asarray(x + 0.5), task.stats)
+
+
+def test_a_clip_is_evaluated_as_if_it_were_alone():
+  """By the running statistics, which stay as they are."""
+  task = build(**{"loss.drop_spatial": 0.0})
+  params, stats = parameters(task)
+  batch, key = next(task.batches(0)), jax.random.key(1)
+
+  @jax.jit
+  def evaluate(weight_b):
+    return task.evaluate.loss(params, stats, batch | {"weight_b": weight_b}, key)
+
+  losses = []
+  for weights in ([1, 1], [1, 0], [0, 1]):
+    value, (_, after) = evaluate(np.array(weights, np.float32))
+    jax.tree.map(np.testing.assert_array_equal, after, stats)
+    losses.append(float(value))
+  assert losses[1] != losses[2]
+  np.testing.assert_allclose(losses[0], np.mean(losses[1:]), rtol=1e-5)
+
+
+def test_a_run_can_begin_with_what_another_left(tmp_path):
+  task = build(**{"loss.ear_correlation": 0.7, "listen.guidance": 3.5})
+  params, stats = parameters(task)
+  task.export(tmp_path, params, stats)
+  about = model_folder.load_model(tmp_path).config
+  assert (about["ear_correlation"], about["guidance"]) == (0.7, 3.5)
+  jax.tree.map(
+    np.testing.assert_array_equal, build(init_from=str(tmp_path)).values(), (params, stats)
+  )
+
+
+def test_tokens_are_those_of_the_joint_blocks():
+  task, seen = build(), set()
+
+  def count(call, args, kwargs, context):
+    if isinstance(context.module, JointBlock) and context.method_name == "__call__":
+      seen.add(sum(ears * x for _, ears, x, _ in (x.shape for x in args[0])))
+    return call(*args, **kwargs)
+
+  shapes = sharding.unboxed(jax.eval_shape(task.init, jax.random.key(0)))
+  with nn.intercept_methods(count):
+    jax.eval_shape(task.loss, shapes, task.stats, next(task.batches(0)), jax.random.key(0))
+  assert seen == {task.tokens}

@@ -1,0 +1,43 @@
+"""From a config to what the steps of a run are made of."""
+
+import dataclasses
+
+import pytest
+
+from launch import tasks
+from spatialv2a_jax import sharding
+from spatialv2a_jax.training import guard, optim, recipe
+from tests.launch.test_train import config_of, one_device
+
+OPTIONS = {
+  "seed": 7, "accumulate": 2, "data.batch_size": 4, "rules.width": "", "rules.zero": "data",
+  "ema.decay": 0.5, "ema.sigma_rel": 0.07, "ema.beside": "(0.2,)",
+  "guard.sigma": 5.0, "guard.window": 9, "guard.warmup": 3, "guard.cap": 1,
+  "optim.lr": 0.25, "optim.warmup": 3,
+}  # fmt: skip
+
+
+def test_a_recipe_has_every_value_of_its_config():
+  config, mesh = config_of("tiny", "smoke", **OPTIONS), one_device()
+  task, made = tasks.recipe(config, mesh)
+  assert float(made.optimizer.lr(0)) == pytest.approx(0.25 / 4)
+  expected = recipe.Recipe(
+    batches=task.batches,
+    batch_size=4,
+    loss=task.loss,
+    init=task.init,
+    optimizer=made.optimizer,
+    mesh=mesh,
+    stats=task.stats,
+    values=task.values,
+    rules=sharding.Rules(**config["rules"]),
+    ema=optim.Ema(0.5, 0.07, (0.2,)),
+    seed=7,
+    accumulate=2,
+    guard=guard.Config(5.0, 9, 3, 1),
+  )
+  given = ("batches", "batch_size", "loss", "init", "optimizer", "mesh")
+  usual = recipe.Recipe(**{name: getattr(made, name) for name in given})
+  for name in (field.name for field in dataclasses.fields(recipe.Recipe)):
+    assert getattr(made, name) == getattr(expected, name), name
+    assert name in given or getattr(made, name) != getattr(usual, name), name
