@@ -111,20 +111,27 @@ def test_one_ear_has_noise_of_its_own():
 # --- loss -----------------------------------------------------------------------------------------
 
 
+def kept(key, config):
+  """Returns 1 or 0 for video, text and place of the clip that has this key."""
+  k_drop = jax.random.split(key, 4)[3]
+  shares = np.array([config.drop_video, config.drop_text, config.drop_spatial])
+  video, text, spatial = 1.0 - (np.asarray(jax.random.uniform(k_drop, (3,))) < shares)
+  return video, text, spatial * max(video, text)
+
+
 def by_hand(batch, key, config):
   """The loss of every clip, in NumPy from the same draws. Returns square_be, difference_b."""
   squares, differences = [], []
   for i, number in enumerate(batch["id_b"]):
-    k_time, k_noise, k_data, k_drop = jax.random.split(jax.random.fold_in(key, number), 4)
+    clip_key = jax.random.fold_in(key, number)
+    k_time, k_noise, k_data, _ = jax.random.split(clip_key, 4)
     _, ears, frames, channels = batch["mean_betc"].shape
     noise = {"ears": ears, "correlation": config.ear_correlation}
     t = 1 / (1 + np.exp(-float(jax.random.normal(k_time))))
     x0 = np.asarray(flow.ear_noise(k_noise, frames, channels, **noise))
     eps = np.asarray(flow.ear_noise(k_data, frames, channels, **noise))
     x1 = (batch["mean_betc"][i] + batch["std_betc"][i] * eps - 0.5) / 2
-    shares = np.array([config.drop_video, config.drop_text, config.drop_spatial])
-    video, text, spatial = 1.0 - (np.asarray(jax.random.uniform(k_drop, (3,))) < shares)
-    spatial *= max(video, text)
+    video, text, spatial = kept(clip_key, config)
     both = video * (batch["clip_bvf"][i].mean() + batch["sync_bsf"][i].mean())
     both += text * batch["text_bwf"][i].mean()
     ear = SIGNS[0, :ears]
@@ -182,6 +189,43 @@ def test_the_mirror_loss_is_what_exchanging_the_ears_changes():
   without, _ = loss(batch, flow.LossConfig(**drops))
   np.testing.assert_allclose(total - without, 10 * metrics["loss/mirror"], rtol=1e-4)
   assert stats["calls"] == 1  # Statistics are those of the clips as they are.
+
+
+def test_the_mirror_loss_is_that_computed_by_hand():
+  """Every condition has its mirror, and is dropped where the clip's own is."""
+  batch, other = batch_of(12), batch_of(12, seed=1)
+  for name in ("clip_bvf", "sync_bsf", "spatial_bvk"):
+    batch[name.replace("_", "_mirror_")] = other[name]
+  config = flow.LossConfig(0.5, 0.5, 0.5, mirror_weight=10.0)
+  mean = {name: x.mean(axis=(1, 2)) for name, x in batch.items() if name.endswith(("f", "k"))}
+  video_b, _, spatial_b = np.transpose(
+    [kept(jax.random.fold_in(KEY, number), config) for number in batch["id_b"]]
+  )
+  assert 0 < video_b.mean() < 1 and 0 < spatial_b.mean() < 1
+  seen_b = mean["clip_bvf"] + mean["sync_bsf"] - mean["clip_mirror_bvf"] - mean["sync_mirror_bsf"]
+  place_b = mean["spatial_bvk"] + mean["spatial_mirror_bvk"]  # Exchanged ears, exchanged sign.
+  gap_b = 0.3**2 * (np.square(video_b * seen_b) + np.square(spatial_b * place_b))
+  total, (metrics, _) = loss(batch, config)
+  np.testing.assert_allclose(metrics["loss/mirror"], gap_b.mean(), rtol=1e-4)
+  square_be, _ = by_hand(batch, KEY, config)
+  np.testing.assert_allclose(total, square_be.mean(0).sum() + 10 * gap_b.mean(), rtol=1e-4)
+
+
+def test_losses_of_velocities_of_16_bits_have_the_precision_of_32():
+  class Rounded(FakeNet):
+    def velocity(self, params, x_betc, t_b, prepared):
+      return (prepared["both_b"][:, None, None, None] + 0 * x_betc).astype(jnp.bfloat16)
+
+  batch = {name: np.zeros_like(x) for name, x in batch_of(2).items()}
+  batch["weight_b"] = np.ones(2, np.float32)
+  for name in ("clip_mirror_bvf", "sync_mirror_bsf", "spatial_mirror_bvk"):
+    batch[name] = np.zeros_like(batch[name.replace("_mirror", "")])
+  batch["clip_mirror_bvf"] += 129 / 128  # Of whose square bfloat16 holds the first half.
+  options = {"net": Rounded(), "config": flow.LossConfig(0.0, 0.0, 0.0, mirror_weight=1.0)}
+  exact = {"xla_allow_excess_precision": False}  # Else XLA may keep 32 bits of what has 16.
+  function = jax.jit(functools.partial(flow.loss, **options), compiler_options=exact)
+  _, (metrics, _) = function(0.3, {"calls": 0}, batch, KEY)
+  np.testing.assert_allclose(metrics["loss/mirror"], (129 / 128) ** 2, rtol=1e-6)
 
 
 def test_padding_does_not_count():

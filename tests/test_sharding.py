@@ -18,6 +18,15 @@ def box(shape, *names):
   return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
 
 
+def hold(monkeypatch, numbers):
+  """Makes these devices those of this process."""
+
+  def held(self, shape):
+    return {d: x for d, x in self.devices_indices_map(shape).items() if d.id in numbers}
+
+  monkeypatch.setattr(NamedSharding, "addressable_devices_indices_map", held)
+
+
 @pytest.mark.parametrize(
   "sizes, expected",
   [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 1, -1), (1, 1, 8))],
@@ -46,6 +55,26 @@ def test_hosts_follow_each_other_whatever_the_order_of_their_devices():
   devices = [Device(n, host) for n, host in enumerate([0, 0, 1, 1, 0, 0, 1, 1])]
   mesh = sharding.make_mesh(2, 4, 1, devices=devices)
   assert [[d.process_index for d in row] for row in mesh.devices[..., 0]] == [[0] * 4, [1] * 4]
+  for device in devices:  # Of four hosts, numbered across two slices.
+    device.process_index = device.id // 2
+    device.slice_index = device.process_index % 2
+  mesh = sharding.make_mesh(2, 4, 1, devices=devices)
+  assert [[d.id for d in row] for row in mesh.devices[..., 0]] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+@pytest.mark.parametrize("held, rows", [((0, 1, 2, 3), (0, 8)), ((6, 7), (12, 16)), ((3,), (6, 8))])
+def test_a_process_loads_the_rows_of_its_devices(monkeypatch, held, rows):
+  hold(monkeypatch, held)
+  assert sharding.local_rows(sharding.make_mesh(8, 1, 1), RULES, 16) == rows
+
+
+@pytest.mark.parametrize("held", [(0, 2), (0, 1, 3), (0, 7)])
+def test_rows_of_a_process_that_do_not_follow_each_other_are_refused(monkeypatch, held):
+  hold(monkeypatch, held)
+  with pytest.raises(UserError, match="not contiguous; give the data axis whole hosts"):
+    sharding.local_rows(sharding.make_mesh(8, 1, 1), RULES, 16)
+  # Copies of the same rows are no gap.
+  assert sharding.local_rows(sharding.make_mesh(1, 1, 8), RULES, 16) == (0, 16)
 
 
 def test_names_have_one_meaning():

@@ -200,6 +200,28 @@ def test_mirroring_mirrors_everything_of_half_of_the_clips(built):
   assert len({tuple(flips) for flips in coins.values()}) > CLIPS / 2
 
 
+def test_another_seed_throws_other_coins(built):
+  """For the same clip in the same epoch: which clips a batch holds is another matter."""
+  coins = []
+  for seed in (2, 3):
+    batches = pipeline.loader(built, batch_size=CLIPS, seed=seed, epochs=8, mirror=True)
+    flips = {
+      (epoch, n): bool(clip[0, 0] >= 100)
+      for epoch, batch in enumerate(batches)
+      for n, clip in zip(numbers(batch), batch["clip_bvf"], strict=True)
+    }
+    coins.append(flips)
+  assert coins[0].keys() == coins[1].keys() and len(coins[0]) == 8 * CLIPS
+  assert 0.35 < np.mean([coins[0][place] != coins[1][place] for place in coins[0]]) < 0.65
+
+
+def test_one_damaged_record_in_a_hundred_is_put_up_with(built):
+  for times, most in ((1, 5), (40, 40 * CLIPS // 100)):
+    batches = pipeline.loader(built * times, batch_size=4, seed=0)
+    assert batches.max_bad == most
+    batches.close()
+
+
 def edit_features(folder: pathlib.Path, edit) -> None:
   fields = layout.read_features(folder)
   edit(fields)

@@ -78,6 +78,22 @@ def test_only_what_is_stored_otherwise_is_copied(folders, monkeypatch):
   assert straight == set(schema.AXES.values())
 
 
+def test_the_records_of_a_batch_are_asked_for_before_the_first_is_read(folders, monkeypatch):
+  """The disk then fetches them at the same time."""
+  heard, read = [], tfrecord.TFRecordSource.read
+
+  def listen(source, place, parts):
+    heard.append(place)
+    read(source, place, parts)
+
+  monkeypatch.setattr(tfrecord.TFRecordSource, "read", listen)
+  monkeypatch.setattr(tfrecord.TFRecordSource, "advise", lambda _, places: heard.append(places))
+  batches = pipeline.loader(folders[0], batch_size=48, seed=2, shapes=SHAPES, epochs=1, rows=(3, 9))
+  assert len(list(batches)) == 1
+  asked, *rest = heard
+  assert len(asked) == 6 and list(dict.fromkeys(rest)) == asked
+
+
 def test_damage_leaves_its_row_to_the_next_record(folders, tmp_path):
   paths = [tmp_path / path.name for path in folders[0]]
   for path in folders[0][0].parent.iterdir():

@@ -117,6 +117,16 @@ def test_rerun_makes_only_what_is_missing(tmp_path):
   assert again.calls == records and contents(tmp_path) == before
 
 
+def test_a_shard_that_was_cut_short_is_made_again(tmp_path):
+  build(tmp_path)
+  before, cut = contents(tmp_path), shards.paths(tmp_path)[1]
+  os.truncate(cut, cut.stat().st_size - 1)
+  again = Maker()
+  build(tmp_path, again)
+  assert again.calls == json.loads(shards.sidecar(cut).read_text())["records"]
+  assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("change", ["config", "stamp", "clips"])
 def test_rerun_after_a_change(tmp_path, change):
   build(tmp_path)
@@ -183,6 +193,13 @@ def test_too_many_bad_clips_end_the_build(tmp_path):
     build(tmp_path, Maker(tuple(range(6))))
   assert not (tmp_path / "manifest.json").exists()
   assert build(tmp_path, Maker(tuple(range(6))), max_bad=0.5)["clips_out"] == 14
+
+
+def test_one_bad_clip_in_a_hundred_is_put_up_with(tmp_path):
+  items = [shards.Item(f"clip{i}", i) for i in range(600)]
+  assert build(tmp_path / "a", Maker(tuple(range(6))), items)["clips_out"] == 594
+  with pytest.raises(UserError, match="more than 6 bad clips"):
+    build(tmp_path / "b", Maker(tuple(range(7))), items)
 
 
 def test_nothing_usable_is_an_error(tmp_path):

@@ -192,6 +192,18 @@ def test_every_flipped_byte_is_found_in_its_record(shard):
   assert str(copy) == str(error.value) and copy.record == 2
 
 
+def test_a_flipped_bit_is_found_in_a_record_of_any_length(tmp_path):
+  path, payload = tmp_path / "s", bytes(200 << 10)
+  tfrecord.write(path, [payload])
+  blob = path.read_bytes()
+  for place in (0, len(payload) // 2, len(payload) - 1):
+    broken = bytearray(blob)
+    broken[tfrecord.HEADER + place] ^= 1
+    path.write_bytes(broken)
+    with pytest.raises(tfrecord.CorruptRecordError, match="checksum of the payload"):
+      tfrecord.TFRecordSource([path])[0]
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_every_truncation_names_file_and_intact_records(shard, index):
   blob, ends = shard.read_bytes(), [16, 41, 89]

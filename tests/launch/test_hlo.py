@@ -53,15 +53,12 @@ def convolution(x, kernel, **options):
     ({}, 3 * 20 - 2),  # The outer taps miss at both ends.
     ({"window_strides": (2,)}, 3 * 10 - 1),
     ({"rhs_dilation": (2,)}, 3 * 20 - 4),
-    (
-      {"lhs_dilation": (2,), "padding": [(1, 1)]},
-      58,
-    ),
+    ({"lhs_dilation": (2,), "padding": [(1, 1)]}, 58),
   ],
 )
 def test_a_convolution_counts_what_exists(options, pairs):
   module = compiled(lambda x, k: convolution(x, k, **options), (2, 20, 8), (3, 8, 16))
-  assert hlo_cost.flops(module) == pytest.approx(2 * 2 * pairs * 8 * 16, rel=0.02)
+  assert hlo_cost.flops(module) == 2 * 2 * pairs * 8 * 16
 
 
 def test_batched_products():

@@ -3,6 +3,7 @@ import shutil
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -75,6 +76,10 @@ def run(tmp_path_factory):
     path.append(jax.device_get(state.params | {"stats": state.stats}))
     return {}
 
+  def init(key):  # A tenth is none in half precision.
+    params = toy_init(key)
+    return params | {"null": jax.tree.map(lambda x: 0.1 * x, params["null"])}
+
   table = [["null/.*", True], [".*", False]]
   shapes = jax.eval_shape(toy_init, jax.random.key(0))
   state = fit(
@@ -84,6 +89,7 @@ def run(tmp_path_factory):
     optimizer=optim.adamw(optim.from_mapping({"lr": 0.01, "freeze": table, "warmup": 2}), shapes),
     every=train.Every(log=12, eval=1, checkpoint=6, average=4),
     evaluate=record,
+    init=init,
     ema=optim.Ema(sigma_rel=0.1, beside=(0.2,)),
   )
   params, stats = jax.device_get(state.averages()[0])
@@ -241,6 +247,31 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     optim.Ema(sigma_rel=0.1, beside=(0.1,))
   with pytest.raises(UserError, match="tracks a width twice"):
     optim.Ema(beside=(0.0,))
+
+
+def test_shares_that_cancel_each_other_and_leave_the_rounding_are_refused(
+  run, tmp_path, monkeypatch
+):
+  snapshots = [(w, n) for n in range(100, 2001, 100) for w in (0.1, 0.2)]
+  mixture = averages.mix(snapshots, 0.03, 2000)
+  assert mixture.error < averages.WORST and np.abs(mixture.share_i).sum() > 60
+  monkeypatch.setattr(averages, "mix", lambda *_: mixture)
+  with pytest.raises(UserError, match="would be 5.7 % off, and off by 3.3 % of rounding"):
+    averages.write_model(run[0], tmp_path / "out", 0.15)
+  assert not (tmp_path / "out").exists()
+
+
+def test_what_half_precision_cannot_hold_is_refused(run, tmp_path):
+  workdir, _, state = run
+  shutil.copytree(workdir, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / averages.FOLDER / "12")
+  (params, stats), other = state.averages()
+  huge = jax.tree.map(lambda x: 1e5 * jnp.ones_like(x), params)
+  with averages.Snapshots(tmp_path / "run", (0.1, 0.2), start=12) as snapshots:
+    snapshots.save(12, [(huge, stats), other])
+  with pytest.raises(UserError, match="averages: .* is too large for half precision"):
+    averages.write_model(tmp_path / "run", tmp_path / "out", 0.15)
+  assert not (tmp_path / "out").exists()
 
 
 def test_a_change_of_the_tracked_widths_is_told_before_anything_is_lost(tmp_path):

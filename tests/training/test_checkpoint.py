@@ -1,3 +1,4 @@
+import errno
 import functools
 import json
 import os
@@ -182,6 +183,36 @@ def test_several_processes_set_aside_one_checkpoint_and_no_more_before_the_next(
   with pytest.raises(UserError, match="/2: .*; move it away, and the run goes on from step 1"):
     restore(checkpoint.Checkpoints(tmp_path))
   assert (folder / "2").is_dir()
+
+
+def test_a_step_whose_checkpoint_was_set_aside_before_may_be_damaged_again(tmp_path, monkeypatch):
+  _, abstract = saved(tmp_path, steps=(1, 2))
+  (tmp_path / "damaged-2-1").mkdir()
+  (tmp_path / "checkpoints" / "2" / "run" / "metadata").write_text("{")
+  manager = checkpoint.Checkpoints(tmp_path)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(UserError, match="2 is damaged, set aside as .*go on from step 1"):
+    manager.restore(abstract, "toy")
+  assert len(list(tmp_path.glob("damaged-2-*"))) == 2
+
+
+@pytest.mark.parametrize(
+  "error, full",
+  [
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), True),
+    (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), True),
+    (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), True),
+    (ValueError('RESOURCE_EXHAUSTED: Error writing "state/d/0": out of room'), True),
+    (OSError(errno.EACCES, os.strerror(errno.EACCES)), False),
+    (ValueError("INTERNAL: no idea"), False),
+  ],
+)
+def test_a_full_disk_is_called_one(tmp_path, error, full):
+  with checkpoint.Checkpoints(tmp_path) as manager:
+    with pytest.raises(UserError, match="the checkpoint of step 3 in .* mend it") as stop:
+      with manager._loud(3):
+        raise error
+  assert str(stop.value).startswith("the disk is full: ") == full and stop.value.exit_code == 1
 
 
 def test_a_save_under_way_is_not_yet_good(tmp_path, monkeypatch):

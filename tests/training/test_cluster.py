@@ -4,8 +4,11 @@ import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.training import cluster
 from tests import runner
 
 CODE = """
@@ -167,3 +170,40 @@ def test_a_process_that_ends_for_a_fault_waits_a_moment_for_the_others(port, del
       assert second.returncode == 6
   finally:
     second.kill()
+
+
+JaxError = jax.errors.JaxRuntimeError
+
+
+@pytest.mark.parametrize(
+  "error, gone",
+  [
+    (JaxError("UNAVAILABLE: the task has died"), True),
+    (JaxError("INTERNAL: connection closed by peer"), True),
+    (JaxError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), False),
+    (JaxError("INVALID_ARGUMENT: wrong sizes"), False),
+    (JaxError("UNIMPLEMENTED: no such operation"), False),
+    (ValueError("Gloo all-reduce failed: connection reset"), True),
+    (ValueError("NCCL operation failed: remote process exited"), True),
+    (ValueError("UNAVAILABLE: the task has died"), True),
+    (ValueError("DEADLINE_EXCEEDED: barrier timed out"), True),
+    (ValueError("ABORTED: shut down"), True),
+    (ValueError("CANCELLED: by another task"), True),
+    (ValueError("shapes (2,) and (3,) do not match"), False),
+    (OSError("UNAVAILABLE: Gloo "), False),
+    (None, False),
+  ],
+)
+def test_errors_that_tell_of_a_process_that_is_gone(monkeypatch, error, gone):
+  """Also below others that they caused or came before; and only where there are others."""
+  monkeypatch.setattr(cluster, "client", object)
+  monkeypatch.setattr(cluster.distributed.global_state, "num_processes", 2)
+  caused, after = UserError("cannot save"), KeyError("name")
+  caused.__cause__, after.__context__ = error, caused
+  for one in (error, caused, after):
+    assert cluster.lost(one) == gone
+  monkeypatch.setattr(cluster.distributed.global_state, "num_processes", 1)
+  assert not cluster.lost(error)
+  monkeypatch.setattr(cluster.distributed.global_state, "num_processes", 2)
+  monkeypatch.setattr(cluster, "client", lambda: None)
+  assert not cluster.lost(error)

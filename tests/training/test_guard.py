@@ -137,3 +137,35 @@ def test_a_bad_batch_changes_nothing_but_the_step(shape):
   # The schedule stands still as well: its third step is the second update that counts.
   assert optimizer.lr is not None
   np.testing.assert_allclose(metrics["lr"], optimizer.lr(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["loss", "grad_norm"])
+@pytest.mark.parametrize("bad", [20.0, np.inf, -np.inf, np.nan])
+def test_either_of_loss_and_norm_is_enough_for_an_update_to_be_left_out(which, bad):
+  config = guard.Config(sigma=6, window=50, warmup=40)
+  state = judge(noise(60), config)[-1][1]
+  usual = {"loss": jnp.float32(5.0), "grad_norm": jnp.float32(0.5)}
+  assert guard.judge(config, state, **usual)[0]
+  # What is not finite also where no spike counts: at the beginning, and with sigma 0.
+  cases = [(config, state), (config, guard.init()), (guard.Config(sigma=0), state)]
+  for rules, before in cases[: 1 if np.isfinite(bad) else 3]:
+    good, after, metrics = guard.judge(rules, before, **usual | {which: jnp.float32(bad)})
+    assert not good and metrics["skipped"] == metrics["burst"] == 1
+    np.testing.assert_array_equal(after.mean_q, before.mean_q)
+    np.testing.assert_array_equal(after.var_q, before.var_q)
+    assert after.seen == before.seen
+
+
+def test_the_first_update_after_the_warm_up_is_judged():
+  config = guard.Config(sigma=6, window=50, warmup=40)
+  assert judge([*noise(39), 50.0], config)[-1][0]
+  assert not judge([*noise(40), 50.0], config)[-1][0]
+
+
+def test_a_quantity_that_never_moved_may_move_by_a_little():
+  """Its deviation is zero, or the rounding of its mean."""
+  config = guard.Config(sigma=6, warmup=64)
+  judged = judge([5.0] * 100 + [5.0005, 5.05], config)
+  assert [good for good, _, _ in judged] == [True] * 101 + [False]
+  assert judged[100][2]["sigmas"] == pytest.approx(0.1, rel=0.02)
+  assert all(good for good, _, _ in judge([0.0] * 100, config))

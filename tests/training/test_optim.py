@@ -211,3 +211,22 @@ def test_the_average_of_a_constant_is_that_constant():
 def test_impossible_averages_are_refused(bad):
   with pytest.raises(UserError):
     optim.Ema(**bad)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5, 50.0])
+def test_eps_and_clip_are_those_of_the_config(clip):
+  """Adam hides the scale of a gradient that is far above eps."""
+  config = optim.Config(lr=0.1, warmup=0, clip=clip, weight_decay=0.01, eps=1e-2)
+  clipped = optax.clip_by_global_norm(clip) if clip else optax.identity()
+  reference = optax.chain(clipped, optax.adamw(0.1, 0.9, 0.95, eps=1e-2, weight_decay=0.01))
+  for scale in (1e-2, 1.0):
+    grads = jax.tree.map(lambda x, scale=scale: scale * x, ONES)
+    theirs, _ = reference.update(grads, reference.init(PARAMS), PARAMS)
+    ours = one_update(config, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ours, theirs)
+
+
+def test_each_milestone_multiplies_the_rate_by_gamma():
+  config = optim.Config(lr=2.0, warmup=5, decay="step", milestones=(10, 20), gamma=0.3)
+  rates = [float(optim.schedule(config)(step)) for step in (14, 15, 24, 25)]
+  np.testing.assert_allclose(rates, [2.0, 0.6, 0.6, 0.18], rtol=1e-6)

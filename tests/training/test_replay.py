@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -158,11 +159,15 @@ def test_the_machine_of_the_steps_counts_and_not_that_of_the_checkpoint_before(
   assert "differs from the run: config.rate 2 -> 2.5" in told
   agreed, told = verify(folder, monkeypatch, start=6, steps=3)
   assert agreed and "machine.threads 5 -> " in told and "another machine or mesh" in told
+  agreed, told = verify(folder, monkeypatch, start=3, steps=6)  # Of which the first three repeat.
+  assert agreed and "machine.threads 5 -> " in told and "another machine or mesh" in told
 
 
 def test_flags_of_the_compiler_are_part_of_the_machine(monkeypatch):
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   before, before_flags = train.machine(mesh), os.environ.get("XLA_FLAGS", "")
+  names = ("axes", "device", "processes", "runtime", "threads", "threefry_partitionable")
+  assert before.keys() == {*names, "xla_flags"} and before["device"] == "cpu"
   monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=/tmp/x {before_flags}")
   assert train.machine(mesh) == before
   with jax.threefry_partitionable(not before["threefry_partitionable"]):
@@ -215,6 +220,40 @@ def test_a_checkout_names_its_commit():
     ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
   )
   assert train.versions()["commit"].removesuffix("-dirty") == head.stdout.strip()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_arrays_are_compared_by_their_bits(dtype):
+  kind = {"float32": np.uint32, "bfloat16": np.uint16}[dtype]
+  shift = 0 if dtype == "float32" else 16
+  nan, other = (np.array([x >> shift], kind).view(dtype) for x in (0x7FC00000, 0x7FC10000))
+  zero, minus, one = (np.array([x], dtype) for x in (0.0, -0.0, 1.0))
+  for same in (nan, zero, one):
+    assert replay._unequal(jnp.asarray(same), jnp.asarray(same)) == 0
+  for a, b in ((nan, other), (zero, minus), (one, nan)):
+    assert replay._unequal(jnp.asarray(a), jnp.asarray(b)) == 1
+  assert replay._unequal(jnp.array([1, 2, 3]), jnp.array([1, 3, 2])) == 2
+
+
+def test_numbers_that_are_not_finite_are_near_nothing_but_themselves():
+  inf, nan = float("inf"), float("nan")
+  for same in (1.5, -0.0, inf, -inf, nan, None):
+    assert replay._distance(same, same) == 0
+  assert replay._distance(nan, None) == 0  # Which is what the log makes of it.
+  for a in (1.5, inf, -inf, nan):
+    for b in {1.5, inf, -inf, nan} - {a}:
+      assert replay._distance(a, b) == inf
+  assert replay._distance(1.01, 1.0) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("bound", [0.0, 1e-5])
+def test_an_update_that_the_run_left_out_has_to_be_left_out_again(bound):
+  report, told = {"loss": 9.0, "grad_norm": 2.0}, []
+  for good in (False, True):
+    got = report | {"good": float(good)}
+    assert replay._compare_report(4, got, report, bound, told.append) == (not good)
+  got = {"loss": 9.0, "grad_norm": 2.1, "good": 0.0}
+  assert replay._compare_report(4, got, report, bound, told.append) == (bound > 0)
 
 
 def test_a_row_without_a_number_of_the_replay_is_no_agreement(finished, monkeypatch, tmp_path):

@@ -257,14 +257,12 @@ def test_processes_begin_at_the_step_of_process_0_or_not_at_all(tmp_path, monkey
   every = train.Every(log=1, eval=2, checkpoint=2)
   fit(tmp_path, steps=2, every=every, **more)
   (tmp_path / "metrics.jsonl").write_text("")  # Not there yet.
-  broadcast = train.multihost_utils.broadcast_one_to_all
   monkeypatch.setattr(train.multihost_utils, "broadcast_one_to_all", lambda x: (2, True))
   fit(tmp_path, steps=4, every=every, **more)
   assert len(evaluated) == 2  # After steps 2 and 4.
   monkeypatch.setattr(train.multihost_utils, "broadcast_one_to_all", lambda x: (6, True))
   with pytest.raises(UserError, match="process 0 has restored step 4, process 0 step 6: do all"):
     fit(tmp_path, steps=8, every=every, **more)
-  assert broadcast(np.array([3, 1])).tolist() == [3, 1]
 
 
 def test_the_record_is_on_disk_before_a_checkpoint_is(tmp_path, monkeypatch):

@@ -275,3 +275,39 @@ def test_the_mesh_does_not_change_the_flow_model(flow_on_one_device, shape):
   )
   split = sum(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))
   assert (split > 20) == (shape[1] * shape[2] > 1)
+
+
+def test_an_update_that_is_left_out_has_a_number_and_moves_no_average():
+  """Snapshots are weighted by the step; update 3 weighs the same whatever came before it."""
+  ema = optim.Ema(sigma_rel=0.1)
+  state, _, step = prepare(one_device(), ema=ema)
+  average = np.asarray(state.ema["up"]["kernel"], np.float64)
+  for number in range(1, 6):
+    batch = toy_batch(number)
+    batch["x_bw"] *= np.float32(np.nan if number == 2 else 1)
+    state, metrics = step(state, sharding.global_batch(batch, one_device(), RULES, 8))
+    assert metrics["good"] == (number != 2)
+    if number != 2:
+      average = average + float(ema.take(number)) * (state.params["up"]["kernel"] - average)
+    np.testing.assert_allclose(state.ema["up"]["kernel"], average, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_are_those_of_the_trained_gradient_and_of_the_new_parameters():
+  config = optim.Config(warmup=0, lr=0.1, clip=0.01, freeze=(("null/.*", True), (".*", False)))
+  optimizer = optim.adamw(config, jax.eval_shape(toy_init, jax.random.key(0)))
+  state, _, step = prepare(one_device(), optimizer)
+  before = jax.device_get(state)
+  key = jax.random.fold_in(jax.random.key(1), 0)
+  gradient = jax.jit(jax.grad(toy_loss, has_aux=True))
+  grads, _ = gradient(before.params, before.stats, toy_batch(0), key)
+
+  def norm(tree):
+    return np.linalg.norm(np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]))
+
+  trained = norm({name: x for name, x in grads.items() if name != "null"})
+  assert norm(grads) > 1.01 * trained > 1.01 * 0.01
+  state, metrics = step(state, sharding.global_batch(toy_batch(0), one_device(), RULES, 8))
+  np.testing.assert_allclose(metrics["grad_norm"], trained, rtol=1e-5)
+  new, old = norm(state.params), norm(before.params)
+  np.testing.assert_allclose(metrics["param_norm"], new, rtol=1e-6)
+  assert abs(new - old) > 1e-3 * old
