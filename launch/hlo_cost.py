@@ -290,7 +290,7 @@ def optional_cycles(module: Module) -> int:
   for op in hlo.walk(module):
     if op.instruction.opcode == "conditional":
       costs = [
-        sum(inner.times * hlo.cycles(inner.instruction) for inner in hlo.walk(module, name))
+        sum(inner.times * estimate for inner, estimate in _estimated(module, name))
         for name in hlo.branches(module, op.instruction)
       ]
       spared += op.times * (max(costs) - min(costs))
@@ -315,8 +315,8 @@ def scope_name(scope: str) -> str:
   return f"{back}{again} " + "/".join(n for n in names if n not in skip)
 
 
-def _estimated(module: Module) -> Iterator[tuple[Op, int]]:
-  for op in hlo.walk(module):
+def _estimated(module: Module, name: str = "") -> Iterator[tuple[Op, int]]:
+  for op in hlo.walk(module, name):
     if not op.inside and (estimate := hlo.cycles(op.instruction)):
       yield op, estimate
 

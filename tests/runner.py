@@ -53,6 +53,7 @@ class Options:
   guard: dict = dataclasses.field(default_factory=lambda: {"sigma": 0.0})
   pause: float = 0.0  # Seconds before each batch.
   shards: str = ""
+  digest: str = ""  # Of the data.
   workers: int = 0
   shape: tuple = (1, 1, 1)
   batch_size: int = 8
@@ -170,6 +171,8 @@ def batches(options: Options, mesh):
     return ({name: x[first:last] for name, x in batch.items()} for batch in made)
 
   class Source:
+    digests = staticmethod(lambda: {"path": options.digest} if options.digest else {})
+
     def __init__(self, start):
       self.inner, self.index = plain(start), start
       self.bad = {}

@@ -61,9 +61,6 @@ METRICS: dict[str, Metric] = {
 _ODD = RecursionError, OverflowError  # Of JSON that is nested too deep, or of its numbers.
 
 
-_ODD = RecursionError, OverflowError  # Of JSON that is nested too deep, or of its numbers.
-
-
 @dataclasses.dataclass(frozen=True)
 class Truth:
   """What is visible in one clip.

@@ -7,6 +7,7 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from launch import estimate, hlo, targets
@@ -36,6 +37,29 @@ def report(**changes):
     "fits": True,
   }
   return base | changes
+
+
+def replace_step(monkeypatch, step):
+  """Makes the estimate that of another program, which takes less time to compile."""
+  real = estimate.program
+  replaced = lambda *given: dataclasses.replace(real(*given), step=step)  # noqa: E731
+  monkeypatch.setattr(estimate, "program", replaced)
+
+
+class Doubling:
+  """A step that takes so many KiB and gives as many."""
+
+  def __init__(self, kib):
+    self.shape = jax.ShapeDtypeStruct((kib, 256), "float32")
+
+  def lower(self, *_):
+    return jax.jit(lambda x: 2 * x).lower(self.shape)
+
+
+def config_of(*overrides):
+  config = estimate.command.parse([*ARGUMENTS[:2], *overrides], estimate.flags.FlagValues())
+  assert config is not None
+  return config
 
 
 @pytest.mark.parametrize(
@@ -106,18 +130,45 @@ def test_memory_that_runs_out_is_a_verdict(monkeypatch):
     def compile(self):
       raise jax.errors.JaxRuntimeError(text)
 
-  real = estimate.program
-
-  def program(config, devices):
-    found = real(config, devices)
-    return estimate.Program(Step(), found.state, found.batch, found.flops_per_clip)
-
-  monkeypatch.setattr(estimate, "program", program)
-  config = estimate.command.parse(ARGUMENTS[:2], estimate.flags.FlagValues())
-  assert config is not None
-  found = estimate.estimate(config, targets.parse("cpu:8"))
+  replace_step(monkeypatch, Step())
+  found = estimate.estimate(config_of(), targets.parse("cpu:8"))
   assert not found["fits"] and found["memory"]["peak"] == pytest.approx(107.34 * GIB)
   assert "DOES NOT FIT" in estimate.show(found)
+
+
+@pytest.mark.parametrize("memory, code, verdict", [(7, 1, "DOES NOT FIT: 114 %"), (9, 0, "fits")])
+def test_the_exit_code_says_whether_it_fits(memory, code, verdict, monkeypatch, capsys):
+  chip = dataclasses.replace(targets.CHIPS["cpu"], memory=memory * 2**20)
+  monkeypatch.setitem(targets.CHIPS, "cpu", chip)
+  replace_step(monkeypatch, Doubling(4096))
+  assert estimate.main(ARGUMENTS) == code
+  assert f"verdict      {verdict}" in capsys.readouterr().out
+
+
+def test_the_peak_holds_what_goes_in_what_comes_out_and_what_lies_between():
+  def step(kept, donated):
+    between = jnp.tanh(kept.T @ kept)
+    return donated + kept[0, 0], between @ kept[0, :, None]
+
+  shapes = [jax.ShapeDtypeStruct((1024, n), "float32") for n in (2048, 1024)]
+  found = estimate.memory_of(jax.jit(step, donate_argnums=1).lower(*shapes).compile())
+  mib, new = 2**20, 4 * 2048
+  assert (found["arguments"], found["donated"]) == (12 * mib, 4 * mib)
+  assert found["outputs"] == pytest.approx(4 * mib + new, abs=64)  # And where each of them lies.
+  assert 16 * mib <= found["temporaries"] < 17 * mib
+  whole = 12 * mib + found["temporaries"] + new
+  assert whole <= found["peak"] - found["code"] <= whole + 64
+
+
+def test_days_and_the_bytes_of_every_average_are_in_the_estimate(monkeypatch):
+  replace_step(monkeypatch, Doubling(2))
+  config = config_of("--config.ema.sigma_rel=0.1", "--config.ema.beside=(0.05, 0.2)")
+  found = estimate.estimate(config | {"steps": 10**12}, targets.parse("cpu:8"))
+  assert found["days"] == pytest.approx(10**12 * found["seconds"] / (24 * 60 * 60))
+  state, held = estimate.program(config, jax.devices()).state, found["state_bytes"]
+  parts = [state.params, state.opt, state.ema, *state.beside, *state.means]
+  assert sum(held.values()) == sum(map(sharding.bytes_per_device, parts))
+  assert held["averages"] >= 3 * held["params"] > 0
 
 
 def test_advice_names_what_to_change():
@@ -172,20 +223,48 @@ ENTRY %main (p1: bf16[64,256], k: bf16[256,128]) -> bf16[64,128] {{
   assert times["clips_per_s"] == pytest.approx(512_000)
 
 
+def test_times_are_of_all_cycles_whoever_spends_them():
+  module = hlo.parse("""HloModule m
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %d = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, backend_config={"estimated_cycles":"300"}
+  ROOT %t = f32[8,8]{1,0} tanh(%d), backend_config={"estimated_cycles":"1200"}
+}
+""")  # noqa: E501
+  found = estimate.times(module, targets.parse("v5e:4x4"), 512, None)
+  assert found["seconds"] == pytest.approx(1500 / 1.5e9) and found["matrix_share"] == 0.2
+
+
+@pytest.mark.parametrize(
+  "topology, far",
+  [("h200:2x8", True), ("v5e:2x2x4", True), ("h200:8", False), ("v5e:4x4", False)],
+)
+def test_what_goes_between_hosts_or_slices_is_charged_to_the_network(topology, far):
+  module = hlo.parse("""HloModule m
+
+ENTRY %main (x: f32[256]) -> f32[256] {
+  %x = f32[256]{0} parameter(0)
+  ROOT %r = f32[256]{0} all-reduce(%x), channel_id=1, replica_groups={}
+}
+""")
+  target = targets.parse(topology)
+  found = estimate.work(module, target, 512, None)
+  assert list(found["collectives"]) == ["all-reduce by network" if far else "all-reduce"]
+  seconds = 2 * 1024 / target.chip.interconnect + far * 2 * 1024 / (8 * target.chip.network)
+  assert found["collective_seconds"] == pytest.approx(seconds)
+
+
+def test_of_a_gpus_memory_a_program_gets_three_quarters():
+  size = re.search(r"device_memory_size: (\d+)", targets._H200)
+  assert size and targets.CHIPS["h200"].memory == pytest.approx(0.75 * int(size[1]), rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["vae_tiny", "mono2binaural:tiny"])
 def test_every_kind_of_network_has_its_estimate(name, monkeypatch, tmp_path, capsys):
   """Also of one whose work is not counted; compiled is another program, for time's sake."""
 
-  class Step:
-    def lower(self, *_):
-      return jax.jit(lambda x: 2 * x).lower(jax.ShapeDtypeStruct((8,), "float32"))
-
-  real = estimate.program
-
-  def program(config, devices):
-    return dataclasses.replace(real(config, devices), step=Step())
-
-  monkeypatch.setattr(estimate, "program", program)
+  replace_step(monkeypatch, Doubling(2))
   out = tmp_path / "out.json"
   path, _, variant = name.partition(":")
   config = f"--config=configs/{path}.py" + (f":{variant}" if variant else "")
@@ -252,9 +331,7 @@ def test_the_compiler_does_what_is_expected(name, tmp_path, capfd):
   assert "verdict      fits" in shown.out
   assert "Involuntary full rematerialization" not in shown.err
 
-  config = estimate.command.parse([*ARGUMENTS[:2], *overrides], estimate.flags.FlagValues())
-  assert config is not None
-  state = estimate.program(config, jax.devices()).state
+  state = estimate.program(config_of(*overrides), jax.devices()).state
   count = sum(x.size for x in jax.tree.leaves(state.params))
   assert found["parameters"]["total"] == count
   assert len(layout.read_text().splitlines()) == len(jax.tree.leaves(state))

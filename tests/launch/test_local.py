@@ -1,15 +1,19 @@
 """The launcher on real processes; what they run is as small as can be."""
 
+import concurrent.futures
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
-from launch import local
+from launch import local, train
+from spatialv2a_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 COUNT = """
@@ -155,6 +159,27 @@ def test_processes_of_a_run_meet_at_one_port():
   assert first[1:5] == ["-m", "launch.train", "--config=c", "--workdir=w"]
   assert first[:-1] == second[:-1] and "--num_processes=2" in first
   assert (first[-1], second[-1]) == ("--process_id=0", "--process_id=1")
+
+
+@pytest.mark.parametrize(
+  "steps, code, message",
+  [(4, 1, "process 1 on .* has configuration '"), (3, 2, "this is where JAX starts")],
+)
+def test_processes_of_different_configs_do_not_begin(
+  tmp_path, monkeypatch, capsys, steps, code, message
+):
+  """Threads here: JAX knows of one process until they have met."""
+
+  def initialize(*_, **__):
+    raise UserError("this is where JAX starts")
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  config = [f"--config={ROOT}/configs/tiny.py:smoke", f"--workdir={tmp_path}", "--join_timeout=30"]
+  commands = local.train_commands(2, [*config, "--config.steps=3"])
+  commands[1].append(f"--config.steps={steps}")
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    assert list(pool.map(lambda command: train.main(command[2:]), commands)) == [code, code]
+  assert len(re.findall(message, capsys.readouterr().err)) == 2
 
 
 @pytest.mark.slow

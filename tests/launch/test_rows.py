@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from data import shards
+from data import captions, shards
 from launch import tasks
 from spatialv2a_jax import schema, sharding
 from tests import loader_shards, runner
@@ -60,6 +61,21 @@ def test_the_order_of_clips_is_that_of_the_seed_of_the_config(config, seed):
   for batches in (read(0), read.whole()):
     taken = itertools.islice(batches, 2)
     assert sum(map(loader_shards.numbers, taken), []) == order
+
+
+def test_other_texts_are_other_data(config, tmp_path):
+  """Those of the clips to train on, and those of the clips held out."""
+  mesh, folder = sharding.make_mesh(8, 1, 1), tmp_path / "copy"
+  shutil.copytree(config["data"]["path"], folder)
+  config = config | {"data": config["data"] | {"eval": str(folder)}}
+  same = source(config, mesh).digests()
+  assert same["path"] == same["eval"] and same["path_text"] == same["eval_text"]
+  assert len(same) == 4 and len(set(same.values())) == 2
+  shutil.rmtree(folder / captions.FOLDER)
+  named = [f"caption {n}" for n in range(5)]
+  captions.build(named, lambda x: 1 + loader_shards.text(x), folder, config={}, storage="bfloat16")
+  other = source(config, mesh).digests()
+  assert {name for name in same if other[name] != same[name]} == {"eval_text"}
 
 
 PROCESS = """

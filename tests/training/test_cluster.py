@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.training import cluster
-from tests import runner
+from spatialv2a_jax.training import checkpoint, cluster
+from tests import processes, runner
 
 CODE = """
 import sys
@@ -103,6 +103,28 @@ def test_processes_count_together_and_know_whether_they_share_a_disk(port, tmp_p
     assert lines[3].startswith(f"{folder}{i} must lie on a disk that all processes share; ")
     assert lines[3].endswith(f"do not see what process 0 writes there: 1 on {socket.gethostname()}")
   assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "digest, folder, message",
+  [
+    ("b", "run", "has other data than process 0: {'path': 'b'}, there {'path': 'a'}"),
+    ("a", "other", "must lie on a disk that all processes share; these do not see"),
+  ],
+)
+def test_processes_of_other_data_or_another_disk_end_the_run(tmp_path, digest, folder, message):
+  join = {"coordinator": f"localhost:{processes.free_port()}", "count": 2, "timeout": 60}
+  options = {"shape": (2, 1, 1), "steps": 2}
+  options["limits"] = dict.fromkeys(("init", "restore", "step", "save"), 60.0)
+  members = [
+    processes.start(tmp_path / where, join={**join, "index": i}, digest=data, **options)
+    for i, (data, where) in enumerate((("a", "run"), (digest, folder)))
+  ]
+  told = [processes.finish(process, code=2)[1] for process in members]
+  assert message in told[1].replace('"', "'"), told
+  assert "process 1 on " in told[0] if folder == "run" else message in told[0]
+  assert not checkpoint.saved_runs(tmp_path / "run")
 
 
 def test_who_is_missing_is_told_to_all_in_time(port):

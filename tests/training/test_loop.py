@@ -1,5 +1,6 @@
 """The loop leaves the devices alone: nothing compiles twice, nothing waits for the step at work."""
 
+import json
 import time
 import types
 
@@ -9,7 +10,7 @@ import pytest
 
 from spatialv2a_jax import goodput, logbook
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.training import cluster, meter, recipe, train, train_step
+from spatialv2a_jax.training import checkpoint, cluster, meter, recipe, train, train_step
 from tests.training import test_train_step as toy
 from tests.training.test_train import fit, lines
 
@@ -176,6 +177,29 @@ def test_damaged_records_of_all_processes_together_end_the_run(tmp_path, monkeyp
   monkeypatch.setattr(cluster, "union", lambda name, numbers: {*numbers, 6, 7})
   with pytest.raises(UserError, match="4 damaged records, more than 3"):
     fit(tmp_path, steps=4, batches=Source)
+
+
+def test_damaged_records_of_before_a_resume_count_with_those_after_it(tmp_path):
+  def source(number):
+    class Source:
+      bad = (number,)
+
+      def __init__(self, start):
+        self.index = start
+
+      def __iter__(self):
+        return self
+
+      def __next__(self):
+        self.index += 1
+        return toy.toy_batch(self.index)
+
+    return Source
+
+  for steps, number, known in ((1, 7, [7]), (2, 3, [3, 7])):
+    fit(tmp_path, steps=steps, batches=source(number))
+    saved = json.loads(checkpoint.saved_runs(tmp_path)[steps].read_text())
+    assert saved["bad_records"] == known and lines(tmp_path)[-1]["bad_records"] == len(known)
 
 
 def test_rates_are_clips_over_the_seconds_of_their_steps(tmp_path, monkeypatch):

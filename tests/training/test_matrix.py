@@ -16,7 +16,7 @@ from data import captions, pipeline, shards
 from spatialv2a_jax import logbook, schema, sharding
 from spatialv2a_jax.training import checkpoint, recipe, train
 from tests import loader_shards
-from tests.processes import finish, members, wait_for
+from tests.processes import finish, members, together, wait_for
 from tests.training import test_train_step as toy
 
 STEPS = 24
@@ -201,6 +201,19 @@ def test_a_change_of_the_mesh_in_the_middle_changes_neither_curve_nor_clips(tmp_
     fit(tmp_path / "many", folder, shape, steps, seen)
   np.testing.assert_allclose(curve(tmp_path / "many"), expected, rtol=1e-5)
   assert seen == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 2, 1), (2, 1, 2)])
+def test_processes_may_each_hold_a_part_of_the_weights(tmp_path, folder, shape):
+  """One device each; with `tensor` across processes, two of them have the same clips."""
+  options = {"shape": shape, "steps": 8, "shards": folder, "sgd": True}
+  count = int(np.prod(shape))
+  out = [finish(process)[0] for process in together(tmp_path / "many", count, **options)][0]
+  assert "mesh data={} fsdp={} tensor={} on {} x cpu".format(*shape, count) in out
+  fit(tmp_path / "one", folder, shape, 8, [])
+  assert len(curve(tmp_path / "many")) == 8
+  np.testing.assert_allclose(curve(tmp_path / "many"), curve(tmp_path / "one"), rtol=1e-6)
 
 
 @pytest.mark.slow

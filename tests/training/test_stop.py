@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,6 +25,24 @@ def stop(process, number=signal.SIGTERM):
   process.send_signal(number)
   out, _ = process.communicate(timeout=60)
   return process.returncode, time.monotonic() - clock, out
+
+
+@pytest.mark.parametrize("passed", [(5, 3), (2, 2), (0, 4)])
+def test_all_processes_leave_at_the_first_point_that_none_has_passed(monkeypatch, passed):
+  store = types.SimpleNamespace(
+    key_value_set=lambda key, value: None,
+    blocking_key_value_get=lambda key, _: str(passed[int(key.rpartition("/")[2])]),
+  )
+  monkeypatch.setattr(preemption.cluster, "client", lambda: store)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  for rank, points in enumerate(passed):
+    monkeypatch.setattr(jax, "process_index", lambda rank=rank: rank)
+    stop = preemption.StopSignal()
+    stop._watch = types.SimpleNamespace(tell=lambda _: None)
+    assert not any(stop.poll() for _ in range(points))
+    stop._agree("stop")
+    ahead = [stop.poll() for _ in range(points, max(passed) + 1)]
+    assert ahead == [False] * (max(passed) - points) + [True]
 
 
 @pytest.mark.slow

@@ -300,6 +300,23 @@ def test_a_run_that_goes_on_otherwise_learns_anew_what_is_usual(tmp_path):
   assert int(fit(tmp_path, steps=4, config=other).guard.seen) == 1
 
 
+def test_a_checkpoint_says_of_which_data_it_is_and_a_change_is_told(tmp_path):
+  class Source:
+    digests = staticmethod(lambda: {"path": "one", "path_text": "two"})
+
+    def __new__(cls, start):
+      return (toy.toy_batch(i) for i in range(start, 100))
+
+  fit(tmp_path, steps=1, batches=Source)
+  about = json.loads(checkpoint.saved_runs(tmp_path)[1].read_text())
+  assert about["data"] == {"path": "one", "path_text": "two"}
+  Source.digests = staticmethod(lambda: {"path": "one", "path_text": "three"})
+  told = []
+  fit(tmp_path, steps=2, batches=Source, say=told.append)
+  changed = [line for line in told if "changed since then: data" in line]
+  assert changed == ["  changed since then: data.path_text 'two' -> 'three'"]
+
+
 def test_the_evaluation_hook_sees_the_state_of_its_step(tmp_path):
   seen = []
 
