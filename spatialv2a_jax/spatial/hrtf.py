@@ -30,7 +30,7 @@ FILTER_S = 0.016  # 256 taps at 16 kHz
 # the top of the band fades to zero: a jump at the Nyquist frequency rings through the whole filter
 FADE_FROM = 0.95
 REFERENCE_HZ = (100.0, 500.0)  # Where heads differ little in what comes from the front.
-LEAST_REFERENCE = 0.03  # Share of the largest gain; that of real heads is 20 dB above it.
+LEAST_REFERENCE = 0.03  # Share of the largest gain; heads are far above it.
 
 Located = tuple[np.ndarray, np.ndarray, np.ndarray]
 
