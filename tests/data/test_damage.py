@@ -27,6 +27,13 @@ def paths(built, tmp_path) -> list[pathlib.Path]:
   return shards.paths(tmp_path / "shards")
 
 
+def test_one_damaged_record_in_a_hundred_is_put_up_with(built):
+  for times, most in ((1, 5), (40, 40 * CLIPS // 100)):
+    batches = pipeline.loader(built * times, batch_size=4, seed=0)
+    assert batches.max_bad == most
+    batches.close()
+
+
 def test_damaged_records_are_replaced_by_their_successor_and_named(paths):
   place = len(tfrecord.read_index(paths[1])) - 1
   before = tfrecord.TFRecordSource(paths)

@@ -215,13 +215,6 @@ def test_another_seed_throws_other_coins(built):
   assert 0.35 < np.mean([coins[0][place] != coins[1][place] for place in coins[0]]) < 0.65
 
 
-def test_one_damaged_record_in_a_hundred_is_put_up_with(built):
-  for times, most in ((1, 5), (40, 40 * CLIPS // 100)):
-    batches = pipeline.loader(built * times, batch_size=4, seed=0)
-    assert batches.max_bad == most
-    batches.close()
-
-
 def edit_features(folder: pathlib.Path, edit) -> None:
   fields = layout.read_features(folder)
   edit(fields)

@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
+from data import shards
 from launch import tasks
 from spatialv2a_jax import sharding
 from spatialv2a_jax.training import guard, optim, recipe
@@ -41,3 +43,18 @@ def test_a_recipe_has_every_value_of_its_config():
   for name in (field.name for field in dataclasses.fields(recipe.Recipe)):
     assert getattr(made, name) == getattr(expected, name), name
     assert name in given or getattr(made, name) != getattr(usual, name), name
+
+
+def test_a_batch_larger_than_the_data_is_told(tmp_path):
+  """A clip's draws follow from its name and the step: copies in a batch are no more data."""
+  shards.build([shards.Item(f"{i}", i) for i in range(5)], lambda _: {"x": np.zeros(2)},
+               tmp_path, shards=2, config={})  # fmt: skip
+
+  def remarks(**data):
+    config = config_of("vae_tiny", "smoke", **{f"data.{name}": x for name, x in data.items()})
+    source = tasks.Source(config, one_device(), sharding.Rules(), "audio", {"audio": (2, 9)})
+    return source.remarks()
+
+  (line,) = remarks(path=tmp_path, batch_size=8)
+  assert line.startswith("5 clips for batches of 8: copies")
+  assert remarks(path=tmp_path, batch_size=4) == remarks(path="synthetic") == []

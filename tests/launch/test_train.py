@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from data import layout, shards
+from data import layout
 from launch import export, flow_task, tasks, train
 from spatialv2a_jax import cli, features, model_folder, schema, sharding
 from spatialv2a_jax.errors import UserError
@@ -248,21 +248,6 @@ def test_a_run_that_ends_in_its_warm_up_says_so():
   for decay in ("constant", "step"):
     (line,) = optim.Config(lr=1e-4, warmup=1000, decay=decay).remarks(500)
     assert line.startswith("the learning rate does not reach optim.lr=0.0001: the run has 500")
-
-
-def test_a_batch_larger_than_the_data_is_told(tmp_path):
-  """A clip's draws follow from its name and the step: copies in a batch are no more data."""
-  shards.build([shards.Item(f"{i}", i) for i in range(5)], lambda _: {"x": np.zeros(2)},
-               tmp_path, shards=2, config={})  # fmt: skip
-
-  def remarks(**data):
-    config = config_of("vae_tiny", "smoke", **{f"data.{name}": x for name, x in data.items()})
-    source = tasks.Source(config, one_device(), sharding.Rules(), "audio", {"audio": (2, 9)})
-    return source.remarks()
-
-  (line,) = remarks(path=tmp_path, batch_size=8)
-  assert line.startswith("5 clips for batches of 8: copies")
-  assert remarks(path=tmp_path, batch_size=4) == remarks(path="synthetic") == []
 
 
 def test_shards_of_another_codec_or_other_features_are_refused(tmp_path):
