@@ -16,7 +16,6 @@ A run that is out of restarts, or was told to stop here, leaves with the code it
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import socket
@@ -62,13 +61,8 @@ class Job:
 
   @staticmethod
   def _read(number, process):
-    heard = True  # Whoever reads this command's output may leave before its processes do.
     for line in process.stdout:
-      with contextlib.suppress(OSError):
-        if heard:
-          heard = False
-          print(f"[{number}] {line}", end="", flush=True)
-          heard = True
+      _say(f"[{number}] {line}")
 
   def stop(self) -> None:
     """Asks all processes to save and leave."""
@@ -94,6 +88,14 @@ class Job:
     return first or next(
       (process.returncode for process in self.processes if process.returncode), 0
     )
+
+
+def _say(text: str) -> None:
+  """Prints text; the run goes on if nobody reads it any more."""
+  try:
+    print(text, end="", flush=True)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(
@@ -133,10 +135,7 @@ def run(
       if told or restarts == 0 or not (code in AGAIN or code > 128):
         return code
       restarts -= 1
-      with contextlib.suppress(OSError):  # As in `_read`.
-        print(
-          f"launch.local: left with {code}; starting again, {restarts} restarts left", flush=True
-        )
+      _say(f"launch.local: left with {code}; starting again, {restarts} restarts left\n")
   finally:
     for number, handler in handlers.items():
       signal.signal(number, handler)

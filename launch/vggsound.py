@@ -249,7 +249,8 @@ def _settings(args: argparse.Namespace) -> stages.Settings:
     raise UserError(f"--seconds {args.seconds:g} --tolerance {args.tolerance:g}: give 1 to 600 s")
   if not 0 < args.silence <= 1:
     raise UserError(f"--silence {args.silence:g}: give a share above 0, up to 1")
-  unknown = [axis for axis, _ in args.least_quality or () if axis not in filters.AXES]
+  least = args.least_quality or filters.Limits.quality
+  unknown = [axis for axis, _ in least if axis not in filters.AXES]
   if args.least_quality and not (args.quality_scores or args.quality_weights):
     raise UserError("--least-quality needs --quality-scores or --quality-weights")
   if unknown:
@@ -263,13 +264,7 @@ def _settings(args: argparse.Namespace) -> stages.Settings:
   if args.most_tag and not args.tags:
     raise UserError("--most-tag needs --tags FILE")
   return stages.Settings(
-    filters.Limits(
-      args.seconds,
-      args.tolerance,
-      args.silence,
-      tuple(args.least_quality or filters.Limits.quality),
-      tuple(args.most_tag),
-    ),
+    filters.Limits(args.seconds, args.tolerance, args.silence, tuple(least), tuple(args.most_tag)),
     args.audio,
     args.localizer,
     str(args.parts or "") if args.localizer == "acl" else "",

@@ -87,14 +87,17 @@ class Ledger:
     }
 
   def resume(
-    self, saved: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]], step: int = 0
+    self,
+    saved: Mapping[str, Any] | None,
+    rows: Sequence[Mapping[str, Any]],
+    kept: Sequence[Mapping[str, Any]] = (),
   ) -> None:
     """Goes on with the ledger of the attempts before.
 
     Args:
       saved: `state()` as the checkpoint has it that this attempt starts from; None: there is none.
       rows: `metrics.jsonl`; its newest row with a time is the last sign of life.
-      step: of the checkpoint. What has been evaluated of it came later, but is not done again.
+      kept: those of what came after the checkpoint, and is not done again.
     """
     last = next((row for row in reversed(rows) if row.get("time")), None)
     if saved is None:
@@ -103,9 +106,8 @@ class Ledger:
       first = last["time"] - last["goodput/wall_s"]
       saved = {"seconds": {}, "first": first, "time": first, "attempts": 0}
     then = {phase: float(saved["seconds"].get(phase, 0.0)) for phase in PHASES}
-    for row in rows if step else ():
-      if row["step"] == step and any(name.startswith("eval/") for name in row):
-        then |= {x: max(then[x], float(row.get(f"goodput/{x}_s") or 0.0)) for x in REDONE}
+    for row in kept:
+      then |= {x: max(then[x], float(row.get(f"goodput/{x}_s") or 0.0)) for x in REDONE}
     alive, seen, attempts = dict(then), float(saved["time"]), int(saved["attempts"])
     if last and last["time"] > seen:
       alive = {phase: float(last.get(f"goodput/{phase}_s") or 0.0) for phase in PHASES}

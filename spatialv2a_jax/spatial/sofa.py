@@ -51,15 +51,14 @@ def read(path: str, sample_rate: int, taps: int) -> Measured:
       several distances.
   """
   response_det, rate, direction_d3 = _read_file(path)
-  # At its own rate: below 10 kHz or so the ears differ too little.
-  _check_ears(path, response_det, _onsets_of(response_det), direction_d3)
+  _check_ears(path, response_det, direction_d3)  # At its own rate: at low ones ears differ less.
   ratio = Fraction(sample_rate, rate)
   # a response is a density over samples: fewer samples per second need proportionally larger ones
   response_det = scipy.signal.resample_poly(
     response_det, ratio.numerator, ratio.denominator, axis=-1
   )
   response_det = response_det / float(ratio)
-  onset_de = _onsets_of(response_det)
+  onset_de = np.stack([_onsets(response_et) for response_et in response_det])
   aligned_det = _align(response_det, onset_de, taps)
   return Measured(direction_d3, aligned_det.astype(np.float32), onset_de - onset_de.mean())
 
@@ -186,10 +185,6 @@ def _shift(signal_det: np.ndarray, delay_de: np.ndarray) -> np.ndarray:
   return np.fft.irfft(np.fft.rfft(signal_det) * np.exp(-1j * delay_de[..., None] * omega_f), size)
 
 
-def _onsets_of(response_det: np.ndarray) -> np.ndarray:
-  return np.stack([_onsets(response_et) for response_et in response_det])
-
-
 def _onsets(response_et: np.ndarray) -> np.ndarray:
   """Delay of each response against its own minimum-phase version, in samples.
 
@@ -219,9 +214,7 @@ def _align(response_det: np.ndarray, onset_de: np.ndarray, taps: int) -> np.ndar
   return aligned_det
 
 
-def _check_ears(
-  path: str, response_det: np.ndarray, onset_de: np.ndarray, direction_d3: np.ndarray
-) -> None:
+def _check_ears(path: str, response_det: np.ndarray, direction_d3: np.ndarray) -> None:
   """Refuses a set whose left does not sound left: some published SOFA files exchange the ears."""
   azimuth_d = np.degrees(np.arctan2(direction_d3[:, 1], direction_d3[:, 0]))
   elevation_d = np.degrees(np.arcsin(np.clip(direction_d3[:, 2], -1, 1)))
@@ -230,9 +223,10 @@ def _check_ears(
     raise UserError(
       f"{path} has no direction at azimuth +60 to +90 to tell left from right; use another"
     )
+  onset_de = np.stack([_onsets(response_et) for response_et in response_det[side_d]])
   energy_de = np.sum(response_det[side_d] ** 2, axis=-1) + 1e-30
   ild_db = float(np.median(10 * np.log10(energy_de[:, 0] / energy_de[:, 1])))
-  lead = float(np.median(onset_de[side_d, 1] - onset_de[side_d, 0]))
+  lead = float(np.median(onset_de[:, 1] - onset_de[:, 0]))
   if ild_db <= 5 or lead <= 0:
     raise UserError(
       f"{path}: left and right are exchanged or mislabelled (a source on the left has ILD"

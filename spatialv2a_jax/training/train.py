@@ -126,8 +126,9 @@ def fit(
     with ledger.during("restore"):
       state, run = _begin(checkpoints, new, abstract, about, say)
       start, rows = int(state.step), read_metrics(workdir)
-      evaluated = _agreed(start, _evaluated(rows, start), workdir)
-    ledger.resume(run.get("ledger"), rows, start)
+      evaluations = _evaluations(rows, start)
+      evaluated = _agreed(start, bool(evaluations), workdir)
+    ledger.resume(run.get("ledger"), rows, evaluations)
     evaluated = evaluated or evaluate is None or not every.evaluates(start, steps)
     # Opened also to delete: snapshots after `start` would pass for those of the steps to come.
     there = every.average or (workdir / averages.FOLDER).is_dir()
@@ -261,9 +262,9 @@ def _agreed(start: int, evaluated: bool, workdir: pathlib.Path) -> bool:
   return bool(there)
 
 
-def _evaluated(rows: list[dict[str, Any]], step: int) -> bool:
-  """Returns whether the evaluation of a step is in the record, of which `rows` are all."""
-  return any(row["step"] == step and any(k.startswith("eval/") for k in row) for row in rows)
+def _evaluations(rows: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+  """Returns the rows of the record, of which `rows` are all, with the evaluation of a step."""
+  return [x for x in rows if x["step"] == step and any(k.startswith("eval/") for k in x)]
 
 
 def machine(mesh: Mesh) -> dict[str, Any]:

@@ -64,8 +64,10 @@ def test_a_run_goes_on_when_nobody_reads_its_output_any_more(tmp_path):
   commands = script(lines, tmp_path / "file", 1)()
   run = f"local.run(lambda: {commands!r}, {{**os.environ}}, restarts=3)"
   code = f"import os\nfrom launch import local\n{run}"
-  reader = ["bash", "-c", '"$0" -c "$1" | head -2', sys.executable, code]
+  pipe = '"$0" -c "$1" | head -2; exit ${PIPESTATUS[0]}'
+  reader = ["bash", "-c", pipe, sys.executable, code]
   done = subprocess.run(reader, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+  assert done.returncode == 0 and not done.stderr
   assert done.stdout.count("[0] ") == 2 and attempts(tmp_path / "file") == 2
 
 

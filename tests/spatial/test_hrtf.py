@@ -293,7 +293,7 @@ def test_sofa_of_several_distances_is_refused(tmp_path):
 
 
 def test_a_good_sofa_serves_low_rates_too(measured):
-  """Below 10 kHz its ears differ less than a check of their order asks for."""
+  """There its ears differ less than the check of their order asks for."""
   assert ild_db(hrtf.sofa(measured, 4000).ir(90)) > 1
 
 

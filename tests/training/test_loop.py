@@ -155,11 +155,11 @@ def last(workdir):
   return train.read_metrics(workdir)[-1]
 
 
-def test_damaged_records_of_all_processes_together_end_the_run(tmp_path, monkeypatch):
-  """Each alone may meet with few of them."""
+def damaged(*numbers, most=None):
+  """Makes batches of a source that has passed over these records."""
 
   class Source:
-    bad, max_bad = (4, 5), 3
+    bad, max_bad = numbers, most
 
     def __init__(self, start):
       self.index = start
@@ -171,33 +171,23 @@ def test_damaged_records_of_all_processes_together_end_the_run(tmp_path, monkeyp
       self.index += 1
       return toy.toy_batch(self.index, 8)
 
+  return Source
+
+
+def test_damaged_records_of_all_processes_together_end_the_run(tmp_path, monkeypatch):
+  """Each alone may meet with few of them."""
+  source = damaged(4, 5, most=3)
   monkeypatch.setattr(cluster, "union", lambda name, numbers: {*numbers, 6})
-  fit(tmp_path, steps=2, batches=Source)
+  fit(tmp_path, steps=2, batches=source)
   assert lines(tmp_path)[-1]["bad_records"] == 3
   monkeypatch.setattr(cluster, "union", lambda name, numbers: {*numbers, 6, 7})
   with pytest.raises(UserError, match="4 damaged records, more than 3"):
-    fit(tmp_path, steps=4, batches=Source)
+    fit(tmp_path, steps=4, batches=source)
 
 
 def test_damaged_records_of_before_a_resume_count_with_those_after_it(tmp_path):
-  def source(number):
-    class Source:
-      bad = (number,)
-
-      def __init__(self, start):
-        self.index = start
-
-      def __iter__(self):
-        return self
-
-      def __next__(self):
-        self.index += 1
-        return toy.toy_batch(self.index)
-
-    return Source
-
   for steps, number, known in ((1, 7, [7]), (2, 3, [3, 7])):
-    fit(tmp_path, steps=steps, batches=source(number))
+    fit(tmp_path, steps=steps, batches=damaged(number))
     saved = json.loads(checkpoint.saved_runs(tmp_path)[steps].read_text())
     assert saved["bad_records"] == known and lines(tmp_path)[-1]["bad_records"] == len(known)
 

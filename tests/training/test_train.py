@@ -391,3 +391,10 @@ def test_the_profiler_traces_the_steps_it_is_told(tmp_path):
   fit(tmp_path / "none", steps=2, every=train.Every(profile=(3, 4)), say=told.append)
   assert "every.profile=(3, 4) traces nothing: steps 1 to 2 are left" in told
   assert not (tmp_path / "none" / "profile").exists()
+
+
+def test_an_evaluation_that_was_left_in_the_middle_is_none():
+  """The row of whoever left has its step, too."""
+  done = {"step": 10, "eval/loss": 1.0}
+  rows = [{"step": 9, "eval/loss": 2.0}, {"step": 10, "loss": 3.0}, done, {"step": 10, "time": 4.0}]
+  assert train._evaluations(rows, 10) == [done] and not train._evaluations(rows, 8)
