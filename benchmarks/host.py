@@ -1,6 +1,7 @@
 """What one training step of `small_16k` costs the host, and what its loader can deliver.
 
-Run: python -m benchmarks.host [--estimate FILE.json ...] [--clips 32] [--steps 40] [--rounds 3]
+Run: python -m benchmarks.host [--estimate FILE.json ...] [--storage bfloat16] [--clips 32]
+     [--steps 40] [--rounds 3]
 
 The real loop of `launch.train` reads, checks and parses real shards with the shapes of `small_16k`,
 hands over the batches, dispatches steps, fetches their metrics and writes the log. Its step takes
@@ -102,13 +103,14 @@ class Idle(recipe.Recipe):
     return _Paced(jitted, self.seconds)
 
 
-def noise(config: Mapping[str, Any], folder: pathlib.Path) -> None:
-  """Writes shards of noise that fit a config: features in 16 bits, means in 32, a caption a clip.
+def noise(config: Mapping[str, Any], storage: str, folder: pathlib.Path) -> None:
+  """Writes shards of noise that fit a config, with a caption for each clip.
 
   Their manifest lists each shard many times: Grain shuffles few records at many times the cost.
 
   Args:
     config: of a flow network.
+    storage: of the features that a video and a caption have.
     folder: of the shards.
   """
   sizes = {name: config["features"][name] for name in ("clip_dim", "sync_dim", "text_len")}
@@ -121,11 +123,9 @@ def noise(config: Mapping[str, Any], folder: pathlib.Path) -> None:
 
   def record(item: shards.Item) -> shards.Record:
     rng = np.random.default_rng(item.payload)
-    whole = ("mean", "spatial")
+    kinds = {"mean": "float32", "std": "bfloat16", "spatial": "float32"}
     return {"caption": f"caption {item.payload}"} | {
-      name: rng.standard_normal(shape, np.float32).astype(
-        "float32" if name in whole else "bfloat16"
-      )
+      name: schema.stored(rng.standard_normal(shape, np.float32), kinds.get(name, storage))
       for name, shape in shapes.items()
     }
 
@@ -135,7 +135,7 @@ def noise(config: Mapping[str, Any], folder: pathlib.Path) -> None:
     lambda caption: np.full(text, len(caption), np.float32),
     folder,
     config={},
-    storage="bfloat16",
+    storage=storage,
   )
   items = [shards.Item(f"clip{i:05d}", i) for i in range(CLIPS)]
   shards.build(items, record, folder, shards=4, config={})
@@ -210,6 +210,7 @@ def read(folder: str, clips: int, steps: int) -> tuple[float, float]:
 def main() -> None:
   """Prints the costs."""
   parser = argparse.ArgumentParser(description="What a training step costs the host.")
+  parser.add_argument("--storage", choices=schema.STORAGES, default="bfloat16")
   parser.add_argument("--clips", type=int, default=32, help="a step, without --estimate")
   parser.add_argument("--steps", type=int, default=40, help="of each measurement")
   parser.add_argument("--rounds", type=int, default=3)
@@ -217,9 +218,9 @@ def main() -> None:
   args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()  # Grain's worker options are absl flags.
   reports = [json.loads(pathlib.Path(path).read_text()) for path in args.estimate]
-  print(f"{os.cpu_count()}-core {platform.machine()} CPU, features of 8 s clips")
+  print(f"{os.cpu_count()}-core {platform.machine()} CPU, features of 8 s clips in {args.storage}")
   with tempfile.TemporaryDirectory() as folder:
-    noise(config_of(folder, args.clips), pathlib.Path(folder))
+    noise(config_of(folder, args.clips), args.storage, pathlib.Path(folder))
     read(folder, args.clips, 8)  # Brings the files into the cache.
     rates = [read(folder, args.clips, args.steps) for _ in range(args.rounds)]
     rate, per_clip = max(rate for rate, _ in rates), min(spent for _, spent in rates)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data import layout, shards, tf_example, tfrecord
-from spatialv2a_jax import io
+from spatialv2a_jax import io, schema
 from spatialv2a_jax.errors import UserError
 
 FOLDER, FIELD = "text", "text"
@@ -43,7 +43,7 @@ def build(
     encode: caption -> `text_wf`.
     clips: folder of the clips' shards.
     config: what `encode` depends on.
-    storage: dtype of the features.
+    storage: of the features, one of `schema.STORAGES`.
     name: of the data set.
     part: (i, n): this one of n calls that share the work.
 
@@ -144,4 +144,4 @@ class _Text:
   storage: str
 
   def __call__(self, item: shards.Item) -> shards.Record:
-    return {FIELD: self.encode(item.payload).astype(self.storage)}
+    return {FIELD: schema.stored(self.encode(item.payload), self.storage)}

@@ -30,7 +30,7 @@ ENCODED = {
   "sync_mirror_sf": "sync_mirror",
   "spatial_mirror_vk": "spatial_mirror",
 }
-WIDE = ("clip", "sync", "clip_mirror", "sync_mirror")  # Worth storing in 16 bits.
+WIDE = ("clip", "sync", "clip_mirror", "sync_mirror")  # Worth storing in 16 or 8 bits.
 
 
 class Encoder(Protocol):
@@ -80,7 +80,7 @@ def encode_features(
     config: what `encoder` depends on: settings, hashes of weights, seconds.
     least_samples: shorter sound makes a bad clip, sound between the two ends in zeros: whole latent
       frames may take more samples than the clip has seconds. None: `samples`.
-    storage: dtype of clip, sync and text features: "float32", "float16" or "bfloat16".
+    storage: of clip, sync and text features: one of `schema.STORAGES`.
     audio: dtype of the sound: "float32", or "int16", which clips at -1 and 1.
     batch: clips that are encoded together.
     part: as of `shards.build`.
@@ -237,7 +237,7 @@ class _Features:
   def _stored(self, features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     fields = {ENCODED[name]: value for name, value in features.items() if name in ENCODED}
     return {
-      field: value.astype(self.storage if field in WIDE else np.float32)
+      field: schema.stored(value, self.storage if field in WIDE else "float32")
       for field, value in fields.items()
     }
 

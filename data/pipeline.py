@@ -2,8 +2,8 @@
 
 Grain makes the order (shuffle, repeat) of record *numbers*; a host looks up and reads only its rows
 of each global batch. So the batch of a step is a function of (seed, step) alone and neither the
-number of hosts nor of worker processes changes it. Fields keep the 16 bits of the records
-(`schema.widen` is for the devices). Imports no jax.
+number of hosts nor of worker processes changes it. Fields keep the 16 or 8 bits of the
+records (`schema.widen` is for the devices). Imports no jax.
 
 Axes: b clip, e ear (0 left, 1 right); the others as in `spatialv2a_jax.schema`.
 """
@@ -207,7 +207,7 @@ def _dtypes(
   tables: Mapping[str, captions.Table],
   mirror: bool,
 ) -> dict[str, str]:
-  """Returns the dtype of each field of a batch: 16 bits if it is stored so in every folder."""
+  """Returns the dtype of each field of a batch: float32, unless all folders store one narrower."""
   dtypes = {}
   for wanted, name in fields.items():
     field = wanted.removesuffix("_mirror")
@@ -217,7 +217,7 @@ def _dtypes(
       for folder, have in layouts.items()
       for twin in twins
     }
-    narrow = len(found) == 1 and np.dtype(next(iter(found))).itemsize == 2
+    narrow = len(found) == 1 and found <= {*schema.SHORT}
     dtypes[name] = found.pop() if narrow else "float32"
   return dtypes
 
@@ -254,12 +254,12 @@ def _check_layouts(
       if field not in have:
         raise UserError(f"{path}: field {field} is missing, the records have {sorted(have)}")
     for field, shape in wanted.items():
-      wanted[field] = shape = have[field].shape if shape is None else tuple(shape)
+      wanted[field] = shape = schema.shape_of(have[field]) if shape is None else tuple(shape)
       for stored in [field, *([MIRRORED[field]] if mirror and field in MIRRORED else [])]:
         if stored not in have:
           raise UserError(f"{path}: field {stored} is missing, which mirror needs; encode with it")
-        if have[stored].shape != shape:
+        if (found := schema.shape_of(have[stored])) != shape:
           raise UserError(
-            f"{path}: field {stored} is {list(have[stored].shape)}, this run needs {list(shape)};"
+            f"{path}: field {stored} is {list(found)}, this run needs {list(shape)};"
             " encode with the same duration, audio rate and encoders"
           )

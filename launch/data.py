@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from data import scenes
 from launch import audit, sources, vggsound
-from spatialv2a_jax import errors, logbook
+from spatialv2a_jax import errors, logbook, schema
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.spatial import hrtf
 
@@ -109,7 +109,9 @@ def add_encode(commands) -> None:
     metavar="I/N",
     help="make only shards I, I + N, ..., of N machines that share the folder",
   )
-  p.add_argument("--storage", choices=("float32", "float16", "bfloat16"), default="bfloat16")
+  p.add_argument(
+    "--storage", choices=schema.STORAGES, default="bfloat16", help="of all features but latents"
+  )
   p.add_argument("--mirror", action="store_true", help="add the features of mirrored videos")
   p.add_argument("--max-bad", type=float, default=0.01, help="share of bad clips to give up at")
   p.set_defaults(run=run_encode)

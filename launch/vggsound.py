@@ -57,6 +57,9 @@ def add_arguments(commands) -> None:
   )
   p.add_argument("--mirror", action="store_true", help="with --features: also mirrored videos")
   p.add_argument(
+    "--storage", choices=schema.STORAGES, default="bfloat16", help="with --features: of theirs"
+  )
+  p.add_argument(
     "--localizer",
     default="motion",
     metavar="NAME",
@@ -211,7 +214,6 @@ def _encode(args: argparse.Namespace) -> int:
     "raw": args.out / "raw",
     "videos": args.videos,
     "out": args.out,
-    "storage": "bfloat16",
     "batch": 8,
   }
   return encode.run(argparse.Namespace(**{**vars(args), **given}, max_bad=args.max_failures))

@@ -1,7 +1,7 @@
-"""The contract of a batch: names, axes, rates, and lengths from seconds. Imports nothing of ours.
+"""The contract of a batch: names, axes, rates, and lengths from seconds.
 
-On its way to the devices a batch keeps the 16 bits in which records hold most of it; `widen` is
-the first thing that happens there.
+On its way to the devices a batch keeps the 16 or 8 bits in which records hold most of it; `widen`
+is the first thing that happens there.
 
 Axes: b clip, e ear (0 left, 1 right), t latent frame, c latent channel, v video frame at 8 fps,
 s synchronisation token, w text token, f feature, k spatial descriptor, p audio sample.
@@ -16,6 +16,8 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  (makes numpy know "bfloat16")
 import numpy as np
+
+from spatialv2a_jax import microscaling
 
 CLIP_FPS = 8  # Frames per second of the semantic features and of the spatial descriptors.
 SYNC_FPS = 25  # Frames per second of the frames that the synchronisation features see.
@@ -175,22 +177,46 @@ NARROW = {
   "sync_mirror_bsf": "bfloat16",
   "audio_bep": "int16",
 }
+SHORT = ("bfloat16", "float16", "int16", "int8")  # Of what becomes float32 on the devices.
 _FLOATS = ("float32", "bfloat16", "float16")
+STORAGES = (*_FLOATS, microscaling.NAME)  # Of features; the last is int8 in records and batches.
+
+
+def stored(x: np.ndarray, storage: str) -> np.ndarray:
+  """Returns features as records hold them.
+
+  Args:
+    x: of any float type.
+    storage: one of `STORAGES`.
+
+  Raises:
+    ValueError: MXINT8 is to hold NaN or infinite values.
+  """
+  return microscaling.pack(x) if storage == microscaling.NAME else x.astype(storage)
 
 
 def as_float32(x: Any) -> Any:
   """Returns a stored array, of numpy or JAX, in float32; int16 sound becomes -1..1."""
   if x.dtype == np.int16:
     return x * np.float32(1 / 32768)
+  if x.dtype == np.int8:
+    return microscaling.unpack(x)
   return x if x.dtype == np.float32 else x.astype(np.float32)
 
 
+def shape_of(x: Any) -> tuple[int, ...]:
+  """Returns the shape that a stored array, or one so described, has in float32."""
+  if x.dtype == "int8":
+    return (*x.shape[:-1], microscaling.width(x.shape[-1]))
+  return tuple(x.shape)
+
+
 def widen(batch: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a batch as networks and losses take it: what has 16 bits becomes float32, exactly.
+  """Returns a batch as networks and losses take it: what has fewer bits becomes float32, exactly.
 
   Works on arrays of numpy and of JAX: half the bytes go to the device if it is called there.
   """
-  return {name: as_float32(x) if x.dtype.itemsize == 2 else x for name, x in batch.items()}
+  return {name: as_float32(x) if x.dtype.name in SHORT else x for name, x in batch.items()}
 
 
 def narrow(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -209,7 +235,7 @@ def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
 
   Args:
     batch: `id_b` (uint32), `weight_b` (float32, 0 marks padding) and the fields of `shapes`, in
-      float32 or in 16 bits.
+      float32 or as stored.
     shapes: from `feature_shapes`.
   """
   wanted = {"id_b": (), "weight_b": ()} | {_NAMES[field]: shapes[field] for field in shapes}
@@ -217,13 +243,13 @@ def check_batch(batch: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
     if name not in batch:
       raise ValueError(f"field {name} is missing, the batch has {sorted(batch)}")
     rows = len(batch["id_b"])
-    if tuple(batch[name].shape) != (rows, *shape):
-      raise ValueError(f"field {name} has shape {batch[name].shape}, expected {(rows, *shape)}")
+    if (found := shape_of(batch[name])) != (rows, *shape):
+      raise ValueError(f"field {name} has shape {found}, expected {(rows, *shape)}")
   if np.dtype(batch["id_b"].dtype) != np.uint32:
     raise ValueError(f"field id_b has dtype {batch['id_b'].dtype}, expected uint32")
   for name in wanted.keys() - {"id_b"}:
-    if (dtype := str(batch[name].dtype)) not in _FLOATS:
-      raise ValueError(f"field {name} has dtype {dtype}, expected one of {', '.join(_FLOATS)}")
+    if (dtype := str(batch[name].dtype)) not in (*_FLOATS, "int8"):
+      raise ValueError(f"field {name} has dtype {dtype}, expected {', '.join(_FLOATS)} or int8")
 
 
 def synthetic_batch(

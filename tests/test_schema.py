@@ -122,7 +122,7 @@ def test_a_narrow_batch_is_what_records_hold():
     ({"id_b": np.zeros(3, np.int64)}, "id_b has dtype int64, expected uint32"),
     ({"id_b": None}, "id_b is missing"),
     ({"weight_b": None}, "weight_b is missing"),
-    ({"clip_bvf": np.zeros((3, 8, 6))}, "clip_bvf has dtype float64, expected one of float32, b"),
+    ({"clip_bvf": np.zeros((3, 8, 6))}, "clip_bvf has dtype float64, expected float32, bf"),
     ({"weight_b": np.ones(2, np.float32)}, r"weight_b has shape \(2,\), expected \(3,\)"),
     ({"text_bwf": np.zeros((3, 4, 7), np.float32)}, r"text_bwf has shape .*\(3, 4, 3\)"),
     ({"mean_betc": np.zeros((2, 2, 32, 20), np.float32)}, "mean_betc has shape"),
