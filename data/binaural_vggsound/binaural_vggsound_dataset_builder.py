@@ -23,6 +23,7 @@ if _ROOT not in sys.path:  # `tfds build` imports this file by its path.
   sys.path.insert(0, _ROOT)
 
 from data import layout, shards, tf_example, tfrecord  # noqa: E402
+from spatialv2a_jax import schema  # noqa: E402
 
 FOLDERS = {"raw": "raw", "features_16k": "latents", "text": "latents/text"}
 
@@ -102,13 +103,11 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     for place in range(len(source)):
       raw = tf_example.decode(source[place])
       values = {name: tf_example.value_of(raw[name], stored[name]) for name in fields}
-      yield (
-        str(values["id"]),
-        {
-          name: value if isinstance(value, str) else value.astype(fields[name].np_dtype)
-          for name, value in values.items()
-        },
-      )
+      arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+      for name, value in arrays.items():
+        plain = schema.as_float32(value) if value.dtype == np.int8 else value  # MXINT8.
+        values[name] = plain.astype(fields[name].np_dtype)
+      yield str(values["id"]), values
 
   def _example_writer(self) -> writer.ExampleWriter:
     return _Writer(self.info.file_format or file_adapters.FileFormat.TFRECORD)

@@ -9,6 +9,7 @@ import pytest
 
 from data import captions, layout, shards, tf_example, tfrecord
 from launch import data as command
+from spatialv2a_jax import microscaling
 from tests.data import clips
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -47,8 +48,8 @@ def latent(item: shards.Item) -> shards.Record:
   n = item.payload
   return {
     **common(n),
-    "clip": np.full((FRAMES, 1024), n, "float16"),  # Another storage than the builder's.
-    "sync": np.full((8, 768), n, "bfloat16"),
+    "clip": np.full((FRAMES, 1024), n, "float16"),  # Other storages than the builder's.
+    "sync": microscaling.pack(np.full((8, 768), n, np.float32)),
     "spatial": np.full((FRAMES, 5), n, np.float32),
     "mean": np.full((2, LATENTS, 20), n, np.float32),
     "std": np.full((2, LATENTS, 20), n, "bfloat16"),
@@ -117,9 +118,8 @@ def test_prepared_records_are_those_of_the_shards(build, tmp_path, config):
         elif isinstance(value, str):
           assert found[f"clip{n}"][field].decode() == value
         else:
-          np.testing.assert_array_equal(
-            found[f"clip{n}"][field].astype(np.float32), value.astype(np.float32)
-          )
+          wide = microscaling.unpack(value) if field == "sync" else value.astype(np.float32)
+          np.testing.assert_array_equal(found[f"clip{n}"][field].astype(np.float32), wide)
 
 
 def test_every_field_of_a_real_build_goes_through(tmp_path):

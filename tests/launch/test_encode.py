@@ -85,15 +85,19 @@ def records(folder: pathlib.Path) -> list[dict[str, np.ndarray | str]]:
   return found
 
 
-def test_clips_fit_the_config_they_were_made_for(media, tmp_path, capsys):
-  assert encode(media, tmp_path, "--mirror") == 0
+@pytest.mark.parametrize("storage", ["bfloat16", "mxint8"])
+def test_clips_fit_the_config_they_were_made_for(media, tmp_path, capsys, storage):
+  assert encode(media, tmp_path, "--mirror", "--storage", storage) == 0
   assert "3 of 4 clips" in capsys.readouterr().out
   stats = json.loads((tmp_path / "clips" / "stats.json").read_text())
   assert list(stats["bad"]) == ["clip3"]
   fields = layout.read_features(tmp_path / "clips")
   fields["text"] = captions.Table(tmp_path / "clips").tensor
   wanted = {name: shape for name, shape in shapes().items() if name not in ("mean", "std")}
-  assert {name: fields[name].shape for name in wanted} == wanted
+  assert {name: schema.shape_of(fields[name]) for name in wanted} == wanted
+  short = {name for name, field in fields.items() if field.dtype in ("bfloat16", "int8")}
+  assert short == {"clip", "sync", "text", "clip_mirror", "sync_mirror"}
+  assert (fields["text"].dtype == "int8") == (storage == "mxint8")
   samples = schema.lengths(SECONDS, AUDIO).samples
   heard = only_batch(tmp_path / "clips", kind="audio", shapes={"audio": (2, samples)})
   assert heard["audio_bep"].shape == (3, 2, samples)

@@ -397,6 +397,11 @@ def test_a_loss_takes_a_batch_as_records_hold_it(name, count):
   params = sharding.unboxed(task.init(jax.random.key(0)))
   loss = jax.jit(lambda batch: task.loss(params, task.stats, batch, jax.random.key(1))[0])
   np.testing.assert_allclose(loss(batch), loss(schema.widen(batch)), rtol=1e-6)
+  if name == "tiny":
+    features = ("clip_bvf", "sync_bsf", "text_bwf")
+    short = batch | {name: schema.stored(batch[name], "mxint8") for name in features}
+    np.testing.assert_allclose(loss(short), loss(schema.widen(short)), rtol=1e-6)
+    np.testing.assert_allclose(loss(short), loss(batch), rtol=0.02)
 
 
 def test_a_stop_is_heeded_while_sound_is_made(monkeypatch):
