@@ -27,10 +27,12 @@ from spatialv2a_jax import (
   generate,
   generator,
   io,
+  report,
   schema,
   spatialize,
 )
 from spatialv2a_jax.metrics import evaluate
+from spatialv2a_jax.training import averages
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -111,6 +113,8 @@ SPATIALIZE = "spatialize {0}/tone.wav --track {0}/track.csv --out {out} "
     ("convert vae x --check y", 2, "--check converts the weights of its own file, without FILE"),
     ("convert vae --check y --out {out}", 2, "without --out"),
     ("convert vae --check y --ears 2", 2, "without --ears"),
+    ("convert mmaudio x --out {out} --ears 3", 2, "of at least 1 and at most 2"),
+    ("average {0} --out {out} --width 0.3", 2, "is not a number above 0 and at most 0.28"),
     ("convert vae x --out {out} --tolerance 0.1", 2, "--tolerance is for --check FILE"),
     (SPATIALIZE + "--hrtf kemar", 2, "'kemar' is none of: sphere, sofa:FILE"),
     (SPATIALIZE + "--hrtf sofa:{0}/text.mp4", 2, "not a SOFA file"),
@@ -183,6 +187,9 @@ def test_the_other_commands_pass_on_what_was_typed(monkeypatch, capsys):
   for name, module in (("spatialize", spatialize), ("evaluate", evaluate), ("convert", convert)):
     monkeypatch.setattr(module, "run", lambda *a, name=name, **k: seen.update({name: (a, k)}) or 0)
   monkeypatch.setattr(convert, "check", lambda *a: seen.update(check=a) or 1)
+  monkeypatch.setattr(convert, "export", lambda *a: seen.update(export=a) or 0)
+  monkeypatch.setattr(averages, "write_model", lambda *a: seen.update(average=a))
+  monkeypatch.setattr(report, "write_report", lambda *a, **k: seen.update(report=(a, k)) or {})
   monkeypatch.setattr(doctor, "run", lambda: 1)
   assert cli.main(SPATIALIZED.split()) == 0
   assert seen["spatialize"] == (
@@ -202,6 +209,11 @@ def test_the_other_commands_pass_on_what_was_typed(monkeypatch, capsys):
   assert seen["convert"] == (("vae", "f.pth", "o"), {"ears": 1})
   assert cli.main("convert vae --check g --tolerance 0.01".split()) == 1
   assert seen["check"] == ("vae", "g", 0.01)
+  assert cli.main("export vae m --out f".split()) == 0
+  assert cli.main("average run --out o --width 0.1 --step 7".split()) == 0
+  assert cli.main("report d --out p --ref r --truth t --scores s".split()) == 0
+  assert seen["export"] == ("vae", "m", "f") and seen["average"] == ("run", "o", 0.1, 7)
+  assert seen["report"] == (("d", "p"), {"ref": "r", "truth": "t", "scores": "s"})
   assert cli.main(["doctor"]) == 1
 
 

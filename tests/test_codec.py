@@ -1,5 +1,7 @@
 """The codec as a whole: ears stay apart, training lowers the loss, waveforms come back."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from spatialv2a_jax import codec, mel, phase
+from spatialv2a_jax.models import vae
 from spatialv2a_jax.schema import AUDIO
 
 SPEC = AUDIO["16k"]
@@ -67,6 +70,49 @@ def test_frame_ild_is_the_level_difference(tiny):
   one = jnp.asarray(np.stack([audio[:, 0], audio[:, 0] / 2], 1))
   ild = codec.frame_ild_db(mel.log_mel(one, SPEC), SPEC)
   np.testing.assert_allclose(ild, 20 * np.log10(2), atol=0.05)
+
+
+def test_the_loss_of_known_errors():
+  """Of a network that decodes whatever to the truth and these errors."""
+  rng = np.random.default_rng(0)
+  audio = 0.1 * rng.standard_normal((2, 2, 8 * SPEC.hop)).astype(np.float32)
+  target = np.asarray(mel.log_mel(jnp.asarray(audio), SPEC), np.float64)
+  error = 0.2 * rng.standard_normal(target.shape)
+  made, size = (target + error).astype(np.float32), rng.uniform(0.5, 2, SPEC.n_mels)
+  mean, std = rng.standard_normal((4, 4, 3)), rng.uniform(0.5, 2, (4, 4, 3))
+  net = vae.Vae(
+    lambda key: {},
+    lambda params, mel_bmn: (jnp.asarray(mean, "f4"), jnp.asarray(std, "f4")),
+    lambda params, z_btc: jnp.asarray(made.reshape(-1, *made.shape[2:])),
+  )
+  config = codec.LossConfig(square=2.0, beta=0.1, slope=0.7, interaural=0.9, level=1.1)
+  params = {"frozen": {"data_std": jnp.asarray(size, "f4")}}
+  batch = batch_of(audio, weights=(1, 3))
+  loss = jax.jit(functools.partial(codec.vae_loss, net, SPEC, config))
+  value, metrics = loss(params, batch, jax.random.key(0))
+
+  def mean_of(x):
+    return np.average(x.reshape(2, -1).mean(axis=1), weights=(1, 3))
+
+  scaled = error / size[:, None]
+  left, right = (scaled[:, e] for e in (0, 1))
+  slopes = [mean_of(np.abs(np.diff(scaled, axis=axis))) for axis in (2, 3)]
+  power = [np.power(10, x / 10 * mel.db_per_unit(SPEC)).sum(axis=2) for x in (made, target)]
+  ild_made, ild_true = (10 * np.log10(x[:, 0] / x[:, 1]) for x in power)
+  want = {
+    "l1": mean_of(np.abs(scaled)),
+    "mel_db": mean_of(np.abs(error)) * mel.db_per_unit(SPEC),
+    "ild_db": mean_of(np.abs(ild_made - ild_true)),
+    "kl": mean_of((mean**2 + std**2 - 1) / 2 - np.log(std)),
+    "std": mean_of(std),
+    "mean_rms": np.sqrt(mean_of(mean**2)),
+  }
+  total = want["l1"] + 2 * mean_of(scaled**2) + 0.7 * sum(slopes)
+  total += 0.9 * mean_of(np.abs(left - right)) + 1.1 * want["ild_db"] / 10 + 0.1 * want["kl"]
+  assert metrics.keys() == want.keys()
+  for name, x in want.items():
+    np.testing.assert_allclose(metrics[name], x, rtol=1e-4, err_msg=name)
+  np.testing.assert_allclose(value, total, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -88,12 +88,13 @@ def test_other_weights_and_another_precision_are_other_features(folder, films, t
   assert len(counted) == 5  # CLIP alone.
 
 
-def test_another_program_is_another_entry(tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["_SOURCES", "_FOLDERS", "_PACKAGES"])
+def test_another_program_is_another_entry(tmp_path, monkeypatch, part):
   cache = feature_cache.Cache(tmp_path)
   before = cache.path({"a": 1})
   assert before == cache.path({"a": 1}) != cache.path({"a": 2})
   feature_cache.program.cache_clear()
-  monkeypatch.setattr(feature_cache, "_SOURCES", ("features.py",))
+  monkeypatch.setattr(feature_cache, part, getattr(feature_cache, part)[1:])
   assert cache.path({"a": 1}) != before
   feature_cache.program.cache_clear()
 

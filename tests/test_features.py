@@ -119,6 +119,14 @@ def test_where_nothing_moves_there_is_nothing():
   assert not encode(grainy)["heat_vyx"].any()  # Grain of a camera is below the floor.
 
 
+def test_a_thumbnail_shows_the_same_place():
+  heat_vyx = np.zeros((2, Y, X), np.float32)
+  heat_vyx[1, 12:16, 20:24] = 0.5
+  shown = localizers.thumbnail(heat_vyx)
+  assert shown.shape == (2, 12, 20) and shown.dtype == np.uint8
+  assert shown[1, 3, 5] == 127 == shown.sum()
+
+
 def test_one_frame_has_no_motion():
   motion_nyx = localizers.residual_motion(np.ones((1, Y, X, 3), np.float32))
   assert motion_nyx.shape == (1, Y, X) and not motion_nyx.any()

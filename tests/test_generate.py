@@ -1,6 +1,8 @@
 """Files in, sound out: repeatability, every setting, restarts, and faults of single files."""
 
+import base64
 import dataclasses
+import io as memory
 import json
 import os
 import pathlib
@@ -9,16 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import av
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import spatialv2a_jax
 from spatialv2a_jax import generate, generator, io
-from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.generator import Settings
+from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
+from spatialv2a_jax.generator import Settings, Window
 from spatialv2a_jax.model_folder import load_model
 from tests import tiny
 
@@ -90,6 +94,8 @@ def test_one_call_from_python_makes_the_same_sound(films, reference, model):
   clip = model.generate(films / "left.mp4", BASE)
   np.testing.assert_array_equal(clip.audio_ep, sound(reference))
   assert about(reference)["descriptors"] == np.round(clip.descriptors_vk.astype(float), 4).tolist()
+  strip = Image.open(memory.BytesIO(base64.b64decode(about(reference)["heat"]["png"])))
+  np.testing.assert_array_equal(np.asarray(strip), np.concatenate(clip.heat_vyx, axis=1))
 
 
 def test_the_video_keeps_its_picture_and_carries_the_sound_of_the_wav(films, reference):
@@ -144,6 +150,20 @@ def test_the_sidecar_says_what_was_done(films, reference, model_folder):
   left, right = sound(reference)
   ild = 10 * np.log10(left.var() / right.var())
   np.testing.assert_allclose(got["spatial"]["ild_clip_db"], ild, atol=2e-3)
+
+
+def test_the_sidecar_knows_the_sound_that_is_looked_for(films, model, monkeypatch, tmp_path):
+  monkeypatch.setattr(generator.Generator, "sha256", lambda *_: {})
+  job, heard = generate.Job(films / "left.mp4", 1.28, "", [], 0.0), tmp_path / "bark.wav"
+  digests = []
+  for content in (b"bark", b"meow"):
+    heard.write_bytes(content)
+    chosen = dataclasses.replace(BASE, localizer=f"acl:{heard}")
+    digests.append(generate.sidecar(model, job, chosen)["sound_sha256"])
+    assert digests[-1] == io.file_hash(heard)
+  assert digests[0] != digests[1]
+  by_words = dataclasses.replace(BASE, localizer="acl")
+  assert generate.sidecar(model, job, by_words)["sound_sha256"] is None
 
 
 @pytest.mark.parametrize(
@@ -322,6 +342,43 @@ def test_an_output_that_cannot_be_written_is_the_fault_of_its_file(films, make, 
   out = make(films, code=4)
   assert "left.wav" in capsys.readouterr().err
   assert (out / "right.json").is_file() and not (out / "left.json").exists()
+
+
+@pytest.mark.parametrize("kind", [MissingAssetError, DamagedAssetError])
+def test_a_fault_of_the_weights_ends_the_run(films, make, model, monkeypatch, tmp_path, kind):
+  """However many films there are: it is the fault of none."""
+
+  def torn(*_):
+    raise kind("vae.safetensors")
+
+  monkeypatch.setattr(model, "look", torn)
+  with pytest.raises(kind):
+    make(films)
+  assert not names(tmp_path / "out")
+
+
+def test_films_of_one_window_and_of_several_get_latents_of_their_own(monkeypatch):
+  monkeypatch.setattr(generate, "clip_key", lambda seed, sha256: (seed, sha256))
+  jobs = [
+    generate.Job(pathlib.Path(), 1.0, str(i), [Window(i, {})] * count, 0.0)
+    for i, count in enumerate((1, 3, 1, 2, 1))
+  ]
+  batches, told = [], []
+
+  def sample(windows, keys, settings, rows):
+    batches.append((len(windows), rows))
+    return [(window.first, key) for window, key in zip(windows, keys, strict=True)]
+
+  def latents(windows, key, settings, advance):
+    for _ in range(4):
+      advance(0.25)
+    return windows[0].first, key
+
+  model = types.SimpleNamespace(sample=sample, latents=latents)
+  progress = types.SimpleNamespace(advance=told.append)
+  found = generate.sample_all(model, jobs, dataclasses.replace(BASE, seed=7), 2, progress)
+  assert found == [(i, (7, str(i))) for i in range(5)]
+  assert batches == [(2, 2), (1, 2)] and sum(told) == 8
 
 
 def test_sound_that_is_not_finite_is_refused(films, make, monkeypatch):

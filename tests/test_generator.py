@@ -1,7 +1,10 @@
 """Generating from arrays: places in a batch, windows, joins, and folders that hold no model."""
 
 import dataclasses
+import errno
 import json
+import os
+import pathlib
 import shutil
 
 import jax
@@ -172,6 +175,8 @@ def test_true_sound_has_latents_of_the_same_shape(model):
   assert model.encode(audio_ep, 0).shape == (2, model.frames, 20)
   short = model.encode(audio_ep, 20)  # Silence fills up what is missing.
   assert short.shape == (2, model.frames, 20) and np.isfinite(short).all()
+  rest_ep = audio_ep[:, 20 * 2 * model.audio.hop :]
+  np.testing.assert_array_equal(short, model.encode(rest_ep, 0))
 
 
 def test_one_call_makes_the_sound_of_a_file_or_of_frames_in_memory(model, tmp_path):
@@ -197,6 +202,33 @@ def test_a_short_video_holds_its_last_frame(model, tmp_path):
   assert len(spatial_vk) == 10 and (spatial_vk[:, 0] < 0).all()
   np.testing.assert_allclose(clip_vf[4:], np.repeat(clip_vf[4:5], 6, axis=0), atol=1e-6)
   assert np.abs(clip_vf[3] - clip_vf[4]).max() > 1e-3
+
+
+def test_a_window_sees_what_the_film_shows_from_there_on(model, tmp_path):
+  path = tiny.film(tmp_path / "x.mp4", 2.56)
+  pixels = io.read_video(path, 25)
+
+  def alike(window, at, count):
+    (alone,) = model.windows(io.Frames(pixels[at : at + count], 25), count / 25, SETTINGS)
+    assert window.features.keys() == alone.features.keys()
+    for name, x in window.features.items():
+      np.testing.assert_array_equal(x, alone.features[name], name)
+
+  whole = model.windows(path, 2.56, SETTINGS)
+  assert [window.first for window in whole] == [0, 20, 40]
+  for window, at in zip(whole, (0, 16, 32), strict=True):
+    alike(window, at, 32)
+  alike(*model.windows(path, 0.64, SETTINGS), 0, 16)  # What comes later shall not be heard.
+
+
+def test_a_track_goes_on_from_window_to_window(model, tmp_path):
+  track = tmp_path / "track.csv"
+  track.write_text("time_s,azimuth_deg\n0,40\n2.56,-40\n")
+  settings = dataclasses.replace(SETTINGS, localizer=f"track:{track}")
+  for window in model.windows(tiny.film(tmp_path / "x.mp4", 2.56), 2.56, settings):
+    time_v = window.first / model.audio.latent_rate + (np.arange(10) + 0.5) / 8
+    azimuth_v = np.interp(time_v, [0, 2.56], [40, -40])
+    np.testing.assert_allclose(window.features["spatial_vk"][:, 0], -azimuth_v / 60, atol=0.04)
 
 
 # --- folders that hold no usable model ------------------------------------------------------------
@@ -269,3 +301,35 @@ def test_a_network_that_joins_a_folder_during_another_s_writing_stays(tmp_path, 
   save_model(folder, {"big": {"x": np.ones(1)}}, {}, {"big": {"sizes": 2}})
   both = load_model(folder)
   assert set(both.params) == {"big", "small"} and both.config["small"] == {"sizes": 1}
+
+
+def test_what_was_said_of_a_network_goes_when_it_is_replaced(tmp_path):
+  first = {"flow": {"width": 1}, "flow_source": {"licence": "theirs"}, "vae_source": 3, "audio": 0}
+  save_model(tmp_path, {"flow": {"x": np.zeros(1)}}, {}, first)
+  save_model(tmp_path, {"flow": {"x": np.ones(1)}}, {}, {"flow": {"width": 2}})
+  assert load_model(tmp_path).config == {"flow": {"width": 2}, "vae_source": 3, "audio": 0}
+
+
+def test_a_model_folder_changes_as_a_whole_its_config_last(tmp_path, monkeypatch):
+  def save(value):
+    save_model(tmp_path, {"a": {"x": value}, "b": {"x": value}}, {}, {})
+
+  def held():
+    return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+  def full(path, arrays):
+    if path.name.startswith(".b."):
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return write(path, arrays)
+
+  save(np.zeros(3))
+  before, write, replace, named = held(), tensors.write, os.replace, []
+  with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+    patch.setattr(tensors, "write", full)
+    save(np.ones(3))
+  assert held() == before
+  monkeypatch.setattr(
+    os, "replace", lambda at, to: named.append(pathlib.Path(to).name) or replace(at, to)
+  )
+  save(np.ones(3))
+  assert sorted(named[:2]) == ["a.safetensors", "b.safetensors"] and named[2:] == ["config.json"]

@@ -16,7 +16,7 @@ import soundfile
 
 from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
-from spatialv2a_jax.io.video import Picture
+from spatialv2a_jax.io.video import Picture, fit
 
 NTSC = Fraction(30000, 1001)
 FILM = Fraction(24000, 1001)
@@ -188,6 +188,23 @@ def test_crop_and_squash_follow_the_encoders(tmp_path):
   assert squashed[:, 0].mean() < 5 and squashed[:, -1].mean() > 122
 
 
+@pytest.mark.parametrize("crop", [None, 30])
+def test_a_picture_on_its_side_is_resized_as_one_that_lies(crop):
+  lying = np.random.default_rng(0).integers(90, 160, (60, 101, 3), np.uint8)
+  view = io.View(25, short_side=40, crop=crop)
+  flat, upright = fit(lying, view), fit(lying.swapaxes(0, 1), view)
+  assert flat.shape == ((30, 30, 3) if crop else (40, 67, 3))
+  assert np.abs(upright.swapaxes(0, 1).astype(int) - flat).max() <= 2  # Rows or columns first.
+
+
+def test_odd_sides_lose_their_last_row_and_column(tmp_path):
+  ramp = np.add.outer(np.arange(33), 2 * np.arange(65)).astype(np.uint8)
+  io.write_video(tmp_path / "x.mp4", [np.repeat(ramp[..., None], 3, axis=2)] * 2, 25)
+  got = io.read_video(tmp_path / "x.mp4", 25)[0]
+  assert got.shape == (32, 64, 3)
+  assert np.abs(got.mean(axis=2) - ramp[:32, :64]).mean() < 3
+
+
 @pytest.mark.parametrize("codec", ["flac", "alac"])
 def test_remux_keeps_every_packet_and_every_sample_of_both_ears(clips, tmp_path, codec):
   _, paths = clips
@@ -225,6 +242,9 @@ def test_remux_encodes_anew_what_mp4_cannot_hold(tmp_path):
   io.remux(tmp_path / "old.avi", sound, 16000, tmp_path / "new.mp4")
   np.testing.assert_array_equal(number(io.read_video(tmp_path / "new.mp4", 25)), range(20))
   assert np.abs(io.read_audio(tmp_path / "new.mp4") - sound).max() < 2**-22
+  io.remux(tmp_path / "old.avi", sound, 16000, tmp_path / "cut.mp4", duration=0.4)
+  np.testing.assert_array_equal(number(io.read_video(tmp_path / "cut.mp4", 25)), range(10))
+  assert io.read_audio(tmp_path / "cut.mp4").shape == (2, 6400)
 
 
 @pytest.mark.parametrize("suffix,error", [(".wav", 0), (".flac", 2**-23)])
@@ -346,6 +366,9 @@ def test_outputs_appear_whole_or_not_at_all(tmp_path):
     assert temporary.suffix == ".txt" and temporary.parent == target.parent
     temporary.write_text("one")
     assert not target.exists()
+  (target.parent / "plain").touch()
+  assert target.stat().st_mode == (target.parent / "plain").stat().st_mode  # For others to read.
+  (target.parent / "plain").unlink()
   with pytest.raises(RuntimeError), io.atomic_path(target) as temporary:
     temporary.write_text("two")
     raise RuntimeError
@@ -388,4 +411,5 @@ def test_what_may_not_be_read_is_one_line(tmp_path, monkeypatch):
 def test_list_media_is_sorted_and_passes_over_other_files(tmp_path):
   for name in ("b.MP4", "a.mov", "notes.txt", ".hidden.mp4"):
     (tmp_path / name).touch()
+  (tmp_path / "folder.mp4").mkdir()
   assert [path.name for path in io.list_media(tmp_path)] == ["a.mov", "b.MP4"]

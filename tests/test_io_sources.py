@@ -77,6 +77,8 @@ def test_frames_in_memory_are_seen_as_those_of_a_file(tmp_path, fps):
   for bad in (held.pixels[0], held.pixels.astype(np.float32), held.pixels[:0]):
     with pytest.raises(UserError, match="uint8 RGB"):
       io.Frames(bad, fps)
+  with pytest.raises(UserError, match="at a rate above 0"):
+    io.Frames(held.pixels, 0)
   with pytest.raises(UserError, match="nothing from 9.00 s on"):
     held.views(views, start=9)
 
@@ -120,7 +122,7 @@ def test_an_estimate_of_the_length_cuts_nothing_off(tmp_path):
   assert abs(io.read_audio(tmp_path / "x.aac").shape[1] - 4.1 * 16_000) < 0.1 * 16_000
 
 
-def film(path, count=150, cut=0.0, hole=(0.0, 0.0), sound_s=None):
+def film(path, count=150, cut=0.0, hole=(0.0, 0.0), twice=(0.0, 0.0), sound_s=None):
   """Writes a film of key frames 2 s apart that turns white, and clicks, at 4 s.
 
   Args:
@@ -128,6 +130,7 @@ def film(path, count=150, cut=0.0, hole=(0.0, 0.0), sound_s=None):
     count: frames, 25 a second.
     cut: packets before that time are left out, as a copy without encoding does.
     hole: sound between these times is left out.
+    twice: sound between these times comes twice, at the same times.
     sound_s: length of the sound.
   """
   whole = path.with_name(f"whole{path.suffix}")
@@ -160,8 +163,12 @@ def film(path, count=150, cut=0.0, hole=(0.0, 0.0), sound_s=None):
       time = float(packet.pts * packet.time_base) - start
       lost = packet.stream.type == "audio" and hole[0] <= time < hole[1]
       if time >= cut and not lost:
-        packet.stream = streams[packet.stream.index]
+        again = av.Packet(bytes(packet))
+        again.pts, again.dts, again.time_base = packet.pts, packet.dts, packet.time_base
+        again.stream = packet.stream = streams[packet.stream.index]
         output.mux(packet)
+        if again.stream.type == "audio" and twice[0] <= time < twice[1]:
+          output.mux(again)
   return path
 
 
@@ -206,6 +213,11 @@ def test_damage_after_a_seek_is_met_once(tmp_path):
 def test_what_comes_after_a_hole_in_the_sound_is_in_its_place(tmp_path, suffix):
   flash, click = flash_and_click(film(tmp_path / f"x{suffix}", hole=(1.5, 2.5)))
   assert flash == 4.0 and click == pytest.approx(flash, abs=2e-3)
+
+
+def test_sound_that_comes_twice_is_heard_once(tmp_path):
+  flash, click = flash_and_click(film(tmp_path / "x.mkv", twice=(1.5, 2.5)))
+  assert flash == 4.0 and click == pytest.approx(flash, abs=0.06)
 
 
 @pytest.mark.parametrize("start", [4.6, 5.0, 5.8])

@@ -1,6 +1,8 @@
 """Where a given sound comes from: BEATs, ACL and CLIPSeg behind the localizers' interface."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +45,7 @@ def sounds(tmp_path_factory):
   for seconds, hertz in ((1, 200), (11, 3000)):
     tone_p = 0.3 * np.sin(2 * np.pi * hertz * np.arange(seconds * RATE) / RATE)
     out.append(at / f"{hertz}.wav")
-    io.write_audio(out[-1], np.stack([tone_p, tone_p]).astype(np.float32), RATE)
+    io.write_audio(out[-1], np.stack([tone_p, 0 * tone_p]).astype(np.float32), RATE)
   return out
 
 
@@ -94,6 +96,30 @@ def test_the_word_of_a_sound_goes_into_the_prompt(folder, sounds, monkeypatch):
   assert identities[0] != identities[1]  # which the cache knows.
 
 
+def test_whatever_decides_the_place_is_in_what_the_cache_knows_it_by(folder, sounds, tmp_path):
+  params = model_folder.load_model(folder).params["acl"]
+  others = {
+    "mask": params | {"mask": {"slope": np.float32(10), "bias": np.float32(15)}},
+    "words": params | {"into": jax.tree.map(lambda x: x + 1, params["into"])},
+  }
+  for name, changed in others.items():
+    shutil.copytree(folder, tmp_path / name)
+    model_folder.save_model(tmp_path / name, {"acl": changed}, {}, {})
+
+  def identity(at, localizer, **options):
+    stages = open_encoders(at, localizer, **options).stages("")
+    (stage,) = (s for s in stages if s.network == "clipseg")
+    return json.dumps(stage.identity, sort_keys=True)
+
+  by_sound = f"acl:{sounds[0]}"
+  known = [
+    identity(folder, "acl"), identity(folder, "acl", mirror_tta=True),
+    identity(tmp_path / "mask", "acl"), identity(folder, by_sound),
+    identity(tmp_path / "words", by_sound),
+  ]  # fmt: skip
+  assert len(set(known)) == len(known)
+
+
 def test_bfloat16_is_near(folder, sounds):
   """BEATs' convolution of positions takes kernels of its input's kind."""
   words = []
@@ -111,6 +137,14 @@ def test_mistakes_are_one_line(folder, sounds, tmp_path):
   bare = tiny_mmaudio.save(tmp_path / "bare", ("clipseg",))
   with pytest.raises(MissingAssetError, match="weights of: beats.*spatialv2a convert beats FILE"):
     open_encoders(bare, f"acl:{sounds[0]}")
+  narrow = dataclasses.replace(ACL, width=12)
+  params = {"acl": tiny_mmaudio.shaken(acl.build(narrow).init, 9)}
+  model_folder.save_model(tmp_path / "narrow", params, {}, {"acl": {**vars(narrow)}})
+  models = [model_folder.open_model(at) for at in (tmp_path / "narrow", folder)]
+  with pytest.raises(
+    UserError, match="of .*narrow takes 8 features and gives 12, BEATs and CLIPSeg have 8 and 16"
+  ):
+    Encoders(features.Config(localizer=f"acl:{sounds[0]}"), Weights(models))  # The first has it.
 
 
 @pytest.mark.slow

@@ -47,6 +47,24 @@ def test_bfloat16_and_big_endian_files(tmp_path):
   np.testing.assert_array_equal(files.read(big)["x"], A)
 
 
+def test_every_kind_of_tensor_is_read_as_what_it_is(tmp_path):
+  raw = np.arange(250, 266, dtype=np.uint16).view(np.uint8)
+  made = {kind: raw.view(kind) for kind in z.KINDS if kind not in ("bool", "uint16")}
+  made["bool"] = raw > 3
+  got = files.read(z.write_state(tmp_path / "a.pth", made))
+  for kind, array in made.items():
+    np.testing.assert_array_equal(got[kind], array, kind, strict=True)
+
+
+def test_a_flipped_bit_among_the_weights_is_told(tmp_path):
+  path = z.write_state(tmp_path / "a.pth", {"x": A})
+  raw = bytearray(path.read_bytes())
+  raw[raw.index(A.tobytes()) + 5] ^= 1
+  path.write_bytes(raw)
+  with pytest.raises(UserError, match="another checksum than the file says"):
+    files.read(path)
+
+
 def attack(module, attribute, *arguments):
   return z.name(module, attribute) + z.sequence(*arguments) + b"R"
 

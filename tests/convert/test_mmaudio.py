@@ -38,6 +38,7 @@ def test_the_released_sizes_are_told_apart(name, sizes):
   width, heads, joint, ear, channels, v2 = sizes
   config = flow_net.Config(width, heads, joint, ear, channels, ears=1, v2=v2, spatial=False)
   assert mmaudio.variant(config) == name
+  assert mmaudio.about(config)["audio"] == name.split("_")[1]
   assert mmaudio.variant(dataclasses.replace(config, width=64, heads=1)) == "custom"
 
 

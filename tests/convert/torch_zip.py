@@ -6,9 +6,14 @@ import zipfile
 import numpy as np
 
 KINDS = {
+  "float64": "Double",
   "float32": "Float",
   "float16": "Half",
   "int64": "Long",
+  "int32": "Int",
+  "int16": "Short",
+  "int8": "Char",
+  "uint8": "Byte",
   "bool": "Bool",
   "uint16": "BFloat16",
 }
