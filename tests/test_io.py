@@ -247,6 +247,29 @@ def test_remux_encodes_anew_what_mp4_cannot_hold(tmp_path):
   assert io.read_audio(tmp_path / "cut.mp4").shape == (2, 6400)
 
 
+@pytest.mark.parametrize(
+  "codec, suffix, tag",
+  [("libx265", ".mp4", "hvc1"), ("libvpx-vp9", ".webm", "vp09"), ("libsvtav1", ".mp4", "av01")],
+)
+def test_remux_keeps_the_picture_that_phones_and_sites_give(tmp_path, codec, suffix, tag):
+  if codec not in av.codecs_available:
+    pytest.skip(f"PyAV has no {codec}")
+  path = tmp_path / f"x{suffix}"
+  with av.open(str(path), "w") as output:
+    stream = output.add_stream(codec, rate=25)
+    stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+    if suffix == ".mp4":
+      stream.codec_context.codec_tag = tag
+    for pixels in numbered(8, 64, 64):
+      output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+    output.mux(stream.encode(None))
+  io.remux(path, noise(0.32), 16000, tmp_path / "out.mp4")
+  assert packets(tmp_path / "out.mp4") == packets(path)
+  np.testing.assert_array_equal(*(io.read_video(x, 25) for x in (path, tmp_path / "out.mp4")))
+  with av.open(str(tmp_path / "out.mp4")) as container:
+    assert container.streams.video[0].codec_context.codec_tag == tag
+
+
 @pytest.mark.parametrize("suffix,error", [(".wav", 0), (".flac", 2**-23)])
 def test_sound_files_keep_left_first_and_their_level(tmp_path, suffix, error):
   sound = noise(0.5) * np.array([[0.9], [0.01]], np.float32)
@@ -384,6 +407,12 @@ def test_outputs_appear_whole_or_not_at_all(tmp_path):
   for bad in (target / "x.wav", target.parent):  # A file is no folder, a folder is no file.
     with pytest.raises(UserError, match="cannot write"), io.atomic_path(bad):
       pass
+
+
+@pytest.mark.parametrize("stem", ["x" * 250, "\u72d7" * 83, "\U0001f436" * 62])
+def test_the_longest_names_that_a_disk_takes_can_be_written(tmp_path, stem):
+  io.write_audio(tmp_path / f"{stem}.wav", noise(0.01), 16000)
+  assert os.listdir(tmp_path) == [f"{stem}.wav"]
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):

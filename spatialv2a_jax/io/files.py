@@ -30,6 +30,7 @@ VIDEO_EXTENSIONS = frozenset(
 AUDIO_EXTENSIONS = frozenset({".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac", ".opus", ".aiff"})
 
 REORDER = 4  # Frames held back to put a badly ordered stream in order of presentation.
+_KEPT = 60  # Letters of a name in that of its temporary file; of 4 bytes each, 240 of 255.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     UserError: the folder cannot be written, or the disk is full.
   """
   target = pathlib.Path(path)
-  temporary = target.with_name(f".{target.stem[:80]}.{secrets.token_hex(4)}{target.suffix}")
+  temporary = target.with_name(f".{target.stem[:_KEPT]}.{secrets.token_hex(4)}{target.suffix}")
   try:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir():
@@ -104,7 +105,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 def remove_leftovers(path: str | os.PathLike) -> None:
   """Removes what `atomic_path(path)` leaves where its process is killed; nobody may be writing."""
   path = pathlib.Path(path)
-  name = re.compile(re.escape(f".{path.stem[:80]}.") + "[0-9a-f]{8}" + re.escape(path.suffix))
+  name = re.compile(re.escape(f".{path.stem[:_KEPT]}.") + "[0-9a-f]{8}" + re.escape(path.suffix))
   if path.parent.is_dir():
     for entry in os.scandir(path.parent):
       if name.fullmatch(entry.name):
