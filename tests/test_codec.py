@@ -48,6 +48,27 @@ def test_shapes_and_exchange_of_ears(tiny):
   assert jax.eval_shape(net.decode, params, mean).shape == (2, 2, SPEC.n_mels, 32)
 
 
+def test_an_odd_last_frame_of_mel_is_left_out():
+  shapes = [jax.ShapeDtypeStruct((1, n * SPEC.hop), jnp.float32) for n in (6, 7, 8)]
+  found = [jax.eval_shape(lambda x: codec.even_mel(x, SPEC), shape).shape for shape in shapes]
+  assert found == [(1, SPEC.n_mels, n) for n in (6, 6, 8)]
+
+
+@pytest.mark.parametrize(
+  "number, message",
+  [
+    ({"square": -1.0}, "square=-1.0 is not 0 or more"),
+    ({"level": float("nan")}, "level=nan is not 0 or more"),
+    ({"excerpt": 2}, "neither 0 nor an even number of 4 or more"),
+    ({"excerpt": 7}, "neither 0 nor an even number of 4 or more"),
+  ],
+)
+def test_weights_out_of_their_range_are_told(number, message):
+  assert codec.LossConfig(excerpt=4).checked() and codec.LossConfig(beta=0.0).checked()
+  with pytest.raises(ValueError, match=message):
+    codec.LossConfig(**number).checked()
+
+
 def test_statistics_are_those_of_all_clips(tiny):
   _, params, audio = tiny
   mels = np.asarray(mel.log_mel(jnp.asarray(audio), SPEC))

@@ -155,7 +155,8 @@ def test_parts_of_another_folder_complete_a_checkpoint(folder, tmp_path, model):
 
 def test_what_needs_no_network_is_not_asked_for(tmp_path, capsys, film):
   net = tiny_mmaudio.save(tmp_path / "net", ALL - {"clipseg"})
-  assert set(generator.Generator(net).sha256("motion")) == ALL - {"clipseg"}
+  bare = generator.Generator(net)
+  assert set(bare.sha256("motion")) == ALL - {"clipseg"} and bare.licences("motion") == {}
   command = ["generate", film, "--checkpoint", net, "--out", tmp_path / "out"]
   assert cli.main(list(map(str, command))) == 3
   line = capsys.readouterr().err
@@ -194,6 +195,12 @@ def test_what_one_ear_cannot_use_is_refused(tmp_path, capsys, film, flags):
   line = capsys.readouterr().err
   assert "changes nothing: this network has one ear" in line and line.count("\n") == 1
   assert flags.split()[0] in line
+
+
+def test_motion_is_what_one_ear_shows_anyway():
+  generate.refuse_ears(dataclasses.replace(SETTINGS, localizer="motion"))
+  with pytest.raises(UserError, match="--localizer track:x changes nothing"):
+    generate.refuse_ears(dataclasses.replace(SETTINGS, localizer="track:x"))
 
 
 def test_parts_for_other_sound_are_refused(tmp_path, folder):

@@ -195,6 +195,11 @@ def test_one_call_makes_the_sound_of_a_file_or_of_frames_in_memory(model, tmp_pa
   assert sorted(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("most, seconds", [(None, 1.28), (0.5, 0.5), (9.0, 1.28)])
+def test_a_video_gets_sound_for_its_length_or_for_less(most, seconds):
+  assert windows.length(io.Frames(np.zeros((32, 4, 4, 3), np.uint8), 25), most) == seconds
+
+
 def test_a_short_video_holds_its_last_frame(model, tmp_path):
   path = tiny.film(tmp_path / "x.mp4", 0.4, side=0.1)
   (window,) = model.windows(path, 0.4, SETTINGS)
