@@ -249,8 +249,11 @@ def test_remux_encodes_anew_what_mp4_cannot_hold(tmp_path):
 
 @pytest.mark.parametrize(
   "codec, suffix, tag",
-  [("libx265", ".mp4", "hvc1"), ("libvpx-vp9", ".webm", "vp09"), ("libsvtav1", ".mp4", "av01")],
-)
+  [
+    ("libx265", ".mp4", "hvc1"), ("libx265", ".mp4", "hev1"), ("libx265", ".mkv", "hvc1"),
+    ("libx265", ".ts", "hvc1"), ("libvpx-vp9", ".webm", "vp09"), ("libsvtav1", ".mp4", "av01"),
+  ],
+)  # fmt: skip
 def test_remux_keeps_the_picture_that_phones_and_sites_give(tmp_path, codec, suffix, tag):
   if codec not in av.codecs_available:
     pytest.skip(f"PyAV has no {codec}")
@@ -264,7 +267,8 @@ def test_remux_keeps_the_picture_that_phones_and_sites_give(tmp_path, codec, suf
       output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
     output.mux(stream.encode(None))
   io.remux(path, noise(0.32), 16000, tmp_path / "out.mp4")
-  assert packets(tmp_path / "out.mp4") == packets(path)
+  if suffix != ".ts":  # Which frames its packets in another way.
+    assert packets(tmp_path / "out.mp4") == packets(path)
   np.testing.assert_array_equal(*(io.read_video(x, 25) for x in (path, tmp_path / "out.mp4")))
   with av.open(str(tmp_path / "out.mp4")) as container:
     assert container.streams.video[0].codec_context.codec_tag == tag

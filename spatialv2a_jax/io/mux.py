@@ -263,8 +263,8 @@ def _copy(
   """Copies the packets of a picture, the sound alongside; FFmpegError where MP4 refuses one."""
   # Opaque, for AV1's decoder has the name of no encoder.
   target = output.add_stream_from_template(source, opaque=True)
-  if source.codec_context.codec_tag == "hvc1":  # As HEVC is recorded by Apple's devices, whose
-    target.codec_context.codec_tag = "hvc1"  # players refuse it under MP4's other name for it.
+  if source.codec_context.name == "hevc" and source.codec_context.codec_tag != "hev1":
+    target.codec_context.codec_tag = "hvc1"  # Under MP4's other name for it, Apple refuses HEVC.
   track, end = sound(), Fraction(0)
   base = source.time_base or Fraction(1, av.time_base)
   step = 1 / (source.average_rate or source.guessed_rate or Fraction(25))
