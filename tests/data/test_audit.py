@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from data import audit, audit_page, layout, shards, stages, tf_example, tfrecord
 from launch import data as command
-from spatialv2a_jax import schema
+from spatialv2a_jax import io, schema
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.metrics import alignment, stats
 from tests.data import clips
@@ -116,6 +118,13 @@ def test_a_damaged_shard_and_another_twin_are_caught(copy, made):
   assert named(judged(edited), "checksums of the manifest") is False
 
 
+def test_a_twin_of_other_settings_is_none(copy, made):
+  manifest = copy / "raw" / "manifest.json"
+  content = layout.read_json(manifest)
+  layout.write_json(manifest, {**content, "config": {**content["config"], "localizer": "acl"}})
+  assert named(judged(copy, twin=made), "second build") is False
+
+
 def test_sound_that_is_not_the_sources_is_caught(copy, videos):
   def other(record):
     noise_p = clips.noise(1, seed=99)[: record["audio"].shape[1]]
@@ -143,7 +152,8 @@ def test_videos_that_are_gone_are_left_out_and_counted(copy, videos, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("poor", "passed"), [({"PQ": 3.9}, True), ({"PQ": 2.0}, False), ({"PQ": 3.9, "CE": 6.0}, False)]
+  ("poor", "passed"),
+  [({"PQ": 3.9, "PC": 9.0}, True), ({"PQ": 2.0}, False), ({"PQ": 3.9, "CE": 6.0}, False)],
 )
 def test_filtering_by_scores_raises_them_a_little(copy, videos, tmp_path, poor, passed):
   """A list scores all five clips at 4.2; one is poor, and dropped for its PQ."""
@@ -209,6 +219,7 @@ def with_cue(corpus: audit.Clips, name: str, value, rows: Any = slice(None)) -> 
   [
     (audit._sides, lambda c: with_cue(c, "side_energy_ratio", 0.009**2 - 1, rows=7)),
     (audit._delays, lambda c: with_cue(c, "itd_phat_frame_us", 501, rows=slice(3))),
+    (audit._delays, lambda c: with_cue(c, "itd_phat_frame_us", -1101, rows=slice(3))),
     (audit._levels, lambda c: with_cue(c, "ild_clip_db", np.nan, rows=7)),
     (audit._levels, lambda c: dataclasses.replace(c, peak_n=np.full(200, 32768))),
   ],
@@ -218,11 +229,80 @@ def test_one_fault_fails_one_check(corpus, check, fault):
   assert check(fault(corpus)).passed is False
 
 
-def test_bias_fails_the_balance(corpus):
+def test_what_is_just_within_the_limits_passes(corpus):
+  assert audit._sides(with_cue(corpus, "side_energy_ratio", 0.011**2 - 1)).passed
+  assert audit._delays(with_cue(corpus, "itd_phat_frame_us", 501, rows=slice(2))).passed
+
+
+@pytest.mark.parametrize("bias_db", [0.9, -0.9])
+def test_bias_fails_the_balance(corpus, bias_db):
   mean, side = audit._balance(corpus)
   assert mean.passed and side.passed
-  mean, side = audit._balance(with_cue(corpus, "ild_clip_db", 0.9))
+  mean, side = audit._balance(with_cue(corpus, "ild_clip_db", bias_db))
   assert mean.passed is False and side.passed is False
+
+
+def test_statistics_are_of_what_is_known(corpus):
+  value_n = np.where(np.arange(200) <= 100, np.arange(200.0) ** 2, np.nan)
+  rows = audit.statistics(with_cue(corpus, "isd_l1", value_n - 1))
+  (row,) = [row for row in rows if row["name"] == "isd_l1"]
+  assert (row["low"], row["median"], row["high"]) == (25, 2500, 9025)
+  assert row["mean"] == pytest.approx(3350) and row["undefined"] == 99
+
+
+def test_a_sample_is_drawn_by_seed_and_has_each_clip_once(corpus):
+  drawn = [audit.sample(corpus, seed, 50) for seed in (0, 0, 1)]
+  assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) == 50
+  assert audit.sample(corpus, 1, 500) == list(range(200))
+
+
+def test_the_command_hears_and_shows_as_many_as_it_is_told_drawn_by_seed(
+  made, tmp_path, monkeypatch
+):
+  asked, shown, sample = [], set(), audit.sample
+  monkeypatch.setattr(audit, "sample", lambda *given: asked.append(given[1:]) or sample(*given))
+  for seed in range(4):
+    page = tmp_path / f"{seed}.html"
+    options = ["--sample=2", "--clips=1", f"--seed={seed}", f"--out={page}"]
+    command.main(["audit", str(made), *options])
+    (clip,) = re.findall("<h3>(clip.)", page.read_text())
+    shown.add(clip)
+  assert asked == [(seed, 2) for seed in range(4)] and len(shown) > 1
+
+
+def test_only_what_is_in_the_middle_comes_from_straight_ahead(made):
+  known = audit.Build(made).clips()
+  assert [known.ids[n] for n in np.flatnonzero(known.frontal_n)] == ["clip2"]
+  assert known.direct_n.all()
+
+
+def test_most_sources_must_be_kept(tmp_path):
+  assert audit._middle([0.2, 0.95, 0.95, math.nan], tmp_path).passed is True
+  assert audit._middle([0.95, 0.2, 0.2, math.nan], tmp_path).passed is False
+
+
+@pytest.mark.parametrize(("channels", "kind"), [((1, 1), "dual_mono"), ((1, -1), "antiphase")])
+def test_a_source_is_known_again_a_little_early_or_late(made, tmp_path, channels, kind):
+  found, source_p = audit.Build(made), clips.noise(1)
+  io.write_audio(tmp_path / "a.wav", np.outer(channels, source_p).astype("f"), clips.RATE)
+
+  def kept(shift: int) -> float:
+    audio_ep = np.roll(source_p * 32_000, shift)[None].repeat(2, 0)
+    record = {"audio": audio_ep.astype(np.int16), "video": "a.wav", "layout": kind}
+    return audit._kept_of_source(found, record, tmp_path)
+
+  assert min(kept(shift) for shift in (-75, 0, 75)) > 0.98
+  assert max(kept(shift) for shift in (-100, 100)) < 0.1
+
+
+def test_sound_of_another_rate_is_heard_at_16_khz(made):
+  found = audit.Build(made)
+  time_p = np.arange(found.rate) / found.rate
+  tone_p, octave_p = (9000 * np.sin(2 * np.pi * hertz * time_p) for hertz in (500, 1000))
+  found.rate *= 2  # The same samples are half as long and an octave up.
+  heard_ep = 32768 * found.sound({"audio": np.outer([1, 0.5], tone_p).astype(np.int16)})
+  wanted_ep = np.outer([1, 0.5], octave_p[: len(octave_p) // 2])
+  np.testing.assert_allclose(heard_ep[:, 500:-500], wanted_ep[:, 500:-500], atol=50)
 
 
 def test_mono_is_right_straight_ahead(corpus):
@@ -265,3 +345,15 @@ def test_a_frame_tells_where_things_are_in_its_middle():
   assert right > 0.999 and abs(early - late) < 0.05 < right - max(early, late)
   plot = audit_page._plot(np.zeros((2, clips.RATE), np.float32), azimuth_v[:8])
   assert 'points="6.25,' in plot and " 93.75," in plot
+
+
+def test_left_is_at_the_top_of_the_plot():
+  noise_p = clips.noise(1)
+  plot = audit_page._plot(np.stack([noise_p, 0.3 * noise_p]), np.full(8, 45.0))
+  heights = [float(height) for height in re.findall(r'cy="([-.\d]+)"', plot)]
+  assert ' 93.75,9.00"' in plot and heights and max(heights) < 18
+
+
+def test_labels_and_reasons_are_no_markup():
+  card = audit_page._card("<a>", "<b>dog</b>", "", {"detail": "<i>"})
+  assert not re.search("<[abi]>", card) and "&lt;b&gt;dog" in card
