@@ -1,5 +1,6 @@
 """Lists of ids against folders of videos."""
 
+import os
 import pathlib
 
 import pytest
@@ -61,11 +62,12 @@ def test_links_are_followed_once_and_those_that_lead_nowhere_are_named(tmp_path)
 def test_vggsounds_own_list(tmp_path):
   videos = touch(
     tmp_path / "v", "---g-f_I2yQ_000001.mp4", "--0PQM4-hqg_30.mp4", "once.mp4", "twice.mp4",
-    "ms_4000_14000.mp4",
+    "ms_4000_14000.mp4", "span_5_15.mp4", "best.mp4", "best_8.mp4", "best_000008.mp4",
   )  # fmt: skip
   rows = [
     '---g-f_I2yQ,1,people marching,test', '--0PQM4-hqg,30,"waterfall, burbling",train',
     "once,7,dog,train", "twice,1,dog,train", "twice,2,dog,train", "ms,4,cat,train",
+    "span,5,cat,train", "best,8,cat,train",
   ]  # fmt: skip
   known = catalogue.read(videos, listed(tmp_path, "\n".join(rows)))
   found = {clip.id: (clip.label, clip.name) for clip in known.clips if clip.listed}
@@ -74,6 +76,8 @@ def test_vggsounds_own_list(tmp_path):
     "--0PQM4-hqg_000030": ("waterfall, burbling", "--0PQM4-hqg_30.mp4"),
     "once_000007": ("dog", "once.mp4"),
     "ms_000004": ("cat", "ms_4000_14000.mp4"),
+    "span_000005": ("cat", "span_5_15.mp4"),
+    "best_000008": ("cat", "best_000008.mp4"),
   }
   assert known.missing == ("twice_000001", "twice_000002")  # Nobody knows which of the two it is.
 
@@ -83,6 +87,32 @@ def test_tab_separated_and_without_a_header(tmp_path):
   for text in ("id\tlabel\tsplit\na\tdog, barking\ttrain\n", "a\tdog, barking\ttrain\n"):
     (clip, _) = catalogue.read(videos, listed(tmp_path, text, "l.tsv")).clips
     assert (clip.id, clip.label, clip.split) == ("a", "dog, barking", "train")
+
+
+def test_cells_may_be_padded_and_a_spreadsheet_may_mark_its_encoding(tmp_path):
+  videos = touch(tmp_path / "v", "a.mp4", "b.mp4")
+  labels = listed(tmp_path, "\ufeffid, label, split\na, dog , test \nb,,\n")
+  known = catalogue.read(videos, labels).clips
+  assert [(clip.id, clip.label, clip.split) for clip in known] == [
+    ("a", "dog", "test"), ("b", "", "train"),
+  ]  # fmt: skip
+  table = listed(tmp_path, "\ufeffid,CE\na,1\n", "table.csv")
+  assert catalogue.read_table(table, "--tags", {"a"}) == {"a": {"CE": 1}}
+
+
+def test_what_is_not_listed_goes_to_a_split_that_there_is(tmp_path):
+  videos = touch(tmp_path / "v", "a.mp4", "extra.mp4")
+  known = catalogue.read(videos, listed(tmp_path, "id,split\na,val\n"))
+  assert {clip.split for clip in known.clips} == {"val"} == known.shards().keys()
+
+
+def test_a_stamp_changes_with_the_file(tmp_path):
+  videos, stamps = touch(tmp_path / "v", "a.mp4"), []
+  for content, time_ns in ((b"x", 1), (b"x", 1), (b"y", 2), (b"yy", 2)):
+    (videos / "a.mp4").write_bytes(content)
+    os.utime(videos / "a.mp4", ns=(time_ns, time_ns))
+    stamps.append(catalogue.read(videos, None).clips[0].stamp)
+  assert stamps[0] == stamps[1] and len(set(stamps)) == 3
 
 
 def test_without_a_list_every_video_is_taken_with_its_caption(tmp_path):

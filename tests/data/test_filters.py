@@ -10,6 +10,7 @@ import pytest
 
 from data import filters
 from spatialv2a_jax import io
+from spatialv2a_jax.errors import UserError
 from tests.data import clips
 from tests.data.clips import RATE, noise
 
@@ -128,6 +129,17 @@ def test_what_two_channels_hold(left, right, layout):
   assert filters.measure(np.stack([left, right]), RATE)["layout"] == layout
 
 
+def test_levels_are_measured_in_decibels():
+  found = filters.measure(np.stack([tone(1), 0.5 * tone(1)]), RATE)
+  half_db = 20 * math.log10(2)
+  assert found["peak_db"] == pytest.approx([0, -half_db], abs=0.01)
+  assert found["level_db"] == pytest.approx([-half_db / 2, -1.5 * half_db], abs=0.01)
+  assert found["correlation"] == pytest.approx(1)
+  assert found["side_db"] == pytest.approx(20 * math.log10(0.5 / 1.5))
+  mixed = filters.measure(np.stack([noise(1), noise(1) + 3**0.5 * noise(1, 1)]), RATE)
+  assert mixed["correlation"] == pytest.approx(0.5, abs=0.02)
+
+
 def test_one_channel_out_of_any():
   left, right = noise(1), noise(1, 1, 0.2)
   both = np.stack([left, right])
@@ -148,3 +160,15 @@ def test_probing_files(tmp_path):
   assert probed(clips.write(tmp_path / "good.mp4")) is None
   assert probed(clips.write(tmp_path / "mute.mp4", sound=False)) == "no_sound"
   assert probed(clips.write(tmp_path / "short.mp4", 0.8)) == "short"
+  io.write_audio(tmp_path / "sound.wav", noise(1)[None].repeat(2, 0), RATE)
+  assert probed(tmp_path / "sound.wav") == "no_video"
+
+
+def test_damage_explains_why_a_file_is_short(tmp_path):
+  path = clips.write(tmp_path / "short.mp4", 0.8)
+  blob = bytearray(path.read_bytes())
+  begin = blob.index(b"mdat") + 4
+  blob[begin : begin + 4000] = bytes(4000)
+  path.write_bytes(blob)
+  with pytest.raises(UserError):
+    filters.probe(str(path), filters.Limits(seconds=1))
