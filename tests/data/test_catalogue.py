@@ -92,10 +92,11 @@ def test_tab_separated_and_without_a_header(tmp_path):
 def test_cells_may_be_padded_and_a_spreadsheet_may_mark_its_encoding(tmp_path):
   videos = touch(tmp_path / "v", "a.mp4", "b.mp4")
   labels = listed(tmp_path, "\ufeffid, label, split\na, dog , test \nb,,\n")
-  known = catalogue.read(videos, labels).clips
-  assert [(clip.id, clip.label, clip.split) for clip in known] == [
+  known = catalogue.read(videos, labels)
+  assert [(clip.id, clip.label, clip.split) for clip in known.clips] == [
     ("a", "dog", "test"), ("b", "", "train"),
   ]  # fmt: skip
+  assert not known.missing
   table = listed(tmp_path, "\ufeffid,CE\na,1\n", "table.csv")
   assert catalogue.read_table(table, "--tags", {"a"}) == {"a": {"CE": 1}}
 
