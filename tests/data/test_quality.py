@@ -78,3 +78,19 @@ def test_a_build_scores_and_drops(package, tmp_path):
   assert command.main(["vggsound", *map(str, given)]) == 0
   (drop,) = json.loads((tmp_path / "out" / "funnel.json").read_text())["clips"].items()
   assert drop[0] == "faint" and drop[1]["reason"] == "quality" and "PQ" in drop[1]["detail"]
+  (tmp_path / "scores.csv").write_text("id,PQ\nloud,1\nfaint,6\n")  # A list has the last word.
+  assert (
+    command.main(["vggsound", *map(str, given), f"--quality-scores={tmp_path}/scores.csv"]) == 0
+  )
+  (drop,) = json.loads((tmp_path / "out" / "funnel.json").read_text())["clips"]
+  assert drop == "loud"
+
+
+def test_weights_given_later_score_what_was_heard_without(package, tmp_path):
+  clips.write(tmp_path / "v" / "a.mp4", audio_ep=noise(1, level=0.2)[None].repeat(2, 0))
+  (tmp_path / "checkpoint.pt").write_bytes(b"weights")
+  given = ["--videos", tmp_path / "v", "--out", tmp_path / "out", "--seconds", "1", "--jobs", "1"]
+  for more in ([], ["--quality-weights", tmp_path / "checkpoint.pt"]):
+    assert command.main(["vggsound", *map(str, [*given, *more])]) == 0
+  (summary,) = (tmp_path / "out" / "slices").glob("*/summary.json")
+  assert json.loads(summary.read_text())["scores"]["CE"] == [5.0, 1]

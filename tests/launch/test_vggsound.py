@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soxr
 
 from data import filters, layout, pipeline, shards, stages, tf_example, tfrecord
 from launch import data as command
@@ -78,7 +79,7 @@ def digests(out: pathlib.Path) -> dict[str, str]:
   return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_every_clip_has_one_fate(out):
+def test_every_clip_has_one_fate(videos, out):
   funnel = json.loads((out / "funnel.json").read_text())
   assert {name: drop["reason"] for name, drop in funnel["clips"].items()} == {
     "short": "short", "silent": "silent", "mute": "no_sound", "speech": "tag", "poor": "quality",
@@ -87,6 +88,7 @@ def test_every_clip_has_one_fate(out):
   assert set(funnel["dropped"]) == set(filters.REASONS)
   assert (funnel["listed"], funnel["missing"], funnel["files"], funnel["kept"]) == (11, 1, 11, 3)
   assert funnel["kept"] + sum(funnel["dropped"].values()) == funnel["files"]
+  assert "empty.mp4" in funnel["clips"]["empty"]["detail"] and str(videos) not in json.dumps(funnel)
   table = (out / "funnel.txt").read_text().splitlines()
   assert table[0].split() == ["listed", "11"] and table[-2].split() == ["kept", "3"]
   assert table[-1].split()[:3] == ["sphere", "3", "100%"] and funnel["layout"] == {"dual_mono": 3}
@@ -106,6 +108,15 @@ def test_records_say_what_was_done(out):
   level = stages.CUES.index("ild_clip_db")
   assert left["cues"][level] > 4 and right["cues"][level] < -4
   assert left["azimuth"].mean() > 20 and right["azimuth"].mean() < -20
+
+
+def test_cues_do_not_depend_on_the_rate():
+  audio_ep = np.stack([clips.noise(1), 0.5 * np.roll(clips.noise(1), 5)])
+  audio_ep = soxr.resample(soxr.resample(audio_ep.T, RATE, 8000), 8000, RATE).T
+  faster_ep = soxr.resample(audio_ep.T, RATE, 44_100).T
+  np.testing.assert_allclose(
+    stages.cues(faster_ep, 44_100), stages.cues(audio_ep, RATE), rtol=0.02, atol=0.02
+  )
 
 
 def test_the_shards_can_be_trained_on(out):
