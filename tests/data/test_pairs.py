@@ -9,6 +9,7 @@ import pytest
 from data import pairs, shards, sources
 from data.media import File
 from launch import data as launch_data
+from launch import sources as launch_sources
 from spatialv2a_jax import io, schema
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.spatial import spatializer
@@ -119,6 +120,71 @@ def test_sound_is_where_the_picture_is_and_normalised():
     )  # It rings from the start.
 
 
+def test_levels_of_sources_differ_by_no_more_than_is_drawn_whatever_theirs_were():
+  shape = schema.PAIR_SAMPLES + 2 * pairs.CONTEXT
+  noise = np.random.default_rng(0).standard_normal((2, shape)).astype("f4")
+  found = [pairs.Source(0.01 * noise[0], None, 0.5), pairs.Source(noise[1], None, 0.5)]
+
+  def apart(mono, azimuth):  # Each source in an ear of its own.
+    return np.stack([mono, 0 * mono] if azimuth > 0 else [0 * mono, mono])
+
+  rng = np.random.default_rng(1)
+  differences = [level_db(pairs.mix(rng, found, np.array([0.2, 0.8]), apart)) for _ in range(200)]
+  assert -12.2 < min(differences) < -9 and 9 < max(differences) < 12.2
+  assert abs(np.mean(differences)) < 1.5
+
+
+@pytest.mark.parametrize(("place", "first"), [(0, -pairs.CONTEXT), (7, 9448), (15, 21_408)])
+def test_a_window_lies_about_its_picture_or_at_the_end_of_the_sound(place, first):
+  size, samples = schema.PAIR_SAMPLES + 2 * pairs.CONTEXT, 2 * schema.PAIR_RATE
+  image = np.zeros((16, 32, 64, 3), np.uint8)
+  image[:, :, :16] = 255
+  jpeg, ends = sources.pack(image)
+  fields = {"mono": np.arange(1, samples + 1, dtype=np.int16), "jpeg": jpeg, "ends": ends}
+  fields["column"] = np.where(np.arange(16) == place, 0.125, -1).astype("f4")
+  rng, sides = np.random.default_rng(0), set()
+  for _ in range(8):
+    found = pairs.cut(rng, fields)
+    heard = np.rint(found.mono_p * 32768)
+    index = first + np.arange(size)
+    np.testing.assert_array_equal(heard, np.where((index >= 0) & (index < samples), index + 1, 0))
+    bright = np.flatnonzero(found.image_yxc[0, :, 0] > 128)
+    assert abs((bright.mean() + 0.5) / 64 - found.column) < 0.02
+    sides.add(found.column)
+  assert sides == {0.125, 0.875}
+
+
+def test_light_changes_within_bounds_and_white_stays_white():
+  rng, image = np.random.default_rng(0), np.full((1, 3, 3), 100, np.uint8)
+  image[0, 1], image[0, 2] = (200, 100, 0), 255
+  lit = np.stack([pairs.relit(rng, image) for _ in range(300)]).astype(float)
+  grey, colours, white = lit[:, 0, 0], lit[:, 0, 1], lit[:, 0, 2]
+  assert np.ptp(grey, axis=1).max() == 0
+  assert grey.min() < 75 and grey.max() > 125 and 69 < grey.min() and grey.max() < 131
+  assert (np.abs(colours[:, 1] - grey[:, 0]) <= 1).all()  # Of the mean all keep their distance.
+  assert white.min() > 170 and (white == 255).mean() > 0.4
+
+
+def test_sound_is_wanted_a_quarter_of_a_second_about_a_picture():
+  mono = np.zeros(2 * sources.RATE)
+  mono[sources.RATE] = 1
+  middle = (np.arange(16) + 0.5) / sources.FPS
+  heard = sources.levels(mono, 16)
+  assert ((heard > 0) == (np.abs(middle - 1) < 0.25)).all()
+  np.testing.assert_allclose(sources.levels(0 * mono + 0.3, 16), 0.3)
+
+
+def test_pictures_are_kept_as_well_as_their_room_allows():
+  smooth = np.indices((4, 64, 96)).sum(0)[..., None].repeat(3, -1).astype(np.uint8)
+  noise = np.random.default_rng(0).integers(0, 256, (4, 320, 480, 3), np.uint8)
+  jpeg, ends = sources.pack(smooth)
+  assert all(
+    np.abs(sources.unpack(jpeg, ends, n).astype(int) - smooth[n]).max() < 4 for n in range(4)
+  )
+  jpeg, ends = sources.pack(noise)
+  assert len(jpeg) == sources.pack(noise // 9)[0].size >= ends[-1] > len(jpeg) / 2
+
+
 def batches(out, count=2, **options):
   options = {"batch_size": 4, "seed": 1} | options
   stream = pairs.loader(shards.paths(out), "sphere", **options)
@@ -166,8 +232,18 @@ def test_the_command_makes_sources_and_counts_what_it_left_out(media, tmp_path, 
     "5 of 8 clips" in told and "left out 2, such as " in told and ": there is no picture" in told
   )
   assert json.loads((tmp_path / "manifest.json").read_text())["config"]["rows"] == 32
-  assert launch_data.main([*argv, "--rows=30"]) == 2
-  assert "give multiples of 32" in capsys.readouterr().err
+  for wrong in ("--rows=30", "--columns=80"):
+    assert launch_data.main([*argv, wrong]) == 2
+    assert "give multiples of 32" in capsys.readouterr().err
+
+
+def test_sources_must_have_the_size_that_training_wants(built, tmp_path):
+  launch_sources.check_size(built[0], 32, 64)
+  with pytest.raises(UserError, match="pictures of 32 x 64, the config of 64 x 32"):
+    launch_sources.check_size(built[0], 64, 32)
+  shards.build([shards.Item("a", 0)], lambda _: {"x": np.ones(1)}, tmp_path, shards=1, config={})
+  with pytest.raises(UserError, match="holds no sources"):
+    launch_sources.check_size(tmp_path, 32, 64)
 
 
 def test_a_bad_spatializer_is_refused_before_reading(built):
