@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from data import scene_plan, scene_sounds, scenes
+from data import scene_plan, scene_sounds, scene_visuals, scenes
 from launch import data as command
 from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
+from tests.spatial.test_hrtf import sphere_set, write_sofa
 
 SMALL = {"size": (48, 80), "seconds": 2.0}
 RATE = 16_000
@@ -58,8 +60,12 @@ def test_complete_clips_are_kept_and_torn_ones_made_again(tmp_path, capsys):
   assert run(tmp_path, "--clips", 2, "--jobs", 1) == 0
   assert digests(tmp_path) == before
   assert (tmp_path / "scene_9_000000.mp4").stat().st_mtime_ns == kept
-  assert run(tmp_path, "--clips", 2, "--sample-rate", 8000) == 2
-  assert "other settings" in capsys.readouterr().err
+  head = write_sofa(tmp_path.parent / "head.sofa", *sphere_set())
+  for change in (
+    ("--sample-rate", 8000), ("--seconds", 2), ("--size", "32x64"), ("--hrtf", f"sofa:{head}")
+  ):  # fmt: skip
+    assert run(tmp_path, "--clips", 2, *change) == 2
+    assert "other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -69,6 +75,7 @@ def test_complete_clips_are_kept_and_torn_ones_made_again(tmp_path, capsys):
     ("--clips", 1, "--jobs", 0),
     ("--clips", 1, "--seed", -1),
     ("--clips", 1, "--start", -1),
+    ("--clips", 2, "--start", 2**32 - 1),
     ("--clips", 1, "--seconds", 0),
     ("--clips", 1, "--seconds", "nan"),
     ("--clips", 1, "--seconds", 1.01),
@@ -90,12 +97,16 @@ def test_workers_do_not_import_jax():
 
 
 def test_mirror_flips_everything_and_twice_is_identity(tmp_path):
+  turned = 0
   for index in range(12):
     plain = scenes.make(6, index, **SMALL)
     other = scenes.make(6, index, mirror=True, **SMALL)
     assert np.array_equal(other.audio, plain.audio[::-1])
     assert np.array_equal(other.frames, plain.frames[:, :, ::-1])
     assert other.truth["id"] == plain.truth["id"] + "_m"
+    yaw, other_yaw = (np.array(clip.truth["camera"]["yaw_deg"]) for clip in (plain, other))
+    np.testing.assert_array_equal(other_yaw, -yaw)
+    turned += yaw.any()
     for a, b in zip(plain.truth["sources"], other.truth["sources"], strict=True):
       assert a["azimuth_deg"] == [-x for x in b["azimuth_deg"]]
       np.testing.assert_allclose(np.add(a["pixel_x"], b["pixel_x"]), 1, atol=2e-6)
@@ -103,6 +114,7 @@ def test_mirror_flips_everything_and_twice_is_identity(tmp_path):
     for a, b in zip(plain.truth["azimuth_deg"], other.truth["azimuth_deg"], strict=True):
       assert a is b is None or a == -b
     assert scenes.mirror_truth(other.truth) == plain.truth
+  assert turned
   assert run(tmp_path, "--clips", 1, "--mirror") == 0
   left, right = io.read_audio(tmp_path / "scene_9_000000_m.wav")
   plain = scenes.make(9, 0, 1.0, size=(32, 48))
@@ -247,18 +259,55 @@ def test_left_is_louder_on_the_left_and_leads(many):
           assert near[side].sum() > far[side].sum()
 
 
-def rendered(distance):
-  """Energy before and after the end of one sound, for a source at a distance."""
-  event = scene_plan.Event(5, 5, 1.0, 0)
-  source = scene_plan.Source(
-    kind=next(k for k in scene_plan.KINDS if k.name == "woodblock"),
-    events=(event,),
+def test_plans_keep_their_bounds():
+  several = 0
+  for seed in range(300):
+    plan = scene_plan.draw(np.random.SeedSequence(seed), 50 if seed % 2 else 200)
+    several += len(plan.sources) > 1
+    assert np.abs(np.diff(plan.yaw_f)).max() * 25 < 12
+    firsts = np.sort([source.azimuth_f[0] for source in plan.sources])
+    assert np.diff(firsts).min(initial=90) > 25
+    for source in plan.sources:
+      assert np.abs(np.diff(source.azimuth_f + plan.yaw_f)).max() * 25 <= 40 + 1e-6
+      assert source.distance_f.min() >= scene_plan.NEAR_BY_COUNT_M[len(plan.sources)] - 1e-9
+      assert all(a.frame + a.length <= b.frame for a, b in itertools.pairwise(source.events))
+  assert several > 100  # Four of ten, but for those whose turn does not come.
+
+
+def source_of(kind, distance, frame=5):
+  """Strikes once, at 20 degrees."""
+  return scene_plan.Source(
+    kind=next(k for k in scene_plan.KINDS if k.name == kind),
+    events=(scene_plan.Event(frame, 5, 1.0, 0),),
     azimuth_f=np.full(50, 20.0),
     distance_f=np.full(50, distance),
     height=0.5,
     seed=np.random.SeedSequence(1),
   )
-  plan = scene_plan.Plan(np.zeros(50), (source,))
+
+
+def drawn(*sources):
+  plan = scene_plan.Plan(np.zeros(50), sources)
+  return scene_visuals.draw(plan, np.random.default_rng(0), 50, (96, 160))
+
+
+def test_what_is_near_hides_what_is_far():
+  near, far = source_of("fan", 1.0), source_of("ball", 3.0)
+  alone = drawn(near)
+  assert not np.array_equal(drawn(far), drawn())
+  for both in (drawn(near, far), drawn(far, near)):
+    np.testing.assert_array_equal(both, alone)
+
+
+@pytest.mark.parametrize("kind", scene_plan.CLASSES)
+def test_before_its_sound_an_object_is_still_to_the_pixel(kind):
+  frames = drawn(source_of(kind, 0.8, frame=40))
+  assert np.ptp(frames[:36], axis=0).max() == 0 < np.ptp(frames[36:], axis=0).max()
+
+
+def rendered(distance):
+  """Energy before and after the end of one sound, for a source at a distance."""
+  plan = scene_plan.Plan(np.zeros(50), (source_of("woodblock", distance),))
   audio, level, _ = scenes._sound(plan, np.random.default_rng(0), scenes.Settings(seconds=2.0))
   direct, tail = audio[:, 5 * 640 : 5 * 640 + 100], audio[:, 10 * 640 : 12 * 640]
   return np.square(direct).sum(), np.square(tail).sum(), level[0].max()
