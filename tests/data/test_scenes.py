@@ -310,7 +310,31 @@ def rendered(distance):
   plan = scene_plan.Plan(np.zeros(50), (source_of("woodblock", distance),))
   audio, level, _ = scenes._sound(plan, np.random.default_rng(0), scenes.Settings(seconds=2.0))
   direct, tail = audio[:, 5 * 640 : 5 * 640 + 100], audio[:, 10 * 640 : 12 * 640]
+  sides = [10 * np.log10(np.divide(*np.square(part).sum(1))) for part in (direct, tail)]
+  assert sides[0] > 2 and abs(sides[1]) < 5  # The tail does not tell where its source is.
   return np.square(direct).sum(), np.square(tail).sum(), level[0].max()
+
+
+def test_what_goes_away_gets_fainter_and_smaller():
+  away = np.linspace(0.8, 3.2, 50)
+  direct, there = rendered(away)[0], rendered(away[5])[0]
+  assert abs(10 * np.log10(direct / there)) < 0.2
+  empty = drawn()
+  first, last = (drawn(source_of("fan", away))[[0, 49]] != empty[[0, 49]]).any(-1).sum((1, 2))
+  assert first > 8 * last > 0
+
+
+@pytest.mark.parametrize("kind", scene_plan.KINDS, ids=lambda kind: kind.name)
+def test_a_sound_has_the_strength_the_length_and_the_tone_of_its_event(kind):
+  frames, waves = kind.length[1], []
+  for rate, tone in ((44_100, 0), (RATE, 0), (RATE, kind.tones - 1)):
+    event, rng = scene_plan.Event(5, frames, 0.5, tone), np.random.default_rng(0)
+    waves.append(scene_sounds.synthesise(kind, [event], rng, rate, 3 * rate))
+    heard = np.flatnonzero(waves[-1]) * 25 / rate
+    assert 5 <= heard[0] < 5.05 and 4.95 + frames < heard[-1] < 5 + frames
+    assert abs(waves[-1][int(heard[-1] * rate / 25)]) < 1e-3 * kind.peak  # It does not click.
+    assert np.abs(waves[-1]).max() == pytest.approx(0.5 * kind.peak, rel=0.01)
+  assert (kind.tones > 1) != np.array_equal(waves[1], waves[2])
 
 
 def test_distance_lowers_level_and_direct_to_reverberant_ratio():
