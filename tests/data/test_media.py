@@ -83,6 +83,30 @@ def test_builds_that_do_not_fit(raw, tmp_path):
     media.records(tmp_path, tmp_path, RATE)
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".wav", ".json"])
+def test_a_stamp_changes_with_each_file_of_a_clip(tmp_path, suffix):
+  stamps = []
+  for time_ns in (1, 1, 2):
+    for end in (".mp4", ".wav", ".json"):
+      path = tmp_path / f"a{end}"
+      path.write_bytes(b"1")
+      os.utime(path, ns=(time_ns if end == suffix else 1,) * 2)
+    stamps.append(media.files(tmp_path)[0].stamp)
+  assert stamps[0] == stamps[1] != stamps[2]
+
+
+def test_a_stamp_changes_with_the_shard_that_has_the_record(raw, tmp_path):
+  before = {item.id: item.stamp for item in media.records(raw, tmp_path, RATE)}
+
+  def record(item: shards.Item) -> shards.Record:
+    return {"audio": np.ones((2, SAMPLES), np.int16), "video": "a.mp4"}
+
+  items = [shards.Item(f"c{n}", n, "", "test" if n % 3 else "train") for n in range(9)]
+  shards.build(items, record, raw, shards={"train": 2, "test": 4}, config={"audio": "16k", "x": 1})
+  after = {item.id: item.stamp for item in media.records(raw, tmp_path, RATE)}
+  assert all(after[name] != stamp for name, stamp in before.items())
+
+
 def test_names_and_captions_that_are_no_text(tmp_path):
   (tmp_path / "a.mp4").write_bytes(b"1")
   (tmp_path / "a.json").write_text('{"caption": ["a", "dog"]}')

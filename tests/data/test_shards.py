@@ -234,6 +234,15 @@ def test_shapes_must_agree_within_and_between_shards(tmp_path):
     shards.build(ITEMS[:4], maker, tmp_path / "between", shards=9, config={})
 
 
+def test_fields_must_agree(tmp_path):
+  def maker(item: shards.Item) -> shards.Record:
+    more = {} if item.payload == 2 else {"y": np.zeros(1, np.float32)}
+    return {"x": np.zeros(3, np.float32), **more}
+
+  bad = shards.build(ITEMS, maker, tmp_path, shards=1, config={})["bad"]
+  assert bad == {"clip2": "without ['y']"}
+
+
 def test_nan_may_stand_for_an_unknown_value(tmp_path):
   def maker(item: shards.Item) -> shards.Record:
     return {"score": np.array([np.nan, item.payload], np.float32)}

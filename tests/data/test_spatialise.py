@@ -51,6 +51,16 @@ def test_mono_is_rendered_to_the_side_of_the_picture():
   assert 10 * np.log10(left / right) > 6 and placed.gain_db == 0
 
 
+def test_a_frame_of_a_track_tells_of_its_middle():
+  half_p = noise(SECONDS / 2)
+  mono_p = np.concatenate([half_p, half_p[::-1]])  # Backwards it sounds the same.
+  sweep = np.linspace(-60, 60, 32)
+  heard_ep = spatialise.Placer("sphere", RATE)(mono_p[None], "mono", sweep).audio_ep
+  level_ev = np.square(heard_ep.astype("f8")).reshape(2, 32, -1).sum(2)
+  side_v = 10 * np.log10(level_ev[0] / level_ev[1])
+  assert abs((side_v + side_v[::-1])[2:-2].mean()) < 0.05
+
+
 def test_true_stereo_stays_as_it_is_unless_asked_or_turned_round():
   mono_p, swing = noise(SECONDS), 50 * np.sin(np.arange(32) / 3)
   heard_ep = spatialise.Placer("sphere", RATE)(mono_p[None], "mono", swing).audio_ep
