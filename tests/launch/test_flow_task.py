@@ -1,11 +1,16 @@
 """What the flow network's task makes of its config."""
 
+import types
+from typing import Any
+
 import flax.linen as nn
 import jax
 import numpy as np
+import pytest
 
-from launch import tasks
-from spatialv2a_jax import model_folder, sharding
+from launch import listen, tasks
+from spatialv2a_jax import model_folder, schema, sharding
+from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models.blocks import JointBlock
 from tests.launch.test_train import config_of, one_device
 
@@ -71,3 +76,27 @@ def test_tokens_are_those_of_the_joint_blocks():
   with nn.intercept_methods(count):
     jax.eval_shape(task.loss, shapes, task.stats, next(task.batches(0)), jax.random.key(0))
   assert seen == {task.tokens}
+
+
+def test_a_few_clips_are_heard_at_each_call_and_their_truth_once():
+  codec: Any = types.SimpleNamespace(waveform=lambda vae, z_etc: float(z_etc.mean()))
+  net: Any = None
+  settings = {"clips": 2, "steps": 1, "guidance": 1.0}
+  hear = listen.Listener(net, codec, {}, schema.AUDIO["16k"], settings)
+  vars(hear)["_sample"] = lambda params, stats, rows: -rows["mean_betc"]
+  batch = {name: np.zeros((3, 1, 1), np.float32) for name in listen.COND}
+  batch["mean_betc"] = np.ones((3, 2, 4, 1), np.float32) * np.arange(1, 4)[:, None, None, None]
+  batch["id_b"] = np.array([7, 8, 9], np.uint32)
+  wrote = []
+  book: Any = types.SimpleNamespace(audio=lambda *given: wrote.append(given))
+  for step in (10, 20):
+    hear({}, {}, batch, step, book)
+  truth = "truth through the codec"
+  assert wrote == [
+    (10, "clip/7/generated", -1, 16_000), (10, f"clip/7/{truth}", 1, 16_000),
+    (10, "clip/8/generated", -2, 16_000), (10, f"clip/8/{truth}", 2, 16_000),
+    (20, "clip/7/generated", -1, 16_000), (20, "clip/8/generated", -2, 16_000),
+  ]  # fmt: skip
+  for wrong in ({"clips": -1}, {"steps": 0}):
+    with pytest.raises(UserError, match=f"config.listen.{next(iter(wrong))}"):
+      listen.Listener(net, codec, {}, schema.AUDIO["16k"], settings | wrong)
