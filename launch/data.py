@@ -124,6 +124,8 @@ def run_encode(args: argparse.Namespace) -> int:
   for flag, value in (("shards", args.shards), ("jobs", args.jobs), ("batch", args.batch)):
     if value < 1:
       raise UserError(f"--{flag} {value}: give 1 or more")
+  if not 0 <= args.max_bad <= 1:
+    raise UserError(f"--max-bad {args.max_bad:g}: give a share from 0 to 1")
   if bool(args.raw) != bool(args.videos):
     raise UserError("--raw BUILD/raw and --videos DIR go together")
   return encode.run(args)

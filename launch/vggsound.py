@@ -251,6 +251,8 @@ def _settings(args: argparse.Namespace) -> stages.Settings:
     raise UserError(f"--seconds {args.seconds:g} --tolerance {args.tolerance:g}: give 1 to 600 s")
   if not 0 < args.silence <= 1:
     raise UserError(f"--silence {args.silence:g}: give a share above 0, up to 1")
+  if not 0 <= args.max_failures <= 1:  # It is first needed when all is built.
+    raise UserError(f"--max-failures {args.max_failures:g}: give a share from 0 to 1")
   least = args.least_quality or filters.Limits.quality
   unknown = [axis for axis, _ in least if axis not in filters.AXES]
   if args.least_quality and not (args.quality_scores or args.quality_weights):

@@ -273,6 +273,7 @@ def test_trained_networks_fill_the_shards(media, tmp_path, capsys, monkeypatch):
     (["--parts", "nowhere"], 3, "nowhere"),
     (["--config", CONFIG.replace("tiny.py:smoke", "small_16k.py")], 3, "give --parts DIR"),
     (["--jobs", 0], 2, "--jobs 0"),
+    (["--max-bad", "nan"], 2, "--max-bad nan: give a share"),
     (["--videos", "nowhere"], 2, "--raw BUILD/raw and --videos DIR go together"),
     (["--max-bad", 0, "--media", "nowhere"], 2, "no such file or folder"),
   ],

@@ -92,6 +92,8 @@ def test_other_files(videos, tmp_path, change):
     (["--clips-per-shard", "0"], "--clips-per-shard 0: give 1 or more"),
     (["--seconds", "0.9"], "--seconds 0.9"),
     (["--seconds", "1", "--tolerance", "1"], "--tolerance 1"),
+    (["--max-failures", "5"], "--max-failures 5: give a share"),
+    (["--max-failures", "nan"], "--max-failures nan: give a share"),
     (["--least-quality", "PQ=1"], "--least-quality needs"),
     (["--most-tag", "speech=1"], "--most-tag needs --tags"),
     (["--quality-scores", "{0}/tags.csv"], "no column of CE, CU, PC, PQ"),
