@@ -206,8 +206,8 @@ def read_table(
     wanted: columns that it must have.
 
   Raises:
-    UserError: no such file, no column `id` or one of the `wanted`, a cell that is no number, or no
-      id of a clip.
+    UserError: no such file, no column `id` or one of the `wanted`, a cell that is no number, an id
+      that occurs twice, or none of a clip.
   """
   if path is None:
     return {}
@@ -223,12 +223,13 @@ def read_table(
       raise UserError(f"{flag} {path}: its first line names no column id")
     if absent := [name for name in wanted if name not in head]:
       raise UserError(f"{flag} {path}: it has no column {absent[0]}, have {', '.join(head)}")
-    table = {
-      row["id"].strip(): {
+    table: dict[str, dict[str, float]] = {}
+    for row in reader:
+      if (clip := row["id"].strip()) in table:
+        raise UserError(f"{flag} {path}: id {clip!r} occurs twice")
+      table[clip] = {
         name: float(cell) for name, cell in row.items() if name != "id" and cell and cell.strip()
       }
-      for row in reader
-    }
   except (AttributeError, TypeError, ValueError, csv.Error) as error:
     raise UserError(f"{flag} {path}: every cell beside id is a number ({error})") from None
   if not table.keys() & ids:

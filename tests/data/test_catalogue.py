@@ -178,6 +178,7 @@ def test_tables_of_numbers(tmp_path):
   ("text", "why"),
   [
     ("CE\n1\n", "--tags .*no column id"),
+    ("id,CE\na,1\n a ,2\n", "id 'a' occurs twice"),
     ("id,CE\na,good\n", "every cell beside id is a number"),
     ("id,CE\na,1,2\n", "every cell beside id is a number"),
     ("id,ce\na,1\n", "no column CE, have id, ce"),
