@@ -96,6 +96,59 @@ def test_only_sounding_windows_count():
   assert 0.3 < short["window_coverage"] < 0.7
 
 
+@pytest.mark.parametrize(
+  "loud_db, quiet_db, counts",
+  [(-10, -48, True), (-10, -52, False), (-40, -58, True), (-40, -62, False)],
+)
+def test_what_is_loud_enough_counts(loud_db, quiet_db, counts):
+  """Above -60 dBFS and within 40 dB of the loudest."""
+  level_p = 10 ** (np.repeat([loud_db, quiet_db], RATE) / 20)
+  clip = analysis.analyse(np.random.default_rng(1).standard_normal((2, 2 * RATE)) * level_p)
+  for active in (clip.active_i, alignment.listen(clip).active_w):
+    half = len(active) // 2
+    assert active[: half - 2].all() and (active[half + 2 :] == counts).all()
+
+
+def test_the_side_is_read_from_what_the_head_shades():
+  spectrum = np.fft.rfft(NOISE)
+  high = np.fft.irfft(np.where(np.arange(len(spectrum)) < 0.5 * 1500, 0, spectrum))
+  low = 4 * (NOISE - high)
+  heard = alignment.listen(analysis.analyse(np.stack([low + high / 4, low / 4 + high])))
+  assert (heard.ild_db_w < -10).all() and (heard.ild_broadband_db_w > 3).all()
+
+
+def test_a_silent_ear_has_a_level_but_no_delay():
+  audio_ep, truth = stepping([-60.0] * 4)
+  got = values(audio_ep * [[0], [1]], truth)
+  assert got["sign_agreement"] == got["sign_agreement_broadband"] == 1
+  for name in ("sign_agreement_itd", "azimuth_pearson_r_itd", "azimuth_mae_itd_deg"):
+    assert math.isnan(got[name])
+
+
+def test_faint_bands_do_not_draw_a_source_to_the_middle():
+  taps = np.hanning(24) / 12
+  dull = np.convolve(np.convolve(NOISE, taps), taps)  # Nothing above 1.3 kHz, but a faint hiss.
+  ears = np.stack([np.convolve(dull, ear)[: len(NOISE)] for ear in hrtf.sphere(RATE).ir(-30)])
+  heard = alignment.listen(analysis.analyse(ears + 1e-3 * NOISE[::-1]))
+  assert np.abs(heard.azimuth_ild_w + 30).max() < 5
+
+
+def test_the_truth_of_a_window_is_that_of_its_middle():
+  time_v = np.arange(8) / 4
+  truth = Truth(2.0, 4.0, 40 * time_v - 35, np.zeros(0))
+  true_w, sounds_w = alignment.window_truth(truth, 12)
+  np.testing.assert_allclose(true_w, 40 * 0.128 * np.arange(1, 13) - 35)
+  assert sounds_w.all()
+
+
+def test_a_window_sounds_if_half_of_it_does():
+  azimuth_v = np.array([20.0] * 4 + [np.nan] * 4)  # Until half-way to the next frame, 448 ms.
+  silent_later = Truth(1.0, 1000 / 128, azimuth_v, np.zeros(0))
+  assert alignment.window_truth(silent_later, 6)[1].tolist() == [True] * 3 + [False] * 3
+  ends = Truth(0.512, 8.0, np.full(8, 20.0), np.zeros(0))
+  assert alignment.window_truth(ends, 6)[1].tolist() == [True] * 4 + [False] * 2
+
+
 def test_angles_near_the_middle_are_not_asked_for_their_side():
   assert math.isnan(values(*stepping([8, -8]))["sign_agreement"])
 
@@ -113,6 +166,9 @@ def test_onsets_score():
   assert got["onset_error_ms"] < 10
   longer = np.concatenate([audio_ep, audio_ep], 1)  # Nothing is known of its second half.
   assert values(longer, truth) == pytest.approx(got, nan_ok=True)
+  near = Truth(SECONDS, FPS, truth.azimuth_v, np.append(times, times + 0.01))
+  assert values(audio_ep, near) == pytest.approx(got, nan_ok=True)  # Cannot be heard apart.
+  assert values(audio_ep * [[0], [1]], truth)["onset_recall"] == 0.75
   late = values(np.roll(audio_ep, RATE // 20, 1), truth)
   assert late["onset_error_ms"] == pytest.approx(50, abs=10)
 
@@ -159,6 +215,8 @@ def test_wrong_truth_is_named(tmp_path, text):
     ("azimuth_deg", [math.inf]),
     ("seconds", 10**400),
     ("fps", math.inf),
+    ("fps", 0),
+    ("seconds", 0),
     ("seconds", math.nan),
   ],
 )

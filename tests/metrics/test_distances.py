@@ -51,6 +51,19 @@ def test_peak_normalisation_forgives_gain_and_lengths_may_differ():
   assert waves(NOISE_EP[:, :-5000], NOISE_EP)["env_distance"] == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("quieter", [0, 1])
+def test_peak_normalisation_keeps_the_level_between_the_ears(quieter):
+  """Both ears are divided by the peak of the louder, whatever its sign."""
+  ref_ep = np.stack([NOISE_EP[0], -NOISE_EP[0]])
+  ref_ep[quieter] *= 0.5
+  pred_ep = ref_ep.copy()
+  pred_ep[quieter] = 0
+  values = distances.wave_distances(pred_ep, ref_ep)
+  power = np.square(ref_ep / np.abs(NOISE_EP[0]).max())
+  noise = power[quieter].mean() / 2
+  assert values["snr_db"] == pytest.approx(10 * math.log10((power.mean() + 1e-4) / (noise + 1e-4)))
+
+
 def cues(left_lag: int, right_gain: float = 1.0) -> distances.Cues:
   source = 0.1 * NOISE_EP[0]
   return distances.cues(

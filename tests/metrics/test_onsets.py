@@ -41,6 +41,13 @@ def test_level_does_not_matter_and_silence_has_none():
   assert len(onsets.detect(1e-5 * np.ones(RATE))) == 0
 
 
+@pytest.mark.parametrize("level_db, count", [(-58, 1), (-62, 0)])
+def test_nothing_begins_below_minus_sixty_decibels(level_db, count):
+  hum_p = 2**0.5 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)
+  hum_p[: RATE // 2] = 0
+  assert len(onsets.detect(10 ** (level_db / 20) * hum_p)) == count
+
+
 def test_steady_sounds_begin_once_at_most():
   rng = np.random.default_rng(3)
   p = np.arange(4 * RATE) / RATE
@@ -68,6 +75,13 @@ def test_a_chain_of_pairs_is_matched_in_full():
   assert onsets.match(true_o, found_o)[1] == 3
 
 
+@pytest.mark.parametrize("distance, hits", [(0.099, 1), (0.101, 0)])
+def test_a_hit_is_within_a_tenth_of_a_second(distance, hits):
+  for found in (1 - distance, 1 + distance):
+    error_o, found_hits = onsets.match(np.array([1.0]), np.array([found]))
+    assert found_hits == hits and error_o == pytest.approx([distance])
+
+
 def test_firing_everywhere_does_not_pay():
   true_o = np.array([0.5, 1.6, 2.7])
   _, honest = onsets.match(true_o, true_o + 0.01)
@@ -79,3 +93,4 @@ def test_firing_everywhere_does_not_pay():
 
 def test_merge():
   assert onsets.merge(np.array([2.0, 1.0, 1.01, 1.02])) == pytest.approx([1.0, 2.0])
+  assert onsets.merge(np.array([1.0, 1.029, 1.031, 1.058])) == pytest.approx([1.0, 1.031])

@@ -119,6 +119,7 @@ def test_independent_ears():
   check(values, {"ipd_tf_rad": math.pi / 2, "ipd_100_1500_w_rad": math.pi / 2}, 0.01)
   check(values, {"isd_l1": 1 - 1 / math.sqrt(2), "isd_l2": 1 - math.pi / 4}, 0.003)
   check(values, {"isd_cos": 1 - math.pi / 4, "side_energy_ratio": 0.5}, 0.003)
+  check(values, {"ipd_coh": 0}, 0.02)
 
 
 @pytest.mark.parametrize("rho", [0.3, 0.8])
@@ -131,6 +132,33 @@ def test_partial_coherence(rho):
   assert 0 < values["isd_l1"] < 1 - 1 / math.sqrt(2)
 
 
+def band(signal_p: np.ndarray, low_hz: float, high_hz: float) -> np.ndarray:
+  hz = np.fft.rfftfreq(len(signal_p), 1 / 16000)
+  return np.fft.irfft(np.where((hz >= low_hz) & (hz < high_hz), np.fft.rfft(signal_p), 0))
+
+
+def test_delays_of_low_frequencies_are_those_of_the_low_band():
+  low, high = band(NOISE, 0, 1500), band(NOISE, 1500, 8000)
+  ears = np.stack([low + high, np.roll(low, 8) + np.roll(high, -8)])
+  values = spatial.metrics(analysis.analyse(ears))
+  check(values, {"itd_low_clip_us": 500, "itd_low_frame_signed_us": 500}, 25)
+  check(values, {"itd_xc_clip_us": -500, "itd_phat_clip_us": -500}, 5)
+
+
+def test_octaves_of_coherence_reach_from_354_to_2828_hertz():
+  shared = band(NOISE, 354, 2828)
+  ears = np.stack([NOISE, shared + OTHER - band(OTHER, 354, 2828)])
+  values = spatial.metrics(analysis.analyse(ears))
+  check(values, {"iacc_octave": 1, "iacc_clip": 2474 / 8000}, 0.02)
+
+
+def test_thirds_that_differ_by_twelve_decibels_deviate_by_six():
+  """Nine of the bands lie below 891 Hz, nine above."""
+  low, high = band(NOISE, 0, 891), band(NOISE, 891, 8000)
+  values = spatial.metrics(analysis.analyse(np.stack([low + high, low / 4 + high])))
+  check(values, {"isd_db": 10 * math.log10(4)}, 0.2)
+
+
 @pytest.mark.parametrize(("name", "sign"), [("left only", 1), ("right only", -1)])
 def test_one_silent_ear(name, sign):
   values = table(name)
@@ -139,6 +167,20 @@ def test_one_silent_ear(name, sign):
   check(values, wanted | {"ear_silent": 1, "side_energy_ratio": 0.5})
   undefined = ("itd_xc_clip_us", "itd_phat_frame_us", "ipd_tf_rad", "ipd_coh", "isd_cos")
   assert all(math.isnan(values[name]) for name in undefined)
+
+
+@pytest.mark.parametrize(("gain_db", "silent"), [(58, 0), (62, 1)])
+def test_an_ear_is_silent_sixty_decibels_below_the_other(gain_db, silent):
+  check(table("gain", gain_db), {"ear_silent": silent, "iacc_clip": 1 - silent})
+
+
+def test_frames_of_a_silent_ear_have_no_delay():
+  ears = np.stack([NOISE, delayed(4)])[:, :32768]
+  ears[0, :16384] = 0
+  clip = analysis.analyse(ears)
+  assert np.isnan(spatial.frame_itd(clip)[:31]).all()
+  wanted = {"itd_xc_frame_us": 250, "itd_low_frame_us": 250, "itd_phat_frame_signed_us": 250}
+  check(spatial.metrics(clip), wanted, 10)
 
 
 def test_silence_is_undefined_not_zero():

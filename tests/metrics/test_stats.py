@@ -16,6 +16,7 @@ def summary(pool, parts):
 def test_mean_leaves_undefined_clips_out_and_counts_them():
   row = summary("mean", [np.array([x]) for x in (1.0, 2.0, np.nan, 6.0, 2.0, 4.0)])
   assert (row["value"], row["median"], row["n"], row["undefined"]) == (3.0, 2.0, 5, 1)
+  assert (row["p5"], row["p95"]) == pytest.approx((1.2, 5.6))
   assert 1 <= row["ci95"][0] < 3 < row["ci95"][1] <= 6
 
 

@@ -59,8 +59,9 @@ def test_finite_range_tends_to_far_field_and_deepens_the_shadow_nearby():
   assert np.max(np.abs(20 * np.log10(room / far))) < 1.3
   near, usual = hrtf.sphere(16000, distance_m=0.2), hrtf.sphere(16000)
   assert ild_db(near.ir(90)) > ild_db(usual.ir(90)) + 3
-  with pytest.raises(ValueError, match="outside"):
-    hrtf.sphere_response(FREQUENCY_HZ, angle_deg, distance_m=0.05)
+  for inside in (0.05, hrtf.HEAD_RADIUS_M):
+    with pytest.raises(ValueError, match="outside"):
+      hrtf.sphere_response(FREQUENCY_HZ, angle_deg, distance_m=inside)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +236,14 @@ def test_sofa_with_mirrored_azimuths_is_refused(tmp_path):
     hrtf.sofa(path, 16000)
 
 
+def test_sofa_with_a_late_near_ear_is_refused(tmp_path):
+  path = write_sofa(tmp_path / "late.sofa", *sphere_set())
+  with h5py.File(path, "a") as file:
+    file["Data.Delay"][:] = [[60.0, 0.0]]  # Each ear still has the level of its own side.
+  with pytest.raises(UserError, match=r"late\.sofa.*exchanged"):
+    hrtf.sofa(path, 16000)
+
+
 def test_unusable_files_are_refused_in_one_line(tmp_path):
   direction_d2, response_det = sphere_set(elevations=(0,))
   (tmp_path / "text.sofa").write_text("not HDF5")
@@ -269,9 +278,30 @@ def test_sofa_written_by_the_reference_package(tmp_path):
 def test_sofa_has_the_level_of_the_sphere_whatever_that_of_the_file(tmp_path, measured):
   direction_d2, response_det = sphere_set()
   expected = hrtf.sofa(measured, 16000)
-  for gain in (0.05, 20):
+  for gain in (0.01, 20):
     path = write_sofa(tmp_path / f"{gain}.sofa", direction_d2, gain * response_det)
     np.testing.assert_allclose(hrtf.sofa(path, 16000).aligned_det, expected.aligned_det, atol=1e-5)
+
+
+def test_identity_of_a_sofa_is_its_content_and_rate_wherever_it_lies(tmp_path):
+  direction_d2, response_det = sphere_set(elevations=(0,))
+  path = write_sofa(tmp_path / "head.sofa", direction_d2, response_det)
+  before = hrtf.sofa(path, 16000)
+  (tmp_path / "copy.sofa").write_bytes(path.read_bytes())
+  assert before.name == "sofa:head.sofa"
+  assert hrtf.sofa(tmp_path / "copy.sofa", 16000).hash == before.hash
+  assert hrtf.sofa(path, 22050).hash != before.hash
+  write_sofa(path, direction_d2, response_det * [[1.0], [0.5]])  # Edited, it is read again.
+  after = hrtf.sofa(path, 16000)
+  assert after.hash != before.hash and ild_db(after.ir(0)) > ild_db(before.ir(0)) + 3
+
+
+def test_a_tail_beyond_the_taps_fades(tmp_path):
+  direction_d2, response_det = sphere_set(elevations=(0,))
+  late = np.random.default_rng(0).standard_normal((*response_det.shape[:2], 800)) * 1e-3
+  path = write_sofa(tmp_path / "room.sofa", direction_d2, np.append(response_det, late, axis=2))
+  aligned_det = hrtf.sofa(path, 44100).aligned_det
+  assert np.abs(aligned_det[..., -1]).max() < 1e-6 < np.abs(aligned_det[..., -80:-60]).max()
 
 
 def test_sofa_without_low_frequencies_is_refused(tmp_path):
@@ -303,10 +333,13 @@ def test_a_good_sofa_serves_low_rates_too(measured):
     ("Data.Delay", np.full((1, 2), np.nan)),
     ("Data.Delay", np.zeros((3, 2))),
     ("Data.SamplingRate", np.array([np.inf])),
+    ("Data.SamplingRate", np.array([44099.5])),
+    ("Data.SamplingRate", np.array([-44100.0])),
     ("Data.SamplingRate", np.zeros(0)),
     ("Data.IR", np.zeros((36, 2, 0))),
     ("Data.IR", "none"),
     ("SourcePosition", np.full((36, 3), np.nan)),
+    ("SourcePosition", np.ones((35, 3))),
   ],
 )
 def test_variables_that_cannot_be_are_one_line(tmp_path, variable, value):

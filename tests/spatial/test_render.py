@@ -138,19 +138,30 @@ def test_each_instant_sounds_like_a_still_source_there():
   assert np.sqrt(np.mean(np.square(error))) < 0.02
 
 
-def test_azimuth_track_takes_the_short_way_round():
+@pytest.mark.parametrize("way", [render.binaural, render.ambisonic])
+def test_azimuth_track_takes_the_short_way_round(way):
   mono_p = noise(1)
-  wrapped = render.binaural(mono_p, RATE, ([0.0, 1.0], [170.0, -170.0]), HEAD)
-  plain = render.binaural(mono_p, RATE, ([0.0, 1.0], [170.0, 190.0]), HEAD)
+  wrapped = way(mono_p, RATE, ([0.0, 1.0], [170.0, -170.0]), HEAD)
+  plain = way(mono_p, RATE, ([0.0, 1.0], [170.0, 190.0]), HEAD)
   np.testing.assert_allclose(wrapped, plain, atol=1e-5)
 
 
 def test_per_sample_and_timed_tracks_agree():
   mono_p = noise(1)
   time_p = np.arange(mono_p.size) / RATE
-  timed = render.binaural(mono_p, RATE, ([0.0, 1.0], [-40.0, 40.0]), HEAD, ([0.0, 1.0], [1.0, 3.0]))
-  sampled = render.binaural(mono_p, RATE, -40 + 80 * time_p, HEAD, 1 + 2 * time_p)
+  path, distance = ([0.25, 0.75], [-40.0, 40.0]), ([0.0, 1.0], [1.0, 3.0])
+  timed = render.binaural(mono_p, RATE, path, HEAD, distance)
+  held_p = np.clip(160 * (time_p - 0.5), -40, 40)  # Before its first time and after its last.
+  sampled = render.binaural(mono_p, RATE, held_p, HEAD, 1 + 2 * time_p)
   np.testing.assert_allclose(timed, sampled, atol=2e-3)
+
+
+@pytest.mark.parametrize("elevation", [60.0, ([0.0, 1.0], [60.0, 60.0])])
+def test_a_source_above_the_side_is_as_far_aside_as_its_lateral_angle(elevation):
+  mono_p = noise(0.5)
+  above = render.binaural(mono_p, RATE, 90.0, HEAD, elevation_deg=elevation)
+  beside = render.binaural(mono_p, RATE, 30.0, HEAD)
+  assert np.sqrt(np.mean((above - beside) ** 2) / np.mean(beside**2)) < 2e-3
 
 
 def test_level_falls_as_one_over_distance_and_is_clamped():
@@ -171,11 +182,24 @@ def test_room_ratio_falls_with_distance_and_tail_is_diffuse():
     source = np.sum((mono_p / distance) ** 2)
     assert 10 * np.log10(2 * source / np.sum(tail**2)) == pytest.approx(ratio_db, abs=0.4)
   tail_et = room.tail(RATE)
+  assert not tail_et[:, :128].any() and tail_et[:, 128].all()  # 8 ms after the direct sound.
   assert abs(np.corrcoef(tail_et)[0, 1]) < 0.1
   energy_t = np.sum(tail_et**2, axis=0)
   early, late = energy_t[128 : 128 + 800].sum(), energy_t[128 + 2400 : 128 + 3200].sum()
   assert 10 * np.log10(early / late) == pytest.approx(30, abs=2)  # 0.15 s is half of rt60
   assert np.any(room.tail(RATE) != render.Room(rt60_s=0.3, drr_db=6.0, seed=5).tail(RATE))
+
+
+@pytest.mark.parametrize("peak", [2.0, -2.0])
+def test_what_exceeds_full_scale_is_turned_down_in_both_ears_alike(peak):
+  audio_ep = np.array([[0.5, peak], [1.0, 0.25]], np.float32)
+  turned_ep, gain_db = render.within_full_scale(audio_ep)
+  np.testing.assert_allclose(turned_ep, audio_ep / 2 * render.FULL_SCALE, rtol=1e-6)
+  assert gain_db == pytest.approx(20 * np.log10(render.FULL_SCALE / 2))
+  for quiet_ep in (audio_ep / 4, 0 * audio_ep):
+    turned_ep, gain_db = render.within_full_scale(quiet_ep)
+    np.testing.assert_array_equal(turned_ep, quiet_ep)
+    assert gain_db == 0
 
 
 def test_long_sources_do_not_depend_on_the_chunk(monkeypatch):

@@ -117,6 +117,7 @@ def test_every_way_keeps_the_side_and_the_level(name):
   left, right = place(mono_p, 40.0), place(mono_p, -40.0)
   assert left.dtype == np.float32 and left.shape == (2, mono_p.size)
   assert level_db(left) > 2 and level_db(right) < -2
+  np.testing.assert_allclose(*place(mono_p, 40.0, 90.0), atol=1e-4)  # Overhead there is no side.
   front = place(mono_p, 0.0)
   assert abs(10 * np.log10(np.square(front).mean() / np.square(mono_p).mean())) < 6
 
@@ -146,6 +147,7 @@ def test_a_measured_head_in_cipics_layout_has_left_on_the_left(tmp_path):
   mono_p = noise(1)
   for name in (f"sofa:{path}", f"paper:sofa:{path}"):
     place = spatializer.load(name, RATE)
+    assert place.head.name == "sofa:cipic.sofa"
     for azimuth in (20, 45, 70, 135):  # The last is behind the left ear.
       left, right = place(mono_p, float(azimuth)), place(mono_p, float(-azimuth))
       assert level_db(left) > 2 and level_db(right) < -2, (name, azimuth)
