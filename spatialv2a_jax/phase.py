@@ -269,7 +269,10 @@ def binaural(
       at_n = np.pad(at_n, (0, count - len(at_n)), mode="edge")
     mid_p = chosen(np.asarray(mid_log_mel(jnp.asarray(piece_emn), spec)), past[2])
     delay_nf = jnp.asarray(interaural_delay(at_n, spec))
-    ears = _to_ears(jnp.asarray(mid_p), jnp.asarray(piece_emn), delay_nf, spec)
+    # Silence behind the end is alike in both ears, and would draw the last frames to the middle.
+    known = min(count, log_mel_emn.shape[-1] - first)
+    held_emn = np.pad(piece_emn[..., :known], [(0, 0), (0, 0), (0, count - known)], mode="edge")
+    ears = _to_ears(jnp.asarray(mid_p), jnp.asarray(held_emn), delay_nf, spec)
     return np.concatenate([np.asarray(ears), mid_p[None]])
 
   return _in_pieces(log_mel_emn, spec, 3, make, _bucket(synthesize))[:2]

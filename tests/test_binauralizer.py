@@ -48,13 +48,13 @@ def test_the_way_back_loses_the_last_bin_and_nothing_else():
     assert snr_db(np.asarray(back)[:, 400:-400], x[:, 400:-400]) > least
 
 
-def predictions(audio_bep, error=0.0):
-  """A network whose predictions are the truth plus an error."""
+def predictions(audio_bep, error=0.0, ear_error=0.0):
+  """A network whose predictions are the truth plus an error, and another of a head's left ear."""
   left, right = (binauralizer.stft(audio_bep[:, e])[:, :-1] for e in (0, 1))
 
   def apply(params, stats, mix, image, train):
-    out = {"difference": left - right + error, "apnet_left": left, "apnet_right": right}
-    return out, stats
+    heads = {"apnet_left": left + ear_error, "apnet_right": right}
+    return {"difference": left - right + error, **heads}, stats
 
   return mono2binaural.Mono2Binaural(lambda key: {}, lambda: {}, apply)
 
@@ -79,6 +79,11 @@ def test_the_loss_of_known_predictions():
     _, (metrics, _) = value(predictions(audio_bep, 0.25), audio_bep, power)
     assert float(metrics["unet"]) == pytest.approx(want, rel=1e-4)
     assert float(metrics["apnet"]) == pytest.approx(0, abs=1e-6)
+  for power, want in ((1, 0.25), (2, 2 * 0.0625)):  # Half of the errors of 0.5 and 0.
+    found, (metrics, _) = value(predictions(audio_bep, 0.25, 0.25), audio_bep, power)
+    assert float(metrics["apnet"]) == pytest.approx(want, rel=1e-4)
+    assert float(found) == pytest.approx(float(metrics["unet"] + metrics["apnet"]))
+    assert float(metrics["explained_apnet"]) == pytest.approx(float(metrics["explained_unet"]))
   # Dual mono explains nothing, and rows without weight do not count.
   mean = audio_bep.mean(1, keepdims=True)
   dual = predictions(jnp.concatenate([mean, mean], axis=1))
@@ -125,6 +130,17 @@ def test_pictures_may_come_in_parts_and_are_taken_at_the_middle():
   assert ratio[2 * RATE] == pytest.approx(0.5, abs=0.2)
 
 
+@pytest.mark.parametrize("rate", [RATE, 44_100])
+def test_what_the_left_ear_gains_the_right_ear_loses(rate):
+  mono_p = np.sin(2 * np.pi * 500 * np.arange(rate) / rate).astype("f4")
+  pieces = [(np.full((8, 32, 64, 3), 50, np.uint8), 0, True)]
+  ears = binauralizer.binauralize(Echo(), mono_p, rate, pieces)  # pyright: ignore
+  assert ears.shape == (2, rate) and ears.dtype == np.float32
+  inner = slice(rate // 50, -rate // 50)
+  want = np.outer([1.5, 0.5], mono_p[inner])  # Left - right is half of left + right.
+  np.testing.assert_allclose(ears[:, inner], want, atol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   return tiny.save_mono2binaural(tmp_path_factory.mktemp("model"))
@@ -138,6 +154,17 @@ def test_level_does_not_matter_and_silence_stays_silent(folder):
   assert found.shape == mix.shape and np.abs(found).max() > 1e-4
   np.testing.assert_allclose(net.windows(mix[3:5] * 8, image[3:5]), 8 * found[3:5], atol=1e-5)
   assert not net.windows(0 * mix[:1], image[:1]).any()
+
+
+def test_the_difference_of_a_head_is_left_minus_right(folder, monkeypatch):
+  def apply(params, stats, mix, image):
+    return {"apnet_left": 0.75 * mix, "apnet_right": 0.25 * mix}, stats
+
+  net = mono2binaural.Mono2Binaural(lambda key: {}, lambda: {}, apply)
+  monkeypatch.setattr(mono2binaural, "build", lambda config: net)
+  mix = 3 * noise()
+  found = binauralizer.Binauralizer(folder).windows(mix, np.zeros((1, 32, 64, 3), np.uint8))
+  np.testing.assert_allclose(found, 0.5 * mix, atol=1e-4)
 
 
 def test_a_folder_of_another_network_is_refused(folder, model_folder):

@@ -34,6 +34,14 @@ def test_mel_scale_inverts():
   np.testing.assert_allclose(mel.mel_to_hz(mel.hz_to_mel(hz)), hz, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["16k", "44k"])
+def test_the_logarithm_inverts_and_has_its_decibels(name):
+  mels = np.geomspace(1e-4, 10, 6, dtype=np.float32)
+  log = mel.to_log(jnp.asarray(mels), AUDIO[name])
+  np.testing.assert_allclose(mel.from_log(log, AUDIO[name]), mels, rtol=1e-5)
+  assert mel.db_per_unit(AUDIO[name]) * float(log[-1] - log[0]) == pytest.approx(100)
+
+
 def test_leading_axes_and_silence():
   spec = AUDIO["16k"]
   audio = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 2, 2048)).astype(np.float32)

@@ -48,9 +48,10 @@ def test_exchanged_ears_and_negated_azimuth_exchange_the_output(noise_mn):
 
 @pytest.mark.parametrize("level_db", [-20.0, -3.0, 12.0])
 def test_a_louder_left_mel_is_a_louder_left_ear(noise_mn, level_db):
-  left, right = phase.binaural(_both(noise_mn, level_db), SPEC, np.zeros(FRAMES))
-  ild = 20 * np.log10(np.linalg.norm(left) / np.linalg.norm(right))
-  assert abs(ild - level_db) < 0.1
+  ears = phase.binaural(_both(noise_mn, level_db), SPEC, np.zeros(FRAMES))
+  for left, right in (ears, ears[:, : SPEC.hop], ears[:, -SPEC.hop :]):  # To either end.
+    ild = 20 * np.log10(np.linalg.norm(left) / np.linalg.norm(right))
+    assert abs(ild - level_db) < 0.1
 
 
 @pytest.mark.parametrize("azimuth", [0, 20, -45, 80, 150])
@@ -61,6 +62,12 @@ def test_delay_is_that_of_a_rendered_source(noise_mn, azimuth):
   truth = _delay_us(np.stack([np.convolve(noise, taps) for taps in response]))
   assert abs(_delay_us(ears) - truth) < 30
   assert np.sign(truth) == np.sign(np.sin(np.radians(azimuth)).round(9))
+
+
+def test_a_much_fainter_ear_is_forty_decibels_below_the_mid(noise_mn):
+  left, right = phase.binaural(_both(noise_mn, -60.0), SPEC, np.zeros(FRAMES))
+  ild = 20 * np.log10(np.linalg.norm(left) / np.linalg.norm(right))
+  assert abs(ild + 40 + 20 * np.log10(2**0.5)) < 0.1
 
 
 def test_delay_follows_the_low_frequency_law_at_low_frequencies():
@@ -134,6 +141,27 @@ def test_any_synthesizer_gives_the_mid_waveform(noise_mn):
   np.testing.assert_allclose(ears[:, 600:-1200], 1, atol=1e-4)
 
 
+def test_the_mid_is_the_root_mean_square_of_both_ears(noise_mn):
+  mid_mn = phase.mid_log_mel(jnp.asarray(_both(noise_mn, 20.0)), SPEC)
+  np.testing.assert_allclose(mid_mn, noise_mn + 0.5 * np.log10(101 / 2), atol=1e-5)
+
+
+def test_each_piece_has_the_azimuth_of_its_time_and_the_mid_before_it(monkeypatch):
+  monkeypatch.setattr(phase, "_PIECE_S", 128 * SPEC.hop / SPEC.sample_rate)
+  rng, pasts, made = np.random.default_rng(0), [], []
+
+  def synthesize(log_mel_mn, past_p):
+    pasts.append(np.array(past_p))
+    made.append(rng.standard_normal(log_mel_mn.shape[1] * SPEC.hop).astype(np.float32))
+    return made[-1]
+
+  azimuth = np.repeat([-60.0, 60.0], 112)
+  ears = phase.binaural(np.zeros((2, SPEC.n_mels, 224)), SPEC, azimuth, synthesize=synthesize)
+  second = slice(96 * SPEC.hop, 128 * SPEC.hop)  # The second piece begins 128 before the end.
+  np.testing.assert_array_equal(pasts[1], made[0][second])
+  assert _delay_us(ears[:, : 96 * SPEC.hop]) < -400 and _delay_us(ears[:, second.stop :]) > 400
+
+
 @pytest.mark.parametrize("frames", [300, 256, 250, 129, 128, 127, 40, 1])
 def test_a_network_gets_pieces_of_one_length_that_end_with_the_clip(frames, monkeypatch):
   monkeypatch.setattr(phase, "_PIECE_S", 128 * SPEC.hop / SPEC.sample_rate)
@@ -155,6 +183,13 @@ def test_independent_ears_are_two_mono_reconstructions(noise_mn):
   mels = _both(noise_mn, 6.0)
   ears = phase.binaural(mels, SPEC, phase="independent")
   np.testing.assert_array_equal(ears[1], phase.mono(noise_mn, SPEC))
+
+  def synthesize(log_mel_mn, past_p):
+    del past_p
+    return np.full(log_mel_mn.shape[1] * SPEC.hop, log_mel_mn.mean(), np.float32)
+
+  ears = phase.binaural(mels, SPEC, phase="independent", synthesize=synthesize)
+  np.testing.assert_allclose(ears[:, 0], mels.mean((1, 2)), rtol=1e-5)
 
 
 def test_bad_input_is_refused(noise_mn):

@@ -45,10 +45,10 @@ def noise(frames):
   return flow.ear_noise(jax.random.key(0), frames, 8, ears=2, correlation=0.0)
 
 
-def joint(sampler, odds_bvf, rows, choice=CHOICE):
+def joint(sampler, odds_bvf, rows, choice=CHOICE, advance=lambda share: None):
   return sampler.together(
     {}, {}, given(odds_bvf), noise(FIRSTS[-1] + FRAMES), choice,
-    firsts=FIRSTS, share_bn=shares(FIRSTS, FRAMES, FADE), rows=rows, advance=lambda share: None,
+    firsts=FIRSTS, share_bn=shares(FIRSTS, FRAMES, FADE), rows=rows, advance=advance,
   )  # fmt: skip
 
 
@@ -83,7 +83,9 @@ def test_a_clip_ignores_how_its_windows_are_grouped_and_follows_every_solver():
   sampler = Sampler(coin_net(), FRAMES)
   for method in flow.SOLVERS:
     choice = CHOICE._replace(method=method, steps=4)
-    found = [joint(sampler, odds_bvf, rows, choice) for rows in (1, 2, 3)]
+    work = []
+    found = [joint(sampler, odds_bvf, rows, choice, work.append) for rows in (1, 2, 3)]
+    np.testing.assert_allclose(sum(work), 3)  # Of each of them the whole is told.
     for other in found[1:]:
       np.testing.assert_allclose(other, found[0], atol=1e-5)
     same_bvf = np.zeros_like(odds_bvf)  # Windows that agree are one clip.

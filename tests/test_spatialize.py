@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spatialv2a_jax import features, io, localizers, spatialize
+from spatialv2a_jax import binauralizer, features, io, localizers, spatialize
 from spatialv2a_jax.errors import UserError
 from tests import tiny
 
@@ -101,6 +101,7 @@ def test_a_source_in_the_picture_does_not_jump(tmp_path, monkeypatch):
   io.write_video(tmp_path / "x.mp4", frames, 25)
   found = spatialize.visible_track(tmp_path / "x.mp4")
   np.testing.assert_allclose(np.diff(found.time_s), 1 / 8)  # Frames without motion are bridged.
+  assert found.time_s[0] == 1 / 16  # The middle of a frame of 125 ms.
   assert found.azimuth_deg[2] > 35 and found.azimuth_deg[-2] < -35
   assert np.abs(np.diff(found.azimuth_deg)).max() < 20
 
@@ -194,7 +195,7 @@ def test_outputs_never_replace_inputs_nor_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("rate, seconds", [(RATE, 1.6), (44_100, 0.4)])
-def test_a_network_places_the_sound_of_a_video(tmp_path, rate, seconds):
+def test_a_network_places_the_sound_of_a_video(tmp_path, rate, seconds, monkeypatch):
   folder = tiny.save_mono2binaural(tmp_path / "model")
   film = tiny.film(tmp_path / "x.mp4", seconds)
   sound = noise(seconds, 1, rate)
@@ -207,6 +208,9 @@ def test_a_network_places_the_sound_of_a_video(tmp_path, rate, seconds):
   assert io.probe(tmp_path / "out" / "x.wav").audio_rate == rate
   np.testing.assert_allclose(ears.mean(0), mono, atol=1e-6)  # Of which nothing is lost.
   assert np.abs(ears[0] - ears[1]).max() > 1e-3
+  monkeypatch.setattr(spatialize, "WINDOW_SECONDS", 0.25)  # The picture comes in parts.
+  parts, _ = spatialize.binauralize(video, binauralizer.Binauralizer(folder))
+  np.testing.assert_allclose(parts, ears, atol=1e-5)
   for name, value in (("track", str(track(tmp_path, 0))), ("hrtf", "sofa:x")):
     with pytest.raises(UserError, match=f"--{name} and --checkpoint exclude each other"):
       both: dict[str, Any] = options | {name: value}
