@@ -106,6 +106,16 @@ def test_a_source_in_the_picture_does_not_jump(tmp_path, monkeypatch):
   assert np.abs(np.diff(found.azimuth_deg)).max() < 20
 
 
+def test_a_source_that_rests_stays_where_it_was(tmp_path):
+  frames = np.full((75, 48, 80, 3), 80, np.uint8)
+  for i, frame in enumerate(frames):
+    at = 5 + (i % 2 * 3 if i < 30 else 0)
+    frame[16:26, at : at + 10] = 255
+  io.write_video(tmp_path / "x.mp4", frames, 25)
+  azimuth_v = spatialize.visible_track(tmp_path / "x.mp4").azimuth_deg
+  assert azimuth_v.min() > 35 and np.ptp(azimuth_v) < 5
+
+
 @pytest.mark.parametrize("format", ["wav", "flac"])
 def test_loud_sound_is_turned_down_in_both_ears_alike(tmp_path, capsys, format):
   film = tiny.film(tmp_path / "x.mp4", 1.6, side=0.0)

@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import scipy.io.wavfile
 
 from spatialv2a_jax import io
 from spatialv2a_jax.errors import UserError
@@ -181,11 +182,34 @@ def test_reference_without_stereo_sound(scenes, tmp_path):
   io.write_video(ref / "clip_0.mp4", frames, 8)
   io.write_audio(ref / "clip_1.wav", mono, RATE)
   got = evaluate.run(scenes, ref, scenes, tmp_path / "s.json", echo=quiet)
-  assert got["counts"]["used"] == 2
+  assert got["counts"] == {"expected": 2, "found": CLIPS, "used": 2, "dropped": CLIPS - 2}
   assert got["metrics"]["stft_distance"]["undefined"] == 2
   assert got["metrics"]["sign_agreement"]["n"] == 2
   assert got["baselines"]["reference"]["iacc_clip"]["n"] == 0
   assert all("not compared" in clip["notes"][0] for clip in got["clips"])
+
+
+def test_lengths_may_differ_and_are_noted(scenes, tmp_path):
+  whole, cut = scenes / "clip_0.wav", tmp_path / "cut.wav"
+  io.write_audio(cut, io.read_audio(whole)[:, : -RATE // 2], RATE)
+  for pred, ref, gap in ((whole, cut, "+0.50"), (cut, whole, "-0.50")):
+    one = evaluate.score(evaluate.Job("x", pred, ref, None, {}))
+    assert isinstance(one, evaluate.Scored)
+    assert one.notes == (f"prediction is {gap} s longer than reference",)
+    parts = one.parts[evaluate.PREDICTION]
+    assert parts["ild_error_frame_db"] < 0.01 and parts["stft_distance"] < 1e-3
+
+
+def test_a_reference_that_cannot_be_used_is_named(scenes, tmp_path):
+  io.write_audio(tmp_path / "short.wav", np.full((2, 2000), 0.1), RATE)
+  sound = np.full((RATE, 2), 0.1, np.float32)
+  sound[7] = np.nan
+  scipy.io.wavfile.write(tmp_path / "nan.wav", RATE, sound)
+  for name, words in (("short", "too short"), ("nan", "not finite")):
+    ref = tmp_path / f"{name}.wav"
+    one = evaluate.score(evaluate.Job("x", scenes / "clip_0.wav", ref, None, {}))
+    assert isinstance(one, evaluate.Dropped) and one.file == ref.name
+    assert one.reason.startswith("reference: ") and words in one.reason
 
 
 def test_missing_baseline_clip_is_noted(scenes, tmp_path):
@@ -242,4 +266,9 @@ def test_table(scores):
   lines = evaluate.markdown(scores).splitlines()
   assert len(lines) == 2 + len(evaluate.HEADLINES)
   assert len({line.count("|") for line in lines}) == 1
-  assert lines[2].startswith("| sign_agreement")
+  cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+  one = scores["metrics"]["sign_agreement"]
+  assert cells[0] == "sign_agreement" and cells[5:7] == [str(one["n"]), str(one["undefined"])]
+  rivals = [rival["sign_agreement"]["value"] for rival in scores["baselines"].values()]
+  values = [float(cell) for cell in (cells[3], *cells[4].split(" .. "), *cells[7:])]
+  assert values == pytest.approx([one["value"], *one["ci95"], *rivals], rel=1e-3)
