@@ -78,6 +78,12 @@ def test_delay_follows_the_low_frequency_law_at_low_frequencies():
   assert abs(at(7000) - head_us * (angle + np.sin(angle))) < 30  # Woodworth's law.
 
 
+def test_delays_lie_between_those_of_whole_degrees():
+  low_f, half_f, high_f = phase.interaural_delay(np.array([-30.0, -30.5, -31.0]), SPEC)
+  np.testing.assert_allclose(half_f, (low_f + high_f) / 2, rtol=1e-5)
+  assert (high_f < low_f).mean() > 0.9
+
+
 @pytest.mark.parametrize("azimuth", [-45.0, 10.0, 30.0, 60.0])
 def test_azimuth_is_found_from_levels(azimuth):
   noise = 0.1 * np.random.default_rng(3).standard_normal(FRAMES * SPEC.hop)

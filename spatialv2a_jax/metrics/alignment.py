@@ -202,7 +202,8 @@ def _heard(parts: Sequence[_Sums], onsets_s: np.ndarray) -> Heard:
 def agreement(heard: Heard, truth: Truth) -> dict[str, np.ndarray]:
   """Returns the parts (see `stats`) of every metric of `METRICS` for one clip."""
   true_w, sounds_w = window_truth(truth, len(heard.active_w))
-  used_w = sounds_w & heard.active_w
+  inside = _truth_windows(truth)  # One that ends after the truth is not covered by it.
+  used_w = sounds_w & heard.active_w & (np.arange(len(sounds_w)) < inside)
   itd_w = used_w & np.isfinite(heard.itd_us_w)
   aside_w = np.abs(true_w) > SIDE_DEG
 
@@ -227,7 +228,7 @@ def agreement(heard: Heard, truth: Truth) -> dict[str, np.ndarray]:
     "azimuth_pearson_r_itd": stats.moments(heard.itd_us_w[itd_w], true_w[itd_w]),
     "azimuth_mae_deg": error(heard.azimuth_ild_w, used_w),
     "azimuth_mae_itd_deg": error(heard.azimuth_itd_w, itd_w),
-    "window_coverage": np.array([used_w.sum(), _truth_windows(truth)], np.float64),
+    "window_coverage": np.array([used_w.sum(), window_truth(truth, inside)[1].sum()], np.float64),
     "onset_error_ms": 1000 * error_o,
     "onset_precision": np.array([hits, found], np.float64),
     "onset_recall": np.array([hits, len(times)], np.float64),
@@ -267,8 +268,7 @@ def window_truth(truth: Truth, windows: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _truth_windows(truth: Truth) -> int:
   samples = round(truth.seconds * an.RATE)
-  windows = max(0, (samples - WINDOW) // WINDOW_HOP + 1)
-  return int(window_truth(truth, windows)[1].sum())
+  return max(0, (samples - WINDOW) // WINDOW_HOP + 1)
 
 
 def _same_side(cue_w: np.ndarray, true_w: np.ndarray, tie: float) -> np.ndarray:

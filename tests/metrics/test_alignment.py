@@ -149,6 +149,13 @@ def test_a_window_sounds_if_half_of_it_does():
   assert alignment.window_truth(ends, 6)[1].tolist() == [True] * 4 + [False] * 2
 
 
+def test_sound_that_outlasts_the_truth_covers_no_more_than_all_of_it():
+  audio_ep, longer = stepping([30, 30, -60])
+  truth = Truth(1.0, FPS, longer.azimuth_v[:FPS], np.zeros(0))
+  got = values(audio_ep, truth)
+  assert got["window_coverage"] == 1 and got["azimuth_mae_deg"] < 1
+
+
 def test_angles_near_the_middle_are_not_asked_for_their_side():
   assert math.isnan(values(*stepping([8, -8]))["sign_agreement"])
 
