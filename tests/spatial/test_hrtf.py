@@ -339,7 +339,7 @@ def test_a_good_sofa_serves_low_rates_too(measured):
     ("Data.IR", np.zeros((36, 2, 0))),
     ("Data.IR", "none"),
     ("SourcePosition", np.full((36, 3), np.nan)),
-    ("SourcePosition", np.ones((35, 3))),
+    ("SourcePosition", np.pad(10.0 * np.arange(37)[:, None], [(0, 0), (0, 2)], constant_values=1)),
   ],
 )
 def test_variables_that_cannot_be_are_one_line(tmp_path, variable, value):
