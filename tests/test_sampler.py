@@ -78,6 +78,41 @@ def test_windows_that_disagree_decide_together():
     )
 
 
+def telling_net():
+  """Its velocity says what it is told of: 1 for the picture, 100 for the place, and the text."""
+
+  def condition(params, stats, cond, drop, *, latent_len, train):
+    told = {"video": cond["clip_bvf"], "text": cond["text_bwf"], "spatial": cond["spatial_bvk"]}
+    return sum(jnp.where(drop[name], 0, x[:, 0, 0]) for name, x in told.items()), stats
+
+  def velocity(params, x_betc, t_b, told_b):
+    return told_b[:, None, None, None] + 0 * x_betc
+
+  return FlowNet(
+    never, never, condition, velocity, never, lambda params, x: x, lambda params, x: 2 * x + 0.5
+  )
+
+
+def test_windows_alone_and_together_obey_all_settings_and_return_latents_of_the_data():
+  told = {"clip_bvf": 1.0, "text_bwf": 10.0, "spatial_bvk": 100.0}
+  cond = {name: np.full((3, 1, 1), value, np.float32) for name, value in told.items()}
+  condition = Condition(cond, np.full((3, 1, 1), 20.0, np.float32), np.array([False, False, True]))
+  choice = Choice(guidance=2.0, spatial_guidance=3.0, steps=2, method="euler")
+  sampler, start = Sampler(telling_net(), FRAMES), np.asarray(noise(FIRSTS[-1] + FRAMES))
+  pieces = np.stack([start[:, first : first + FRAMES] for first in FIRSTS])
+  velocity_b = np.array(
+    [20 + 2 * (11 - 20) + 300, 20 + 2 * (11 - 20) + 300, 20 + 2 * (1 - 20) + 300]
+  )
+  apart = sampler.windows({}, {}, condition, pieces, choice)
+  np.testing.assert_allclose(apart, 2 * (pieces + velocity_b[:, None, None, None]) + 0.5, rtol=1e-5)
+  whole = sampler.together(
+    {}, {}, condition, start, choice,
+    firsts=FIRSTS, share_bn=shares(FIRSTS, FRAMES, FADE), rows=2, advance=lambda share: None,
+  )  # fmt: skip
+  for at, v in ((0, velocity_b[0]), (-1, velocity_b[2])):
+    np.testing.assert_allclose(whole[:, at], 2 * (start[:, at] + v) + 0.5, rtol=1e-5)
+
+
 def test_a_clip_ignores_how_its_windows_are_grouped_and_follows_every_solver():
   odds_bvf = np.random.default_rng(2).normal(size=(3, FRAMES, 8)).astype(np.float32)
   sampler = Sampler(coin_net(), FRAMES)
