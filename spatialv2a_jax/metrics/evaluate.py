@@ -124,13 +124,14 @@ def run(
   with io.atomic_path(out) as temporary:
     done = _map(score, paired, jobs, "scoring")
     scored = [one for one in done if isinstance(one, Scored)]
-    dropped += [one for one in done if isinstance(one, Dropped)]
+    faults = [one for one in done if isinstance(one, Dropped)]
+    dropped += faults
     dropped.sort(key=lambda one: one.stem)
     counts |= {"used": len(scored), "dropped": len(dropped)}
     for line in _count_lines(counts, dropped):
       echo(line)
     if not scored:
-      worst = dropped[0]
+      worst = faults[0]
       raise UserError(f"none of {len(paired)} clips can be scored; {worst.stem}: {worst.reason}")
     shuffled = _shuffled(scored, jobs)
     metrics = spatial.METRICS | distances.METRICS | (alignment.METRICS if truth else {})

@@ -256,8 +256,8 @@ def test_mistakes_are_one_line_and_write_nothing(scenes, tmp_path):
 def test_nothing_usable_is_an_error_without_a_file(scenes, tmp_path):
   pred = tmp_path / "pred"
   pred.mkdir()
-  (pred / "clip_0.wav").write_bytes(b"not sound")
-  with pytest.raises(UserError, match="none of 1 clips"):
+  (pred / "clip_4.wav").write_bytes(b"not sound")  # Those before it have no prediction.
+  with pytest.raises(UserError, match="none of 1 clips can be scored; clip_4: .*damaged"):
     evaluate.run(pred, scenes, None, tmp_path / "s.json", echo=quiet)
   assert not list(tmp_path.glob("*.json"))
 
