@@ -264,14 +264,17 @@ def test_evaluation_is_told_to_the_network():
   told = []
 
   class Told(FakeNet):
-    def condition(self, *args, train, **options):
-      told.append(train)
-      return super().condition(*args, train=train, **options)
+    def condition(self, params, stats, cond, drop, *, train, **options):
+      told.append((train, cond["weight_b"].shape))  # Padding is no part of its statistics.
+      return super().condition(params, stats, cond, drop, train=train, **options)
 
+  batch = batch_of(2)
+  for name in ("clip_bvf", "sync_bsf", "spatial_bvk"):
+    batch[name.replace("_", "_mirror_")] = batch[name]
   for train in (True, False):
-    options = {"net": Told(), "config": flow.LossConfig(), "train": train}
-    jax.eval_shape(lambda b, o=options: flow.loss(0.3, {"calls": 0}, b, KEY, **o), batch_of(2))
-  assert told == [True, False]
+    options = {"net": Told(), "config": flow.LossConfig(mirror_weight=1.0), "train": train}
+    jax.eval_shape(lambda b, o=options: flow.loss(0.3, {"calls": 0}, b, KEY, **o), batch)
+  assert told == 2 * [(True, (2,))] + 2 * [(False, (2,))]  # Of the clips and of their mirrors.
 
 
 # --- guidance -------------------------------------------------------------------------------------

@@ -85,5 +85,11 @@ def test_level_errors():
   assert errors["ild_error_frame_db"] == pytest.approx(20 * math.log10(2), abs=1e-3)
   assert errors["spl_error_left_db"] == pytest.approx(0, abs=1e-9)
   assert errors["spl_error_right_db"] == pytest.approx(20 * math.log10(2), abs=1e-6)
+  loud, hiss = 0.1 * NOISE_EP, 1e-5 * NOISE_EP
+  one, other = (
+    distances.cues(analysis.analyse(np.concatenate([loud, hiss * gain], axis=1)))
+    for gain in ([[1], [4]], [[4], [1]])
+  )
+  assert distances.cue_errors(one, other)["ild_error_frame_db"] < 0.01  # Quiet frames have none.
   mono = distances.cue_errors(cues(0), cues(0))
   assert math.isnan(mono["spl_error_side_db"])  # No side signal, hence no level of it.

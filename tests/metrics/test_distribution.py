@@ -10,10 +10,11 @@ from spatialv2a_jax.metrics import distribution
 FEATURES_ND = np.random.default_rng(0).standard_normal((500, 12))
 
 
-def test_frechet_of_itself_and_of_a_shift():
-  shift_d = np.linspace(-1, 2, 12)
-  assert distribution.frechet_distance(FEATURES_ND, FEATURES_ND) == pytest.approx(0, abs=1e-6)
-  moved = distribution.frechet_distance(FEATURES_ND + shift_d[None, :], FEATURES_ND)
+@pytest.mark.parametrize("width", [1, 12])
+def test_frechet_of_itself_and_of_a_shift(width):
+  shift_d, features_nd = np.linspace(-1, 2, width), FEATURES_ND[:, :width]
+  assert distribution.frechet_distance(features_nd, features_nd) == pytest.approx(0, abs=1e-6)
+  moved = distribution.frechet_distance(features_nd + shift_d[None, :], features_nd)
   assert moved == pytest.approx(np.square(shift_d).sum())
 
 

@@ -112,6 +112,7 @@ def test_baselines_stand_where_they_must(scores):
   assert value("iacc_clip", "dual_mono") == pytest.approx(1)
   assert value("stft_distance", "reference") == 0
   assert value("stft_distance", "dual_mono") > 0.01
+  assert value("ild_error_frame_db") == 0 and value("ild_error_frame_db", "shuffled") > 1
   assert value("stft_distance", "shuffled") > value("stft_distance", "dual_mono")
   low, high = scores["metrics"]["sign_agreement"]["ci95"]
   assert low <= value("sign_agreement") <= high
@@ -172,6 +173,8 @@ def test_silent_and_incomplete_clips_are_counted_not_zero(scenes, tmp_path):
   assert got["clips"][0]["metrics"]["onset_error_ms"] == 500
   assert got["clips"][1]["notes"] == ["no truth: alignment not scored"]
   assert "clip_2.json" in got["clips"][2]["notes"][0]
+  named = [(clip["ref"], clip["truth"]) for clip in got["clips"][1:4]]
+  assert named == [("clip_1.wav", None), ("clip_2.wav", None), ("clip_3.wav", "clip_3.json")]
 
 
 def test_reference_without_stereo_sound(scenes, tmp_path):
@@ -187,6 +190,10 @@ def test_reference_without_stereo_sound(scenes, tmp_path):
   assert got["metrics"]["sign_agreement"]["n"] == 2
   assert got["baselines"]["reference"]["iacc_clip"]["n"] == 0
   assert all("not compared" in clip["notes"][0] for clip in got["clips"])
+  assert [(clip["ref"], clip["truth"]) for clip in got["clips"]] == [
+    (None, "clip_0.json"),
+    (None, "clip_1.json"),
+  ]
 
 
 def test_lengths_may_differ_and_are_noted(scenes, tmp_path):

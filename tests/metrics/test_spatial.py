@@ -145,6 +145,12 @@ def test_delays_of_low_frequencies_are_those_of_the_low_band():
   check(values, {"itd_xc_clip_us": -500, "itd_phat_clip_us": -500}, 5)
 
 
+def test_phases_weigh_by_the_level_of_their_frequency():
+  loud, faint = band(NOISE, 0, 800), 0.1 * band(NOISE, 800, 8000)
+  values = spatial.metrics(analysis.analyse(np.stack([loud + faint, loud - faint])))
+  check(values, {"ipd_100_1500_w_rad": math.pi * 0.01 / 1.01}, 0.02)
+
+
 def test_octaves_of_coherence_reach_from_354_to_2828_hertz():
   shared = band(NOISE, 354, 2828)
   ears = np.stack([NOISE, shared + OTHER - band(OTHER, 354, 2828)])
@@ -189,9 +195,11 @@ def test_silence_is_undefined_not_zero():
 
 def test_quiet_frames_do_not_count():
   loud = np.stack([NOISE, 0.5 * NOISE])[:, :64000]
-  hiss = 1e-4 * np.stack([0.5 * OTHER, OTHER])[:, :64000]
+  hiss = 1e-4 * np.stack([0.5 * OTHER, NOISE[::-1]])[:, :64000]
   both = spatial.metrics(analysis.analyse(np.concatenate([loud, hiss], 1)))
-  assert both["ild_frame_signed_db"] == pytest.approx(20 * math.log10(2), abs=0.1)
+  levels = ["ild_frame_db", "ild_frame_signed_db", "ild_tf_db"]
+  check(both, dict.fromkeys(levels, 20 * math.log10(2)), 0.1)
+  check(both, {"iacc_frame": 1}, 0.01)
 
 
 @pytest.mark.parametrize("pink", [False, True])

@@ -36,6 +36,7 @@ def test_pearson_is_that_of_the_pooled_points():
     np.median([np.corrcoef(a, b)[0, 1] for a, b in zip(x, y, strict=True)])
   )
   assert (row["n"], row["undefined"]) == (6, 0)
+  assert summary("pearson", [stats.moments(x[0, :2], y[0, :2])])["value"] is None  # Always a line.
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])

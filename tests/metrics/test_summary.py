@@ -15,6 +15,9 @@ def test_stretches_weigh_by_their_energy_and_silent_ones_not_at_all(monkeypatch)
   found = summary.spatial_cues(ears, 16_000)
   assert found["ild_clip_db"] == pytest.approx(6.02 * (16 - 1) / (16 + 1), abs=0.02)
   assert found["iacc_clip"] == pytest.approx(1, abs=1e-3)
+  late = np.concatenate([noise, np.roll(noise, 4, axis=1)])
+  deaf = np.concatenate([late, late * [[1], [0]]], axis=1)  # Its second half has no delay.
+  assert summary.spatial_cues(deaf, 16_000)["itd_xc_clip_us"] == pytest.approx(250, abs=2)
 
 
 def test_cues_do_not_depend_on_the_rate():
