@@ -83,10 +83,11 @@ def telling_net():
 
   def condition(params, stats, cond, drop, *, latent_len, train):
     told = {"video": cond["clip_bvf"], "text": cond["text_bwf"], "spatial": cond["spatial_bvk"]}
-    return sum(jnp.where(drop[name], 0, x[:, 0, 0]) for name, x in told.items()), stats
+    told_b = jnp.stack([jnp.where(drop[name], 0, x[:, 0, 0]) for name, x in told.items()]).sum(0)
+    return {"told_b": told_b}, stats
 
-  def velocity(params, x_betc, t_b, told_b):
-    return told_b[:, None, None, None] + 0 * x_betc
+  def velocity(params, x_betc, t_b, prepared):
+    return prepared["told_b"][:, None, None, None] + 0 * x_betc
 
   return FlowNet(
     never, never, condition, velocity, never, lambda params, x: x, lambda params, x: 2 * x + 0.5
@@ -106,7 +107,7 @@ def test_windows_alone_and_together_obey_all_settings_and_return_latents_of_the_
   apart = sampler.windows({}, {}, condition, pieces, choice)
   np.testing.assert_allclose(apart, 2 * (pieces + velocity_b[:, None, None, None]) + 0.5, rtol=1e-5)
   whole = sampler.together(
-    {}, {}, condition, start, choice,
+    {}, {}, condition, jnp.asarray(start), choice,
     firsts=FIRSTS, share_bn=shares(FIRSTS, FRAMES, FADE), rows=2, advance=lambda share: None,
   )  # fmt: skip
   for at, v in ((0, velocity_b[0]), (-1, velocity_b[2])):

@@ -239,7 +239,8 @@ def test_sofa_with_mirrored_azimuths_is_refused(tmp_path):
 def test_sofa_with_a_late_near_ear_is_refused(tmp_path):
   path = write_sofa(tmp_path / "late.sofa", *sphere_set())
   with h5py.File(path, "a") as file:
-    file["Data.Delay"][:] = [[60.0, 0.0]]  # Each ear still has the level of its own side.
+    del file["Data.Delay"]
+    file["Data.Delay"] = [[60.0, 0.0]]  # Each ear still has the level of its own side.
   with pytest.raises(UserError, match=r"late\.sofa.*exchanged"):
     hrtf.sofa(path, 16000)
 
