@@ -40,12 +40,21 @@ class Room:
       distance, so the ratio falls by 6 dB per doubling.
     seed: of the noise.
     predelay_s: silence between the direct sound and the tail.
+
+  Raises:
+    ValueError: no time to fall in, or a tail that comes before the direct sound.
   """
 
   rt60_s: float = 0.4
   drr_db: float = 9.0
   seed: int = 0
   predelay_s: float = 0.008
+
+  def __post_init__(self):
+    if not (self.rt60_s > 0 and self.predelay_s >= 0):
+      raise ValueError(
+        f"rt60_s={self.rt60_s}, predelay_s={self.predelay_s}: want more than 0, 0 or more"
+      )
 
   def tail(self, sample_rate: int) -> np.ndarray:
     """Tail responses float32 [2, t]; each ear's energy is 10^(-drr_db / 10)."""

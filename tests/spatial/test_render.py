@@ -190,6 +190,12 @@ def test_room_ratio_falls_with_distance_and_tail_is_diffuse():
   assert np.any(room.tail(RATE) != render.Room(rt60_s=0.3, drr_db=6.0, seed=5).tail(RATE))
 
 
+@pytest.mark.parametrize("wrong", [{"rt60_s": 0.0}, {"rt60_s": np.nan}, {"predelay_s": -0.01}])
+def test_a_room_without_a_tail_is_refused(wrong):
+  with pytest.raises(ValueError, match="want more than 0"):
+    render.Room(**wrong)
+
+
 @pytest.mark.parametrize("peak", [2.0, -2.0])
 def test_what_exceeds_full_scale_is_turned_down_in_both_ears_alike(peak):
   audio_ep = np.array([[0.5, peak], [1.0, 0.25]], np.float32)
