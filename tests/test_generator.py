@@ -13,11 +13,11 @@ import pytest
 
 from spatialv2a_jax import generator, io, schema, tensors, windows
 from spatialv2a_jax.errors import MissingAssetError, UserError
-from spatialv2a_jax.generator import Generator, Settings, Window
+from spatialv2a_jax.generator import Generator, Window
 from spatialv2a_jax.model_folder import load_model, save_model
 from tests import tiny
 
-SETTINGS = Settings(steps=tiny.STEPS)
+SETTINGS = tiny.BASE
 FULL_SCALE = 1.0
 
 

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 
 from spatialv2a_jax import binauralizer, codec, features, io, model_folder, schema, sharding
+from spatialv2a_jax.generator import Settings
 from spatialv2a_jax.models import flow_net, mono2binaural
 
 SECONDS = 1.28  # Of the model's window.
 RATE = 16_000
 STEPS = 2
+BASE = Settings(steps=STEPS)
 
 
 def save_model(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:

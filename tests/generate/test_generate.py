@@ -5,13 +5,6 @@ import dataclasses
 import io as memory
 import json
 import os
-import pathlib
-import shutil
-import signal
-import subprocess
-import sys
-import time
-import types
 
 import av
 import jax
@@ -21,41 +14,8 @@ from PIL import Image
 
 import spatialv2a_jax
 from spatialv2a_jax import generate, generator, io
-from spatialv2a_jax.errors import DamagedAssetError, MissingAssetError, UserError
-from spatialv2a_jax.generator import Settings, Window
 from spatialv2a_jax.model_folder import load_model
 from tests import tiny
-
-BASE = Settings(steps=tiny.STEPS)
-
-
-@pytest.fixture(autouse=True)
-def loaded(monkeypatch, model, model_folder):
-  """The tiny model is compiled once for all runs."""
-  load = {model_folder: model}
-  monkeypatch.setattr(generate, "Generator", lambda path, **_: load[path])
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory):
-  """Videos of one window, with something that moves on the left and on the right."""
-  folder = tmp_path_factory.mktemp("films")
-  for i, name in enumerate(("left", "right")):
-    tiny.film(folder / f"{name}.mp4", side=float(i), seed=i, sound=True)
-  return folder
-
-
-@pytest.fixture
-def make(model_folder, tmp_path):
-  """Runs `generate` with changed settings into tmp_path/out (or `out`); returns that folder."""
-
-  def run(*inputs, out="out", code=0, **changes):
-    out = tmp_path / out
-    settings = dataclasses.replace(BASE, **changes)
-    assert generate.run(list(inputs), model_folder, out, settings) == code
-    return out
-
-  return run
 
 
 def sound(folder, stem="left", suffix="wav"):
@@ -70,19 +30,6 @@ def names(folder):
   return sorted(os.listdir(folder))
 
 
-@pytest.fixture(scope="module")
-def reference(films, model, model_folder, tmp_path_factory):
-  """What the base settings make of left.mp4."""
-  out = tmp_path_factory.mktemp("reference")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(generate, "Generator", lambda *_, **__: model)
-    assert generate.run([films / "left.mp4"], model_folder, out, BASE) == 0
-  return out
-
-
-# --- one file -------------------------------------------------------------------------------------
-
-
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(films, reference, make):
   again, other = make(films / "left.mp4"), make(films / "left.mp4", out="other", seed=1)
   for suffix in ("wav", "mp4"):
@@ -91,7 +38,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(films, referenc
 
 
 def test_one_call_from_python_makes_the_same_sound(films, reference, model):
-  clip = model.generate(films / "left.mp4", BASE)
+  clip = model.generate(films / "left.mp4", tiny.BASE)
   np.testing.assert_array_equal(clip.audio_ep, sound(reference))
   assert about(reference)["descriptors"] == np.round(clip.descriptors_vk.astype(float), 4).tolist()
   strip = Image.open(memory.BytesIO(base64.b64decode(about(reference)["heat"]["png"])))
@@ -138,7 +85,7 @@ def test_the_sidecar_says_what_was_done(films, reference, model_folder):
   expected = {
     "version": spatialv2a_jax.__version__, "checkpoint": "tiny", "weights_sha256": weights,
     "input": "left.mp4", "input_sha256": io.file_hash(films / "left.mp4"), "seed": 0,
-    "settings": dataclasses.asdict(BASE) | {"low_memory": None, "guidance": 2.0}, "prompt": "",
+    "settings": dataclasses.asdict(tiny.BASE) | {"low_memory": None, "guidance": 2.0}, "prompt": "",
     "localizer": "motion", "track_sha256": None, "duration_s": 1.28, "sample_rate": 16_000,
   }  # fmt: skip
   assert {name: got[name] for name in expected} == expected
@@ -158,11 +105,11 @@ def test_the_sidecar_knows_the_sound_that_is_looked_for(films, model, monkeypatc
   digests = []
   for content in (b"bark", b"meow"):
     heard.write_bytes(content)
-    chosen = dataclasses.replace(BASE, localizer=f"acl:{heard}")
+    chosen = dataclasses.replace(tiny.BASE, localizer=f"acl:{heard}")
     digests.append(generate.sidecar(model, job, chosen)["sound_sha256"])
     assert digests[-1] == io.file_hash(heard)
   assert digests[0] != digests[1]
-  by_words = dataclasses.replace(BASE, localizer="acl")
+  by_words = dataclasses.replace(tiny.BASE, localizer="acl")
   assert generate.sidecar(model, job, by_words)["sound_sha256"] is None
 
 
@@ -229,7 +176,7 @@ def test_a_video_longer_than_the_window_is_made_whole(model, make, tmp_path, cap
     here = jumps[:, 512 * first - 256 : 512 * first + 256]
     assert here.max() < 12 * np.sqrt(np.square(jumps).mean())
   assert abs(io.probe(out / "long.mp4").duration_s - 3.0) <= 1 / 25
-  windows = list(model.windows(path, 3.0, BASE))
+  windows = list(model.windows(path, 3.0, tiny.BASE))
   assert len(windows) == 4 and [w.first for w in windows] == model.firsts(3.0)
   assert "generating: 4/4" in capsys.readouterr().err  # Of its windows, not of one file.
 
@@ -276,9 +223,6 @@ def test_each_file_has_noise_of_its_own(films, make, monkeypatch):
   assert left != right and right == again
 
 
-# --- several files --------------------------------------------------------------------------------
-
-
 def test_low_memory_and_batches_give_the_same(films, reference, make, capsys):
   batch, single = make(films), make(films, out="single", low_memory=True)
   assert (
@@ -290,190 +234,3 @@ def test_low_memory_and_batches_give_the_same(films, reference, make, capsys):
     assert np.abs(sound(batch, stem) - sound(single, stem)).max() < 1e-4
   assert np.abs(sound(batch) - sound(reference)).max() < 1e-4
   assert "2 of 2 files are in" in capsys.readouterr().out
-
-
-def test_what_is_done_is_left_alone_until_a_setting_changes(films, make, monkeypatch, tmp_path):
-  calls = []
-  run = generator.Generator.sample
-  monkeypatch.setattr(generator.Generator, "sample", lambda *a: calls.append(1) or run(*a))
-  path, track = films / "left.mp4", tmp_path / "track.csv"
-  track.write_text("time_s,azimuth_deg\n0,30\n")
-
-  def ran(**changes):
-    calls.clear()
-    make(path, **changes)
-    return bool(calls)
-
-  assert ran() and not ran()
-  assert not ran(low_memory=True)  # It does not change the sound.
-  assert ran(seed=1) and not ran(seed=1)
-  by_track = {"localizer": f"track:{track}"}
-  assert ran(**by_track) and not ran(**by_track)
-  track.write_text("time_s,azimuth_deg\n0,-30\n")
-  assert ran(**by_track)
-  (tmp_path / "out" / "left.mp4").unlink()
-  assert ran(**by_track)
-  assert ran(format="flac", video=False)
-  assert names(tmp_path / "out") == ["left.flac", "left.json"]  # No older sound beside the new.
-
-
-def test_files_done_before_do_not_keep_others_from_being_written(films, make):
-  make(films / "right.mp4")
-  out = make(films)  # The last one is done already.
-  assert (out / "left.wav").is_file() and (out / "left.json").is_file()
-
-
-def test_a_faulty_file_does_not_stop_the_others(films, make, tmp_path, capsys):
-  cut = tmp_path / "cut.mp4"
-  cut.write_bytes((films / "left.mp4").read_bytes()[:2000])
-  tone = tmp_path / "tone.wav"
-  io.write_audio(tone, np.ones((2, 100), np.float32), 16_000)
-  out = make(films / "left.mp4", cut, tone, "absent.mp4", films / "right.mp4", code=4)
-  captured = capsys.readouterr()
-  assert "2 of 5 files are in" in captured.out
-  failures = [line for line in captured.err.splitlines() if line.startswith("failed: ")]
-  assert [line.split(": ")[1] for line in failures] == [str(cut), str(tone), "absent.mp4"]
-  assert "no video stream" in failures[1] and "no such file" in failures[2]
-  assert {name.split(".")[0] for name in names(out)} == {"left", "right"}
-
-
-def test_an_output_that_cannot_be_written_is_the_fault_of_its_file(films, make, tmp_path, capsys):
-  (tmp_path / "out" / "left.wav").mkdir(parents=True)
-  out = make(films, code=4)
-  assert "left.wav" in capsys.readouterr().err
-  assert (out / "right.json").is_file() and not (out / "left.json").exists()
-
-
-@pytest.mark.parametrize("kind", [MissingAssetError, DamagedAssetError])
-def test_a_fault_of_the_weights_ends_the_run(films, make, model, monkeypatch, tmp_path, kind):
-  """However many films there are: it is the fault of none."""
-
-  def torn(*_):
-    raise kind("vae.safetensors")
-
-  monkeypatch.setattr(model, "look", torn)
-  with pytest.raises(kind):
-    make(films)
-  assert not names(tmp_path / "out")
-
-
-def test_films_of_one_window_and_of_several_get_latents_of_their_own(monkeypatch):
-  monkeypatch.setattr(generate, "clip_key", lambda seed, sha256: (seed, sha256))
-  jobs = [
-    generate.Job(pathlib.Path(), 1.0, str(i), [Window(i, {})] * count, 0.0)
-    for i, count in enumerate((1, 3, 1, 2, 1))
-  ]
-  batches, told = [], []
-
-  def sample(windows, keys, settings, rows):
-    batches.append((len(windows), rows))
-    return [(window.first, key) for window, key in zip(windows, keys, strict=True)]
-
-  def latents(windows, key, settings, advance):
-    for _ in range(4):
-      advance(0.25)
-    return windows[0].first, key
-
-  model = types.SimpleNamespace(sample=sample, latents=latents)
-  progress = types.SimpleNamespace(advance=told.append)
-  found = generate.sample_all(model, jobs, dataclasses.replace(BASE, seed=7), 2, progress)
-  assert found == [(i, (7, str(i))) for i in range(5)]
-  assert batches == [(2, 2), (1, 2)] and sum(told) == 8
-
-
-def test_sound_that_is_not_finite_is_refused(films, make, monkeypatch):
-  broken = lambda *_: np.full((1, 2, 40, 20), np.nan, np.float32)  # noqa: E731
-  monkeypatch.setattr(generator.Generator, "sample", broken)
-  with pytest.raises(UserError, match="lower --guidance"):
-    make(films / "left.mp4")
-
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_outputs_never_replace_inputs(films, make, tmp_path, inside):
-  shutil.copytree(films, tmp_path / "out")
-  before = {name: io.file_hash(tmp_path / "out" / name) for name in names(films)}
-  with pytest.raises(UserError, match="choose another --out"):
-    make(tmp_path / "out" if inside else tmp_path / "out" / ".." / "out" / "left.mp4")
-  assert {name: io.file_hash(tmp_path / "out" / name) for name in names(films)} == before
-
-
-def test_two_files_of_one_name_are_refused(films, make, tmp_path):
-  shutil.copy(films / "left.mp4", tmp_path / "left.mov")
-  with pytest.raises(UserError, match="share outputs named left"):
-    make(films, tmp_path / "left.mov")
-
-
-# --- interruptions --------------------------------------------------------------------------------
-
-
-def test_an_interrupted_run_is_not_taken_for_finished(films, make, monkeypatch, tmp_path):
-  def interrupted(*_, **__):
-    raise KeyboardInterrupt
-
-  out = make(films / "left.mp4")
-  with monkeypatch.context() as patch:
-    patch.setattr(generate.io, "remux", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-      make(films / "left.mp4", seed=1)
-  assert names(out) == ["left.json", "left.wav"]
-  assert about(out)["seed"] == 1 and not about(out)["outputs"]  # No other sound is described.
-  make(films / "left.mp4", seed=1)
-  fresh = make(films / "left.mp4", out="fresh", seed=1)
-  for name in ("left.wav", "left.mp4"):
-    assert (out / name).read_bytes() == (fresh / name).read_bytes()
-
-
-@pytest.mark.slow
-def test_a_killed_process_leaves_whole_files_only(model_folder, tmp_path):
-  media, out = tmp_path / "media", tmp_path / "out"
-  for i in range(24):
-    tiny.film(media / f"clip{i:02d}.mp4", seed=i, sound=True)
-  command = [
-    sys.executable, "-m", "spatialv2a_jax.cli", "generate", media, "--low-memory",
-    "--steps", "2", "--checkpoint", model_folder, "--out", out,
-  ]  # fmt: skip
-  root = pathlib.Path(__file__).parents[1]
-  process = subprocess.Popen(list(map(str, command)), cwd=root, stderr=subprocess.DEVNULL)
-  while process.poll() is None and len(list(out.glob("*.json"))) < 3:
-    time.sleep(0.02)
-  process.send_signal(signal.SIGKILL)
-  process.wait()
-  whole = [path for path in out.iterdir() if not path.name.startswith(".")]
-  assert 3 <= len(list(out.glob("*.json"))) < 24
-  for path in whole:
-    if path.suffix == ".json":
-      assert (made := json.loads(path.read_text()))["input"] == f"{path.stem}.mp4"
-      if not made["outputs"]:
-        continue  # At work when it was killed.
-      assert sound(out, path.stem).shape == sound(out, path.stem, "mp4").shape == (2, 20_480)
-  assert subprocess.run(list(map(str, command)), cwd=root, capture_output=True).returncode == 0
-  assert len(list(out.glob("*.json"))) == len(list(out.glob("*.wav"))) == 24
-
-
-def test_what_was_changed_or_cut_short_is_made_again(films, make):
-  out = make(films / "left.mp4")
-  whole = (out / "left.wav").read_bytes()
-  for other in (b"", whole[:-4], bytes(reversed(whole))):
-    (out / "left.wav").write_bytes(other)
-    make(films / "left.mp4")
-    assert (out / "left.wav").read_bytes() == whole
-
-
-@pytest.mark.parametrize("name", ["left.wav", "left.mp4", "left.json"])
-def test_files_that_were_not_made_of_this_video_are_not_replaced(films, make, tmp_path, name):
-  out = tmp_path / "out"
-  out.mkdir()
-  (out / name).write_bytes(b"mine")
-  with pytest.raises(UserError, match=f"holds {name}, which was not made of left.mp4"):
-    make(films / "left.mp4")
-  assert names(out) == [name] and (out / name).read_bytes() == b"mine"
-
-
-def test_another_film_of_the_same_name_is_refused(films, make, tmp_path):
-  out = make(films / "left.mp4")
-  before = (out / "left.wav").read_bytes()
-  other = tmp_path / "left.mkv"
-  other.write_bytes((films / "right.mp4").read_bytes())
-  with pytest.raises(UserError, match="which was not made of left.mkv"):
-    make(other)
-  assert (out / "left.wav").read_bytes() == before
