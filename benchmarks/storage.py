@@ -74,8 +74,9 @@ def main() -> None:
     )
   changes = [b / a - 1 for a, b in zip(*losses.values(), strict=True)]
   print(f"relative change with the same seed: {', '.join(f'{100 * x:+.2f} %' for x in changes)}")
-  spread = [max(values) / min(values) - 1 for values in losses.values()]
-  print(f"between seeds: {', '.join(f'{100 * x:.2f} %' for x in spread)}")
+  if args.seeds > 1:
+    spread = [max(values) / min(values) - 1 for values in losses.values()]
+    print(f"between seeds: {', '.join(f'{100 * x:.2f} %' for x in spread)}")
 
 
 if __name__ == "__main__":

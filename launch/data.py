@@ -110,7 +110,7 @@ def add_encode(commands) -> None:
     help="make only shards I, I + N, ..., of N machines that share the folder",
   )
   p.add_argument(
-    "--storage", choices=schema.STORAGES, default="bfloat16", help="of all features but latents"
+    "--storage", choices=schema.STORAGES, default="bfloat16", help="of what picture and words give"
   )
   p.add_argument("--mirror", action="store_true", help="add the features of mirrored videos")
   p.add_argument("--max-bad", type=float, default=0.01, help="share of bad clips to give up at")
