@@ -218,9 +218,14 @@ def main() -> None:
   args = parser.parse_args()
   flags.FLAGS.mark_as_parsed()  # Grain's worker options are absl flags.
   reports = [json.loads(pathlib.Path(path).read_text()) for path in args.estimate]
-  print(f"{os.cpu_count()}-core {platform.machine()} CPU, features of 8 s clips in {args.storage}")
+  print(
+    f"{os.cpu_count()}-core {platform.machine()} CPU, features of 8 s clips in {args.storage}",
+    end="",
+  )
   with tempfile.TemporaryDirectory() as folder:
     noise(config_of(folder, args.clips), args.storage, pathlib.Path(folder))
+    batch = next(pipeline.loader(shards.paths(folder), batch_size=args.clips, seed=0))
+    print(f": {sum(x.nbytes for x in batch.values()) / args.clips / 1e6:.2f} MB each")
     read(folder, args.clips, 8)  # Brings the files into the cache.
     rates = [read(folder, args.clips, args.steps) for _ in range(args.rounds)]
     rate, per_clip = max(rate for rate, _ in rates), min(spent for _, spent in rates)

@@ -11,12 +11,11 @@ import argparse
 import itertools
 import json
 import pathlib
-import statistics
 import subprocess
 import sys
 import tempfile
 
-from data import layout
+from data import layout, shards
 
 STORAGES = ("bfloat16", "mxint8")
 CONFIG = "configs/tiny.py"
@@ -37,14 +36,14 @@ def encode(demo: pathlib.Path, out: pathlib.Path, storage: str) -> float:
       "launch.data", "encode", "--config", CONFIG, "--media", demo / "scenes" / name, "--storage",
       storage, "--vae", demo / "runs" / "vae" / "model", "--out", out / name, *extra,
     )  # fmt: skip
-  shards = layout.read_manifest(out / "train" / "latents")["train"]
-  return sum(x["bytes"] for x in shards) / sum(x["records"] for x in shards) / 1e3
+  listed = layout.read_manifest(out / "train" / "latents")[shards.SPLIT]
+  return sum(x["bytes"] for x in listed) / sum(x["records"] for x in listed) / 1e3
 
 
-def train(shards: pathlib.Path, workdir: pathlib.Path, steps: int, seed: int) -> float:
+def train(data: pathlib.Path, workdir: pathlib.Path, steps: int, seed: int) -> float:
   """Trains the network; returns its loss on the clips held out."""
   given = {
-    "data.path": shards / "train" / "latents", "data.eval": shards / "heldout" / "latents",
+    "data.path": data / "train" / "latents", "data.eval": data / "heldout" / "latents",
     "steps": steps, "seed": seed, "listen.clips": 0,
   }  # fmt: skip
   flags = [f"--config.{name}={value}" for name, value in given.items()]
@@ -54,29 +53,19 @@ def train(shards: pathlib.Path, workdir: pathlib.Path, steps: int, seed: int) ->
 
 
 def main() -> None:
-  """Prints a row per storage."""
+  """Prints sizes and losses as they come."""
   parser = argparse.ArgumentParser(description="What features in fewer bits cost a model.")
   parser.add_argument("--demo", type=pathlib.Path, default=pathlib.Path("demo_out"), metavar="DIR")
   parser.add_argument("--steps", type=int, default=1000)
   parser.add_argument("--seeds", type=int, default=2)
   args = parser.parse_args()
-  losses: dict[str, list[float]] = {storage: [] for storage in STORAGES}
   with tempfile.TemporaryDirectory() as folder:
     work = pathlib.Path(folder)
-    size = {storage: encode(args.demo, work / storage, storage) for storage in STORAGES}
+    for storage in STORAGES:
+      print(f"{storage}: {encode(args.demo, work / storage, storage):.1f} kB a clip", flush=True)
     for seed, storage in itertools.product(range(args.seeds), STORAGES):
-      losses[storage].append(train(work / storage, work / f"{storage}{seed}", args.steps, seed))
-      print(f"seed {seed}, {storage}: held-out loss {losses[storage][-1]:.4f}", flush=True)
-  for storage in STORAGES:
-    print(
-      f"{storage}: {size[storage]:.1f} kB a clip, loss {statistics.fmean(losses[storage]):.4f}"
-      f" on average of {args.seeds} seeds"
-    )
-  changes = [b / a - 1 for a, b in zip(*losses.values(), strict=True)]
-  print(f"relative change with the same seed: {', '.join(f'{100 * x:+.2f} %' for x in changes)}")
-  if args.seeds > 1:
-    spread = [max(values) / min(values) - 1 for values in losses.values()]
-    print(f"between seeds: {', '.join(f'{100 * x:.2f} %' for x in spread)}")
+      loss = train(work / storage, work / f"{storage}{seed}", args.steps, seed)
+      print(f"seed {seed}, {storage}: held-out loss {loss:.4f}", flush=True)
 
 
 if __name__ == "__main__":

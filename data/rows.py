@@ -63,7 +63,7 @@ class Rows:
       example["weight_b"] = np.asarray(self.total is None or position < self.total, np.float32)
       if not batch:
         kinds = {name: self._kind(name, value) for name, value in example.items()}
-        batch = self.memory.arrays({name: ((rows, *x), y) for name, (x, y) in kinds.items()})
+        batch = self.memory.arrays(kinds)
         room.rows_bx |= {name: x.reshape(rows, -1).view(np.uint8) for name, x in batch.items()}
       for name, value in example.items():  # Before the next record takes its place in the room.
         same = value.dtype == batch[name].dtype
@@ -72,9 +72,10 @@ class Rows:
     return {**batch, "bad_records": np.array(bad, np.int64)}
 
   def _kind(self, name: str, value: np.ndarray) -> tuple[tuple[int, ...], np.dtype]:
-    """Returns the shape and dtype that the batch has for a value."""
+    """Returns the shape and dtype of the array of a batch that takes a value from each clip."""
     dtype = np.dtype(self.dtypes.get(name, value.dtype))
-    return value.shape if dtype == value.dtype else schema.shape_of(value), dtype
+    shape = value.shape if dtype == value.dtype else schema.shape_of(value)
+    return (self.last - self.first, *shape), dtype
 
   def _read(
     self, place: tfrecord.Place, epoch: int, row: int, room: "_Room"

@@ -57,7 +57,7 @@ def add_arguments(commands) -> None:
   )
   p.add_argument("--mirror", action="store_true", help="with --features: also mirrored videos")
   p.add_argument(
-    "--storage", choices=schema.STORAGES, default="bfloat16", help="with --features: of theirs"
+    "--storage", choices=schema.STORAGES, help="with --features: of theirs; bfloat16 if not given"
   )
   p.add_argument(
     "--localizer",
@@ -214,6 +214,7 @@ def _encode(args: argparse.Namespace) -> int:
     "raw": args.out / "raw",
     "videos": args.videos,
     "out": args.out,
+    "storage": args.storage or "bfloat16",
     "batch": 8,
   }
   return encode.run(argparse.Namespace(**{**vars(args), **given}, max_bad=args.max_failures))
@@ -261,8 +262,8 @@ def _settings(args: argparse.Namespace) -> stages.Settings:
     raise UserError(f"--least-quality: no axis {unknown[0]!r}, have {', '.join(filters.AXES)}")
   if args.features != bool(args.config):
     raise UserError("--features and --config FILE go together")
-  if (args.vae or args.mirror) and not args.features:
-    raise UserError("--vae and --mirror need --features")
+  if (args.vae or args.mirror or args.storage) and not args.features:
+    raise UserError("--vae, --mirror and --storage need --features")
   if args.parts and not args.features and args.localizer != "acl":
     raise UserError("--parts needs --features or --localizer acl")
   if args.most_tag and not args.tags:

@@ -187,11 +187,10 @@ def _in_pieces(
 
   Calls make(piece_emn, first, past) for samples. A piece begins at frame `first`; `past` [rows, p]
   is what has been made of its first frames already and is cross-faded with the new. The last piece
-  ends with the clip. Silence is appended up to a multiple of `bucket` frames, so that few programs
-  are compiled.
+  ends with the clip. Its last frame is held up to a multiple of `bucket` frames, so that few
+  programs are compiled; silence, alike in both ears, would draw the end to the middle.
   """
   frames, hop = log_mel_emn.shape[-1], spec.hop
-  silence = 20 * np.log10(mel.FLOOR) / mel.db_per_unit(spec)
   out = np.zeros((rows, frames * hop), np.float32)
   fade = np.sin(0.5 * np.pi * (np.arange(_OVERLAP * hop) + 0.5) / (_OVERLAP * hop)) ** 2
   fade = fade.astype(np.float32)[None]
@@ -202,7 +201,7 @@ def _in_pieces(
     fill = [(0, 0), (0, 0), (0, -count % bucket)]
     common = slice(first * hop, (first + _OVERLAP) * hop if first else 0)
     past = out[:, common]
-    piece_emn = np.pad(piece_emn, fill, constant_values=silence)
+    piece_emn = np.pad(piece_emn, fill, mode="edge")
     new = np.array(make(piece_emn, first, past)[:, : count * hop])
     if first:
       new[:, : past.shape[1]] = fade * new[:, : past.shape[1]] + (1 - fade) * past
@@ -221,7 +220,7 @@ def mono(
 
 
 def _bucket(synthesize: Synthesizer | None) -> int:
-  """Returns of how many frames pieces are multiples: a network hears silence behind the end."""
+  """Returns of how many frames pieces are multiples: a network hears what is behind the end."""
   return 1 if synthesize else _BUCKET
 
 
@@ -269,10 +268,7 @@ def binaural(
       at_n = np.pad(at_n, (0, count - len(at_n)), mode="edge")
     mid_p = chosen(np.asarray(mid_log_mel(jnp.asarray(piece_emn), spec)), past[2])
     delay_nf = jnp.asarray(interaural_delay(at_n, spec))
-    # Silence behind the end is alike in both ears, and would draw the last frames to the middle.
-    known = min(count, log_mel_emn.shape[-1] - first)
-    held_emn = np.pad(piece_emn[..., :known], [(0, 0), (0, 0), (0, count - known)], mode="edge")
-    ears = _to_ears(jnp.asarray(mid_p), jnp.asarray(held_emn), delay_nf, spec)
+    ears = _to_ears(jnp.asarray(mid_p), jnp.asarray(piece_emn), delay_nf, spec)
     return np.concatenate([np.asarray(ears), mid_p[None]])
 
   return _in_pieces(log_mel_emn, spec, 3, make, _bucket(synthesize))[:2]

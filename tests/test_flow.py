@@ -11,7 +11,6 @@ import pytest
 from spatialv2a_jax import flow
 
 KEY = jax.random.key(7)
-COND = ("clip_bvf", "sync_bsf", "text_bwf", "spatial_bvk")
 SIGNS = np.array([1.0, -1.0], np.float32).reshape(1, 2, 1, 1)
 
 

@@ -98,6 +98,7 @@ def test_other_files(videos, tmp_path, change):
     (["--most-tag", "speech=1"], "--most-tag needs --tags"),
     (["--quality-scores", "{0}/tags.csv"], "no column of CE, CU, PC, PQ"),
     (["--mirror"], "need --features"),
+    (["--storage", "mxint8"], "need --features"),
     (["--vae", "vae"], "need --features"),
   ],
 )

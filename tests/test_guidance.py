@@ -7,7 +7,9 @@ import pytest
 
 from benchmarks import solvers
 from spatialv2a_jax import flow
-from tests.test_flow import COND, KEY, NET, SIGNS, FakeNet, batch_of
+from tests.test_flow import KEY, NET, SIGNS, FakeNet, batch_of
+
+COND = ("clip_bvf", "sync_bsf", "text_bwf", "spatial_bvk")
 
 
 def setting():
