@@ -48,6 +48,7 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
     batch_size=16,
     mirror=True,
     workers=0,
+    cache_gb=0.0,
     statistics=16,
   )
   c.vae = ""  # Model folder of the codec: decodes what is generated, and joins the exported model.

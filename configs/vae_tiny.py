@@ -31,6 +31,7 @@ def get_config(variant: str = "demo") -> ml_collections.ConfigDict:
     batch_size=8,
     mirror=False,
     workers=0,
+    cache_gb=0.0,
     statistics=16,
   )
   c.init_from = ""

@@ -130,13 +130,13 @@ class Rows(rows.Rows):
   def parse(
     self,
     place: tfrecord.Place,
+    clip: str,
     raw: Mapping[str, memoryview],
     epoch: int,
     fields: Mapping[str, str],
   ) -> dict[str, Any]:
     """Returns `id_b`, `audio_bep` [2, 10080] and `image_byxc` of one pair."""
     del fields  # A pair takes all.
-    clip = self.clip(place, raw)
     rng = np.random.default_rng([self.seed, epoch, schema.clip_id(clip)])
     found = [cut(rng, self._fields(place, raw))]
     others = rng.integers(len(self.source), size=rng.choice(COUNTS, p=SHARES) - 1)

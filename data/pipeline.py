@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 
 from data import captions, layout, shards, tf_example, tfrecord, workers
+from data.kept import Kept
 from data.rows import MIRRORED, Rows
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
@@ -87,6 +88,7 @@ def loader(
   epochs: int | None = None,
   mirror: bool = False,
   max_bad: int | None = None,
+  cache_gb: float = 0.0,
   reader: Callable[..., Rows] = Rows,
 ) -> Loader:
   """Returns an iterator over the batches of one host.
@@ -113,6 +115,8 @@ def loader(
     mirror: mirrors left and right of half of the clips, drawn from (seed, epoch, clip).
     max_bad: distinct damaged records to replace by their successors before giving up; None: the
       larger of 5 and 1 %.
+    cache_gb: GiB of memory for clips that were read, verified and parsed: those that fit are not
+      read again. Needs workers=0, and a `kind` whose clips are the same each epoch.
     reader: makes the rows of a batch; "pairs" need one of their own.
 
   Raises:
@@ -124,6 +128,12 @@ def loader(
     raise UserError(f"rows {first} to {last} are none of a batch of batch_size {batch_size}")
   if mirror and seed is None:
     raise UserError("mirror needs a seed")
+  if not cache_gb >= 0:
+    raise UserError(f"cache_gb={cache_gb} is less than 0")
+  if cache_gb and workers:
+    raise UserError(f"cache_gb={cache_gb} needs workers=0: each of {workers} would keep all clips")
+  if cache_gb and kind == "pairs":
+    raise UserError(f"cache_gb={cache_gb} has no use: pairs are mixed anew each epoch")
   source = tfrecord.TFRecordSource(paths)
   if not len(source):
     raise UserError(f"no records in {', '.join(source.paths[:3]) or 'the list of shards'}")
@@ -148,7 +158,7 @@ def loader(
   dtypes = _dtypes(fields, layouts, tables, mirror)
   read = reader(
     source=source,
-    order=order.repeat(),
+    order=order,
     fields=fields,
     layouts=layouts,
     tables=tables,
@@ -162,6 +172,7 @@ def loader(
     mirror=mirror,
     max_bad=max_bad,
     offset=offset,
+    kept=Kept(int(cache_gb * 2**30), len(source) * (1 + mirror)) if cache_gb else None,
   )
   steps = sys.maxsize if total is None else -(-(total - offset) // batch_size)
   # A batch is one element, whatever the number of workers among which `to_iter_dataset` deals them.

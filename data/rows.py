@@ -10,12 +10,13 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from data import captions, tf_example, tfrecord
+from data.kept import Kept, Key
 from data.memory import Memory
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
@@ -48,27 +49,37 @@ class Rows:
   max_bad: int
   offset: int = 0
   memory: Memory = dataclasses.field(default_factory=Memory)
+  kinds: dict[str, Any] = dataclasses.field(default_factory=dict)  # Of a batch, once known.
+  kept: Kept | None = None
 
   def __call__(self, step: int) -> dict[str, np.ndarray]:
     """Returns this host's rows of the batch of a step."""
-    start, rows = self.offset + step * self.batch_size, self.last - self.first
-    batch: dict[str, np.ndarray] = {}
-    bad: list[int] = []
-    room = _Room(np.empty(self.source.longest, np.uint8))
+    start, length = self.offset + step * self.batch_size, len(self.source)
     positions = range(start + self.first, start + self.last)
-    places = self.source.find([self.order[position] for position in positions])
+    wanted = [(self.order[position], position // length) for position in positions]
+    batch = self.memory.arrays(self.kinds) if self.kinds else {}
+    slots = self._slots(wanted)
+    if self.kept:
+      self.kept.copy(slots, batch)
+    missing = [row for row in range(len(wanted)) if row not in slots]
+    places = self.source.find([wanted[row][0] for row in missing])
     self.source.advise(places)
-    for row, (position, place) in enumerate(zip(positions, places, strict=True)):
-      example, skipped = self._read(place, position // len(self.source), row, room)
-      example["weight_b"] = np.asarray(self.total is None or position < self.total, np.float32)
+    bad: list[int] = []
+    room = _Room(np.empty(self.source.longest, np.uint8), _bytes(batch))
+    for row, place in zip(missing, places, strict=True):
+      place, clip, example, skipped = self._read(place, wanted[row][1], row, room)
       if not batch:
         kinds = {name: self._kind(name, value) for name, value in example.items()}
-        batch = self.memory.arrays(kinds)
-        room.rows_bx |= {name: x.reshape(rows, -1).view(np.uint8) for name, x in batch.items()}
+        self.kinds.update({**kinds, "weight_b": ((len(positions),), np.dtype(np.float32))})
+        batch = self.memory.arrays(self.kinds)
+        room.rows_bx |= _bytes(batch)
       for name, value in example.items():  # Before the next record takes its place in the room.
         same = value.dtype == batch[name].dtype
         batch[name][row] = value if same else schema.as_float32(value)
+      if self.kept:
+        self.kept.add(self._key(place.index, wanted[row][1], clip), clip, batch, row)
       bad += skipped
+    batch["weight_b"][:] = [self.total is None or p < self.total for p in positions]
     return {**batch, "bad_records": np.array(bad, np.int64)}
 
   def _kind(self, name: str, value: np.ndarray) -> tuple[tuple[int, ...], np.dtype]:
@@ -77,17 +88,33 @@ class Rows:
     shape = value.shape if dtype == value.dtype else schema.shape_of(value)
     return (self.last - self.first, *shape), dtype
 
+  def _key(self, record: int, epoch: int, clip: str) -> Key:
+    return Key(record, self.mirror and is_mirrored(self.seed, epoch, clip))
+
+  def _slots(self, wanted: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Returns where rows are kept, as far as they are, by their place in the batch."""
+    found: dict[int, int] = {}
+    if self.kept is None:
+      return found
+    for row, (record, epoch) in enumerate(wanted):
+      clip = self.kept.clips.get(record)
+      slot = None if clip is None else self.kept.find(self._key(record, epoch, clip))
+      if slot is not None:
+        found[row] = slot
+    return found
+
   def _read(
     self, place: tfrecord.Place, epoch: int, row: int, room: "_Room"
-  ) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Reads a record, or the next intact one, into a row; returns what is still to be copied there.
+  ) -> tuple[tfrecord.Place, str, dict[str, np.ndarray], list[int]]:
+    """Reads a record, or the next intact one, into a row.
 
-    Says also which records were skipped.
+    Returns:
+      which record, whose clip, what is still to be copied to the row, which records were skipped.
     """
     skipped = []
     while True:
       try:
-        return self._clip(place, epoch, row, room), skipped
+        return place, *self._clip(place, epoch, row, room), skipped
       except tfrecord.CorruptRecordError:
         skipped.append(place.index)
         if len(skipped) > self.max_bad:
@@ -96,29 +123,33 @@ class Rows:
 
   def _clip(
     self, place: tfrecord.Place, epoch: int, row: int, room: "_Room"
-  ) -> dict[str, np.ndarray]:
-    folder = self.folder(place)
+  ) -> tuple[str, dict[str, np.ndarray]]:
+    """Returns the clip of a record, and those of its values that are not in their row yet."""
+    folder, fields = self.folder(place), self.fields
     straight, framing = self.straight.get(folder, {}), tf_example.framing(place.length)
     parts = room.parts(row, folder, framing, straight) if framing else None
+    raw = None
     if framing and parts:
       self.source.read(place, parts)
       raw = framing.rest(room.record_x.data, straight)
-      if raw is not None:
-        fields = {field: name for field, name in self.fields.items() if field not in straight}
-        return self.parse(place, raw, epoch, fields)
-    payload = room.record_x[: place.length]
-    self.source.read(place, [payload])
-    return self.parse(place, self.decode(place, payload.data), epoch, self.fields)
+      fields = {field: name for field, name in self.fields.items() if field not in straight}
+    if raw is None:
+      payload, fields = room.record_x[: place.length], self.fields
+      self.source.read(place, [payload])
+      raw = self.decode(place, payload.data)
+    clip = self.clip(place, raw)
+    return clip, self.parse(place, clip, raw, epoch, fields)
 
   def parse(
     self,
     place: tfrecord.Place,
+    clip: str,
     raw: Mapping[str, memoryview],
     epoch: int,
     fields: Mapping[str, str],
   ) -> dict[str, np.ndarray]:
     """Returns some of the `fields` of one clip by their names in a batch, as views of `raw`."""
-    clip, folder = self.clip(place, raw), self.folder(place)
+    folder = self.folder(place)
     stored = self.layouts[folder]
     mirrored = self.mirror and is_mirrored(self.seed, epoch, clip)
     example: dict[str, Any] = {"id_b": np.uint32(schema.clip_id(clip))}
@@ -169,6 +200,11 @@ class Rows:
 
   def _unreadable(self, place: tfrecord.Place, problem: str) -> UserError:
     return UserError(f"{self.source.paths[place.shard]}: record {place.record}{problem}")
+
+
+def _bytes(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns the bytes of the arrays of a batch, [b, x]."""
+  return {name: x.reshape(len(x), -1).view(np.uint8) for name, x in batch.items()}
 
 
 _folder = functools.lru_cache(1 << 16)(os.path.dirname)

@@ -181,6 +181,7 @@ class Source:
     """Returns the rows of this process from a batch on; `offset` clips stand before batch 0."""
     data = self.config["data"]
     options = {"mirror": data["mirror"], "workers": data["workers"], "offset": offset}
+    options |= {"cache_gb": data.get("cache_gb", 0.0)}
     return self.read(data["path"], start_step=start, seed=self.config["seed"], **options)
 
   def whole(self) -> Iterator[dict[str, np.ndarray]]:

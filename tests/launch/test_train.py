@@ -116,15 +116,16 @@ def test_the_mirror_loss_is_a_switch():
   assert "loss/mirror" in metrics
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-def test_the_loader_mirrors_if_the_config_says_so(tmp_path, monkeypatch, mirror):
+@pytest.mark.parametrize(("mirror", "kept"), [(False, 2.5), (True, 0.0)])
+def test_the_loader_mirrors_and_keeps_if_the_config_says_so(tmp_path, monkeypatch, mirror, kept):
   taken = []
   monkeypatch.setattr(tasks.shards, "paths", lambda *_: [])
   monkeypatch.setattr(tasks.pipeline, "loader", lambda *_, **more: taken.append(more) or iter(()))
-  config = config_of("tiny", "smoke", **{"data.path": str(tmp_path), "data.mirror": mirror})
-  task = tasks.build(config, one_device(), sharding.Rules())
+  options = {"data.path": str(tmp_path), "data.mirror": mirror, "data.cache_gb": kept}
+  task = tasks.build(config_of("tiny", "smoke", **options), one_device(), sharding.Rules())
   task.batches(3)
-  assert [(more["mirror"], more["start_step"]) for more in taken] == [(mirror, 3)]
+  found = [(more["mirror"], more["cache_gb"], more["start_step"]) for more in taken]
+  assert found == [(mirror, kept, 3)]
 
 
 def test_values_of_the_command_line_replace_those_of_the_file():
