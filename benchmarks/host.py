@@ -1,15 +1,16 @@
 """What one training step of `small_16k` costs the host, and what its loader can deliver.
 
-Run: python -m benchmarks.host [--estimate FILE.json ...] [--storage bfloat16] [--clips 32]
-     [--steps 40] [--rounds 3]
+Run: python -m benchmarks.host [--estimate FILE.json ...] [--storage bfloat16] [--cache-gb 0]
+     [--clips 32] [--steps 40] [--rounds 3]
 
 The real loop of `launch.train` reads, checks and parses real shards with the shapes of `small_16k`,
 hands over the batches, dispatches steps, fetches their metrics and writes the log. Its step takes
 and returns all arrays of `small_16k` (with next to no width) and computes nothing: what is left is
 the host's work. A step waits as long as it takes a chip, with as many clips, by each of the files
 that `launch.estimate --out` wrote; without one, not at all. JAX's CPU takes a batch as it lies;
-other devices take a copy, which is timed apart and added. Processor time, the least of some rounds,
-so that other programs count little.
+other devices take a copy, which is timed apart and added. With `--cache-gb` there are as many clips
+as fit into it, and what is measured begins once all of them were read. Processor time, the least of
+some rounds, so that other programs count little.
 """
 
 import argparse
@@ -55,18 +56,19 @@ class Cost(NamedTuple):
 class _Paced:
   """A step that keeps its caller waiting, as a device would; in it, a callback would cost 5 ms."""
 
-  def __init__(self, stage: Any, seconds: float):
-    self._stage, self._seconds = stage, seconds
+  def __init__(self, stage: Any, seconds: float, hasty: int):
+    self._stage, self._seconds, self._hasty = stage, seconds, hasty
 
   def lower(self, *arguments: Any) -> "_Paced":
-    return _Paced(self._stage.lower(*arguments), self._seconds)
+    return _Paced(self._stage.lower(*arguments), self._seconds, self._hasty)
 
   def compile(self) -> "_Paced":
-    return _Paced(self._stage.compile(), self._seconds)
+    return _Paced(self._stage.compile(), self._seconds, self._hasty)
 
   def __call__(self, *arguments: Any) -> Any:
     results = self._stage(*arguments)
-    time.sleep(self._seconds)
+    self._hasty -= 1
+    time.sleep(self._seconds if self._hasty < 0 else 0)
     return results
 
 
@@ -76,9 +78,11 @@ class Idle(recipe.Recipe):
 
   Attributes:
     seconds: that a step takes.
+    hasty: steps before the first one that does.
   """
 
   seconds: float = 0.0
+  hasty: int = 0
 
   def step(self, layout: Any) -> Any:
     """Returns the jitted `step(state, batch)`, which donates `state`."""
@@ -100,10 +104,10 @@ class Idle(recipe.Recipe):
       donate_argnums=0,
       keep_unused=True,
     )
-    return _Paced(jitted, self.seconds)
+    return _Paced(jitted, self.seconds, self.hasty)
 
 
-def noise(config: Mapping[str, Any], storage: str, folder: pathlib.Path) -> None:
+def noise(config: Mapping[str, Any], storage: str, folder: pathlib.Path) -> int:
   """Writes shards of noise that fit a config, with a caption for each clip.
 
   Their manifest lists each shard many times: Grain shuffles few records at many times the cost.
@@ -112,6 +116,9 @@ def noise(config: Mapping[str, Any], storage: str, folder: pathlib.Path) -> None
     config: of a flow network.
     storage: of the features that a video and a caption have.
     folder: of the shards.
+
+  Returns:
+    how many clips there are: all those of VGGSound, or no more than the config lets keep.
   """
   sizes = {name: config["features"][name] for name in ("clip_dim", "sync_dim", "text_len")}
   shapes = schema.feature_shapes(
@@ -141,22 +148,35 @@ def noise(config: Mapping[str, Any], storage: str, folder: pathlib.Path) -> None
   shards.build(items, record, folder, shards=4, config={})
   manifest = folder / "manifest.json"
   listed = json.loads(manifest.read_text())
-  manifest.write_text(json.dumps(listed | {"shards": LISTED * listed["shards"]}))
+  times = LISTED
+  if config["data"]["cache_gb"]:
+    one = next(pipeline.loader(shards.paths(folder), batch_size=1, seed=0))
+    size = sum(x.nbytes for x in one.values())
+    times = max(1, int(config["data"]["cache_gb"] * 2**30 / size / CLIPS))
+  manifest.write_text(json.dumps(listed | {"shards": times * listed["shards"]}))
+  return times * CLIPS
 
 
-def config_of(folder: str, clips: int) -> dict[str, Any]:
+def config_of(folder: str, clips: int, cache_gb: float) -> dict[str, Any]:
   """Returns `small_16k` with all its arrays, and hardly any width."""
   config: dict[str, Any] = small_16k.get_config().to_dict()
   config["model"] |= {"width": 16, "heads": 1, "dtype": "float32", "activations": "float32"}
-  config["data"] |= {"path": folder, "batch_size": clips}
+  config["data"] |= {"path": folder, "batch_size": clips, "cache_gb": cache_gb}
   config["rules"] |= {"zero": ""}
   config["guard"] |= {"sigma": 0.0}  # What `touch` returns is no loss that falls.
   return config
 
 
-def loop(folder: str, clips: int, seconds: float, steps: int) -> Cost:
-  """Returns what a step costs the host, reading included, that takes the device so long."""
-  config = config_of(folder, clips)
+def loop(config: Mapping[str, Any], seconds: float, steps: int, hasty: int) -> Cost:
+  """Returns what a step costs the host, reading included, that takes the device so long.
+
+  Args:
+    config: from `config_of`.
+    seconds: of a step.
+    steps: that are measured; as many come before them.
+    hasty: steps before those, at least, which nobody waits for.
+  """
+  hasty = -(-hasty // steps) * steps  # A line of the log ends with them.
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   task, real = tasks.recipe(config, mesh)
   parts: dict[str, Any] = {x.name: getattr(real, x.name) for x in dataclasses.fields(real)}
@@ -170,15 +190,15 @@ def loop(folder: str, clips: int, seconds: float, steps: int) -> Cost:
   with tempfile.TemporaryDirectory() as workdir:
     train.fit(
       workdir,
-      Idle(**{**parts, "values": None}, seconds=seconds),
+      Idle(**{**parts, "values": None}, seconds=seconds, hasty=hasty),
       kind="flow",
       config=config,
-      steps=2 * steps,
-      every=train.Every(log=steps, checkpoint=10 * steps),
+      steps=hasty + 2 * steps,
+      every=train.Every(log=steps, checkpoint=hasty + 10 * steps),
       tokens_per_clip=task.tokens,
       say=say,
     )
-  (first, *before), (last, *after) = marks[0], marks[1]  # The first part holds compilation.
+  (first, *before), (last, *after) = marks[-2:]  # The first part holds compilation.
   loop, whole = (1e3 * (b - a) / (last - first) for a, b in zip(before, after, strict=True))
   return Cost(loop, whole + copy(next(task.batches(0))))
 
@@ -195,10 +215,18 @@ def copy(batch: Mapping[str, np.ndarray]) -> float:
   return 1e3 * min(times)
 
 
-def read(folder: str, clips: int, steps: int) -> tuple[float, float]:
-  """Returns clips per second of the loader alone, and processor milliseconds per clip."""
-  source: Iterator[Any] = pipeline.loader(shards.paths(folder), batch_size=clips, seed=0)
-  for _ in itertools.islice(source, 8):
+def read(config: Mapping[str, Any], steps: int, before: int) -> tuple[float, float]:
+  """Returns clips per second of the loader alone, and processor milliseconds per clip.
+
+  Args:
+    config: from `config_of`.
+    steps: that are measured.
+    before: as many are not.
+  """
+  data = config["data"]
+  clips, options = data["batch_size"], {"seed": 0, "cache_gb": data["cache_gb"]}
+  source = pipeline.loader(shards.paths(data["path"]), batch_size=clips, **options)
+  for _ in itertools.islice(source, before):
     pass
   wall, used = time.perf_counter(), time.process_time()
   for _ in itertools.islice(source, steps):
@@ -207,10 +235,17 @@ def read(folder: str, clips: int, steps: int) -> tuple[float, float]:
   return steps * clips / wall, 1e3 * used / (steps * clips)
 
 
+def _epoch(config: Mapping[str, Any], clips: int) -> int:
+  """Returns how many batches it takes to read each clip, or each file, once."""
+  data = config["data"]
+  return -(-(clips if data["cache_gb"] else CLIPS) // data["batch_size"])
+
+
 def main() -> None:
   """Prints the costs."""
   parser = argparse.ArgumentParser(description="What a training step costs the host.")
   parser.add_argument("--storage", choices=schema.STORAGES, default="bfloat16")
+  parser.add_argument("--cache-gb", type=float, default=0.0, help="as config.data.cache_gb")
   parser.add_argument("--clips", type=int, default=32, help="a step, without --estimate")
   parser.add_argument("--steps", type=int, default=40, help="of each measurement")
   parser.add_argument("--rounds", type=int, default=3)
@@ -223,17 +258,21 @@ def main() -> None:
     end="",
   )
   with tempfile.TemporaryDirectory() as folder:
-    noise(config_of(folder, args.clips), args.storage, pathlib.Path(folder))
+    config = config_of(folder, args.clips, args.cache_gb)
+    there = noise(config, args.storage, pathlib.Path(folder))
     batch = next(pipeline.loader(shards.paths(folder), batch_size=args.clips, seed=0))
-    print(f": {sum(x.nbytes for x in batch.values()) / args.clips / 1e6:.2f} MB each")
-    read(folder, args.clips, 8)  # Brings the files into the cache.
-    rates = [read(folder, args.clips, args.steps) for _ in range(args.rounds)]
+    print(f": {sum(x.nbytes for x in batch.values()) / args.clips / 1e6:.2f} MB each", end="")
+    print(f"; {there:,} clips, all in memory" if args.cache_gb else "")
+    # Once the files are in the system's cache, or all clips in that of the loader.
+    rates = [read(config, args.steps, _epoch(config, there)) for _ in range(args.rounds)]
     rate, per_clip = max(rate for rate, _ in rates), min(spent for _, spent in rates)
     print(f"loader alone: {rate:,.0f} clips/s, {per_clip:.3f} ms of processor per clip")
     for report in reports or [None]:
       clips = report["batch_size"] // report["chips"] if report else args.clips
       seconds = report["seconds"] if report else 0.0
-      costs = [loop(folder, clips, seconds, args.steps) for _ in range(args.rounds)]
+      config = config_of(folder, clips, args.cache_gb)
+      hasty = _epoch(config, there) if args.cache_gb else 0
+      costs = [loop(config, seconds, args.steps, hasty) for _ in range(args.rounds)]
       cost = min(costs, key=lambda cost: cost.whole)
       line = (
         f"{clips} clips a step: {cost.loop:.2f} ms of the loop's thread, {cost.whole:.2f} of all"

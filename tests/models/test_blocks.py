@@ -1,4 +1,4 @@
-"""Attention of both ears at once, as accelerators do it, against one ear after the other."""
+"""Attention of two ears: what the other counts, and both at once against one after the other."""
 # The ears and what they attend to come in tuples of one length.
 # pyright: reportCallIssue=false
 
@@ -52,14 +52,44 @@ def test_both_ears_at_once_attend_as_one_after_the_other(last, limit, loud):
     rest = [jnp.sin(out[:, :, 7:]).sum() for out in outs]
     return sum((out[:, :, :7] * w).sum() for out, w in zip(outs, wanted, strict=True)) + sum(rest)
 
-  args = ears, context, mass_h
-  for ours, theirs in zip(at_once(*args), apart(*args), strict=True):
-    np.testing.assert_allclose(ours, theirs, atol=0.02 * loud**2)
-  ours, theirs = (
-    jax.grad(functools.partial(total, f), argnums=(0, 1, 2))(*args) for f in (at_once, apart)
-  )
+  def both(function):  # As one program: each operation of its own would be compiled.
+    gradient = jax.grad(functools.partial(total, function), argnums=(0, 1, 2))
+    return jax.jit(lambda *args: (list(function(*args)), gradient(*args)))(ears, context, mass_h)
+
+  (outs, ours), (expected, theirs) = both(at_once), both(apart)
+  for one, other in zip(outs, expected, strict=True):
+    np.testing.assert_allclose(one, other, atol=0.02 * loud**2)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     np.testing.assert_allclose(a, b, atol=0.03 * float(abs(b).max()))
+
+
+def test_cross_mass_enters_the_softmax_linearly():
+  q, k1, k2, v1, v2 = (normal(i, 2, 5, 2, 8) for i in range(5))
+  own, other = attention.attend(q, k1, v1), attention.attend(q, k2, v2)
+
+  @jax.jit
+  def merged(mass_h):
+    expand = lambda pair: (x[:, None] for x in pair)  # noqa: E731
+    return blocks.merge_ears(*expand(own), *expand(other), mass_h)[:, 0]
+
+  mass_h = jnp.asarray([0.3, 1.0])
+  logits = jnp.einsum("bthk,bshk->bhts", q, jnp.concatenate([k1, k2], 1)) / 8**0.5
+  weight = jnp.exp(logits) * jnp.where(np.arange(10) < 5, 1.0, mass_h[:, None])[None, :, None]
+  weight /= weight.sum(-1, keepdims=True)
+  naive = jnp.einsum("bhts,bshk->bthk", weight, jnp.concatenate([v1, v2], 1))
+  np.testing.assert_allclose(merged(mass_h), naive, atol=1e-5)
+
+  total = lambda mass_h: (merged(mass_h) * v1).sum()  # noqa: E731
+  zero, step = jnp.zeros(2), jnp.asarray([1e-2, 0.0])
+  np.testing.assert_array_equal(merged(zero), own[0])
+  np.testing.assert_array_equal(merged(zero - 0.5), own[0])
+  slope = jax.grad(total)(zero)
+  np.testing.assert_allclose(slope[0], (total(zero + step) - total(zero)) / 1e-2, rtol=0.05)
+  assert abs(slope).min() > 1e-3 and abs(jax.grad(total)(zero - 0.5)).min() > 1e-3
+  # An overwhelming other ear overflows nothing, not even in the gradient.
+  loud = own[0][:, None], own[1][:, None], other[0][:, None], other[1][:, None] + 1e4
+  assert np.isfinite(blocks.merge_ears(*loud, zero)).all()
+  assert np.isfinite(jax.grad(lambda m: blocks.merge_ears(*loud, m).sum())(zero)).all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -185,54 +185,30 @@ def test_joint_attention_of_mass_one_is_attention_over_all_tokens(last):
   params = randomize(shapes["params"])
   params["cross_mass"] = jnp.ones(heads)
   result = jax.jit(net.apply)({"params": params}, tokens, c_b1td, g_b11d)
-
   tables = layers.rope_table(9, k), layers.rope_table(4, k, 9 / 4), None
   taps, ends = (3, 3, 0), (False, last, last)
-  streams = [
-    blocks.Stream(d, heads, 48, taps=n, pre_only=e).bind({"params": params[name]})
-    for name, n, e in zip(("audio", "clip", "text"), taps, ends, strict=True)
-  ]
-  mods = [s.modulation(c) for s, c in zip(streams, (c_b1td, g_b11d, g_b11d), strict=True)]
-  parts = [s.before(x, m, t) for s, x, m, t in zip(streams, tokens, mods, tables, strict=True)]
-  # All tokens in one row: left, right, clip, text.
-  flat = [
-    jnp.concatenate([x.reshape(2, -1, heads, k) for x in row], 1)
-    for row in zip(*parts, strict=True)
-  ]
-  out = jax.nn.dot_product_attention(*flat)
-  audio, clip, text = jnp.split(out, [18, 22], axis=1)
-  outs = audio.reshape(2, 2, 9, heads, k), clip[:, None], text[:, None]
-  for s, x, o, m, y, end in zip(streams, tokens, outs, mods, result, ends, strict=True):
-    expected = x if end else s.after(x, o, m)
+
+  @jax.jit
+  def in_one_row(params, tokens, c_b1td, g_b11d):
+    streams = [
+      blocks.Stream(d, heads, 48, taps=n, pre_only=e).bind({"params": params[name]})
+      for name, n, e in zip(("audio", "clip", "text"), taps, ends, strict=True)
+    ]
+    mods = [s.modulation(c) for s, c in zip(streams, (c_b1td, g_b11d, g_b11d), strict=True)]
+    parts = [s.before(x, m, t) for s, x, m, t in zip(streams, tokens, mods, tables, strict=True)]
+    # Left, right, clip, text.
+    flat = [
+      jnp.concatenate([x.reshape(2, -1, heads, k) for x in row], 1)
+      for row in zip(*parts, strict=True)
+    ]
+    out = jax.nn.dot_product_attention(*flat)
+    audio, clip, text = jnp.split(out, [18, 22], axis=1)
+    outs = audio.reshape(2, 2, 9, heads, k), clip[:, None], text[:, None]
+    rows = zip(streams, tokens, outs, mods, ends, strict=True)
+    return [x if end else s.after(x, o, m) for s, x, o, m, end in rows]
+
+  for y, expected in zip(result, in_one_row(params, tokens, c_b1td, g_b11d), strict=True):
     np.testing.assert_allclose(y, expected, atol=1e-5 * float(abs(expected).max()))
-
-
-def test_cross_mass_enters_the_softmax_linearly():
-  q, k1, k2, v1, v2 = (normal(i, 2, 5, 2, 8) for i in range(5))
-  own, other = attention.attend(q, k1, v1), attention.attend(q, k2, v2)
-
-  def merged(mass_h):
-    expand = lambda pair: (x[:, None] for x in pair)  # noqa: E731
-    return blocks.merge_ears(*expand(own), *expand(other), mass_h)[:, 0]
-
-  mass_h = jnp.asarray([0.3, 1.0])
-  logits = jnp.einsum("bthk,bshk->bhts", q, jnp.concatenate([k1, k2], 1)) / 8**0.5
-  weight = jnp.exp(logits) * jnp.where(np.arange(10) < 5, 1.0, mass_h[:, None])[None, :, None]
-  weight /= weight.sum(-1, keepdims=True)
-  naive = jnp.einsum("bhts,bshk->bthk", weight, jnp.concatenate([v1, v2], 1))
-  np.testing.assert_allclose(merged(mass_h), naive, atol=1e-5)
-
-  total = lambda mass_h: (merged(mass_h) * v1).sum()  # noqa: E731
-  zero, step = jnp.zeros(2), jnp.asarray([1e-2, 0.0])
-  np.testing.assert_array_equal(merged(zero), own[0])
-  np.testing.assert_array_equal(merged(zero - 0.5), own[0])
-  slope = jax.grad(total)(zero)
-  np.testing.assert_allclose(slope[0], (total(zero + step) - total(zero)) / 1e-2, rtol=0.05)
-  assert abs(slope).min() > 1e-3 and abs(jax.grad(total)(zero - 0.5)).min() > 1e-3
-  # An overwhelming other ear overflows nothing, not even in the gradient.
-  loud = own[0][:, None], own[1][:, None], other[0][:, None], other[1][:, None] + 1e4
-  assert np.isfinite(blocks.merge_ears(*loud, zero)).all()
-  assert np.isfinite(jax.grad(lambda m: blocks.merge_ears(*loud, m).sum())(zero)).all()
 
 
 @pytest.mark.slow
@@ -295,6 +271,7 @@ def test_a_dropped_condition_is_the_null_condition():
 def test_statistics_leave_out_padding_and_dropped_clips():
   net, params = two_ears(), two_ear_params()
 
+  @jax.jit
   def stats(cond, drop):
     condition = functools.partial(net.condition, latent_len=FRAMES, train=True)
     return condition(params, net.init_stats(), cond, drop)[1]["spatial"]["mean"]
