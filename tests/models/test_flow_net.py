@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from spatialv2a_jax.convert import engine, mmaudio
-from spatialv2a_jax.models import attention, blocks, flow_net, layers
+from spatialv2a_jax.models import blocks, flow_net, layers
 from spatialv2a_jax.sharding import Rules
 from tests.models import reference
 
