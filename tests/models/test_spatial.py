@@ -1,5 +1,7 @@
 """Descriptors by closed forms and by the mirror; BatchNorm as a pure function."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,9 @@ def blob(size, x, y=0.0, wide=0.2, tall=0.2):
 
 
 def describe(*maps, **modes):
-  d_bvk, valid_bv = spatial.descriptors(jnp.asarray(np.stack(maps)[None]), **modes)
+  # In one program: each of its operations would be compiled alone, for every shape.
+  compiled = jax.jit(functools.partial(spatial.descriptors, **modes))
+  d_bvk, valid_bv = compiled(jnp.asarray(np.stack(maps)[None]))
   return np.asarray(d_bvk[0]), np.asarray(valid_bv[0])
 
 
@@ -142,12 +146,13 @@ def test_condition_follows_its_frame_and_ignores_the_rest_of_the_batch(frames, l
   stats = {"mean": jnp.zeros(8), "var": jnp.ones(8)}
   drop, keep = jnp.array([False, True, False]), jnp.ones(3, bool)
   call = {"latent_len": latents, "train": False}
-  params = nn.unbox(net.init(jax.random.key(0), d_bvk, stats, drop, keep, **call))["params"]
+  init, apply = (jax.jit(functools.partial(f, **call)) for f in (net.init, net.apply))
+  params = nn.unbox(init(jax.random.key(0), d_bvk, stats, drop, keep))["params"]
   params["null"] += jnp.arange(8.0)
-  c_btd, _ = net.apply({"params": params}, d_bvk, stats, drop, keep, **call)
+  c_btd, _ = apply({"params": params}, d_bvk, stats, drop, keep)
   assert c_btd.shape == (3, latents, 8)
   np.testing.assert_array_equal(c_btd[1], np.tile(np.arange(8.0), (latents, 1)))
-  alone, _ = net.apply({"params": params}, d_bvk[2:], stats, drop[2:], keep[2:], **call)
+  alone, _ = apply({"params": params}, d_bvk[2:], stats, drop[2:], keep[2:])
   np.testing.assert_allclose(alone[0], c_btd[2], atol=1e-5)
   # Latents of one video frame share its value.
   index = layers.nearest_exact(frames, latents)
