@@ -82,7 +82,7 @@ def test_other_weights_and_another_precision_are_other_features(folder, films, t
   assert len(counted) == 4
   changed = tmp_path / "changed"
   shutil.copytree(folder, changed)
-  params = tiny_mmaudio.shaken(clip.build(tiny_mmaudio.CLIP).init, 99)
+  params = tiny_mmaudio.shaken(clip, tiny_mmaudio.CLIP, 99)
   model_folder.save_model(changed, {"clip": params}, {}, {})
   read(cached(changed, tmp_path, localizer="motion"), films[0], sha256="a")
   assert len(counted) == 5  # CLIP alone.

@@ -29,10 +29,10 @@ ACL = acl.Config(inputs=8, width=16)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  made = {"beats": (BEATS, beats.build(BEATS).init), "acl": (ACL, acl.build(ACL).init)}
-  params = {name: tiny_mmaudio.shaken(init, 9) for name, (_, init) in made.items()}
+  made = {"beats": (beats, BEATS), "acl": (acl, ACL)}
+  params = {name: tiny_mmaudio.shaken(*network, 9) for name, network in made.items()}
   params["acl"]["mask"] = {"slope": np.float32(10), "bias": np.float32(14)}
-  config = {name: dataclasses.asdict(sizes) for name, (sizes, _) in made.items()}
+  config = {name: dataclasses.asdict(sizes) for name, (_, sizes) in made.items()}
   folder = tiny_mmaudio.save(tmp_path_factory.mktemp("sound") / "parts", ("clipseg",))
   model_folder.save_model(folder, params, {}, config)
   return folder
@@ -138,7 +138,7 @@ def test_mistakes_are_one_line(folder, sounds, tmp_path):
   with pytest.raises(MissingAssetError, match="weights of: beats.*spatialv2a convert beats FILE"):
     open_encoders(bare, f"acl:{sounds[0]}")
   narrow = dataclasses.replace(ACL, width=12)
-  params = {"acl": tiny_mmaudio.shaken(acl.build(narrow).init, 9)}
+  params = {"acl": tiny_mmaudio.shaken(acl, narrow, 9)}
   model_folder.save_model(tmp_path / "narrow", params, {}, {"acl": {**vars(narrow)}})
   models = [model_folder.open_model(at) for at in (tmp_path / "narrow", folder)]
   with pytest.raises(

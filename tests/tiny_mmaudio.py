@@ -1,6 +1,7 @@
 """Model folders as `spatialv2a convert` leaves them, with tiny networks of random weights."""
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 
@@ -35,8 +36,14 @@ VOCODER = vocoder.Config(
 )
 
 
-def shaken(init, seed):
-  """Random parameters of the right shapes, of which none is zero."""
+@functools.cache
+def _shapes(network, config):
+  """Tracing takes long, and many tests save the same networks."""
+  return sharding.unboxed(jax.eval_shape(network.build(config).init, jax.random.key(0)))
+
+
+def shaken(network, config, seed):
+  """Random parameters for a module of `models` and its config, of which none is zero."""
   rng = np.random.default_rng(seed)
 
   def leaf(path, x):
@@ -48,22 +55,21 @@ def shaken(init, seed):
       size = 1.0
     return (size * rng.standard_normal(x.shape)).astype("f4")
 
-  shapes = sharding.unboxed(jax.eval_shape(init, jax.random.key(0)))
-  return jax.tree_util.tree_map_with_path(leaf, shapes)
+  return jax.tree_util.tree_map_with_path(leaf, _shapes(network, config))
 
 
 def networks(ears=2):
   """Config and parameters by the name of each network."""
   flow_config = dataclasses.replace(FLOW, ears=ears, spatial=ears == 2)
   made = {
-    "flow": (flow_config, flow_net.build(flow_config).init),
-    "vae": (VAE, vae.build(VAE).init),
-    "vocoder": (VOCODER, vocoder.build(VOCODER).init),
-    "clip": (CLIP, clip.build(CLIP).init),
-    "synchformer": (SYNC, synchformer.build(SYNC).init),
-    "clipseg": (CLIPSEG, localizer.build(CLIPSEG).init),
+    "flow": (flow_net, flow_config),
+    "vae": (vae, VAE),
+    "vocoder": (vocoder, VOCODER),
+    "clip": (clip, CLIP),
+    "synchformer": (synchformer, SYNC),
+    "clipseg": (localizer, CLIPSEG),
   }
-  out = {name: (config, shaken(init, i)) for i, (name, (config, init)) in enumerate(made.items())}
+  out = {name: (x[1], shaken(*x, i)) for i, (name, x) in enumerate(made.items())}
   out["vae"][1]["frozen"] = {
     "data_mean": np.full(80, -2, "f4"),
     "data_std": np.full(80, 0.5, "f4"),
