@@ -127,12 +127,13 @@ def test_the_device_decides_which_attention_the_blocks_have(
 def test_what_fills_up_tokens_and_widths_changes_nothing(frames, width):
   q, k, v = (normal(i, 2, n, 3, width) for i, n in enumerate((frames[0], frames[1], frames[1])))
   fused = functools.partial(attention.fused, implementation="xla")
-  out = fused(q, k, v)
+
+  def both(attend):  # In one program.
+    gradient = jax.grad(lambda *a: (attend(*a) ** 2).sum(), argnums=(0, 1, 2))
+    return jax.jit(lambda *a: (attend(*a), *gradient(*a)))(q, k, v)
+
+  (out, *ours), (want, *theirs) = both(fused), both(lambda *a: attention.attend(*a)[0])
   assert out.shape == q.shape
-  np.testing.assert_allclose(out, attention.attend(q, k, v)[0], atol=1e-6)
-  ours, theirs = (
-    jax.grad(lambda *a, f=f: (f(*a) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
-    for f in (fused, lambda *a: attention.attend(*a)[0])
-  )
+  np.testing.assert_allclose(out, want, atol=1e-6)
   for a, b in zip(ours, theirs, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)

@@ -46,6 +46,7 @@ def test_first_stage_of_version_2_is_upstream_s():
   np.testing.assert_allclose(got, data["out/stage"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("config", "count"), [(vocoder.V1_16K, 112_199_473), (vocoder.V2_44K, 122_152_752)]
 )
