@@ -1,16 +1,17 @@
 """What one training step of `small_16k` costs the host, and what its loader can deliver.
 
 Run: python -m benchmarks.host [--estimate FILE.json ...] [--storage bfloat16] [--cache-gb 0]
-     [--clips 32] [--steps 40] [--rounds 3]
+     [--cores 0] [--clips 32] [--steps 40] [--rounds 3]
 
 The real loop of `launch.train` reads, checks and parses real shards with the shapes of `small_16k`,
 hands over the batches, dispatches steps, fetches their metrics and writes the log. Its step takes
 and returns all arrays of `small_16k` (with next to no width) and computes nothing: what is left is
-the host's work. A step waits as long as it takes a chip, with as many clips, by each of the files
-that `launch.estimate --out` wrote; without one, not at all. JAX's CPU takes a batch as it lies;
-other devices take a copy, which is timed apart and added. With `--cache-gb` there are as many clips
-as fit into it, and what is measured begins once all of them were read. Processor time, the least of
-some rounds, so that other programs count little.
+the host's work. What it returns is there when a chip would have it, which does one step after the
+other, each in the time that a file of `launch.estimate --out` says, with as many clips; without a
+file, at once. JAX's CPU takes a batch as it lies; a copy is made for other devices, which need one.
+With `--cache-gb` there are as many clips as fit into it, and what is measured begins once all of
+them were read. The round of some that took the least processor time, so that other programs count
+little.
 """
 
 import argparse
@@ -42,22 +43,42 @@ CLIPS, LISTED = 256, 800  # So many clips, each so many times: as many records a
 
 
 class Cost(NamedTuple):
-  """Processor milliseconds of one step.
+  """Milliseconds of one step.
 
   Attributes:
-    loop: of the thread that dispatches.
-    whole: of all threads, those that read included, and of a copy of the batch.
+    added: by which steps are longer than the device takes.
+    loop: of a processor, for the thread that dispatches.
+    whole: of a processor, for all threads, those that read and copy included.
   """
 
+  added: float
   loop: float
   whole: float
 
 
+class _Due:
+  """A metric that is not there before its time, as that of a step at work."""
+
+  def __init__(self, value: Any, at: float):
+    self._value, self._at = value, at
+
+  def is_ready(self) -> bool:
+    return time.perf_counter() >= self._at
+
+  def copy_to_host_async(self) -> None:
+    self._value.copy_to_host_async()
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    time.sleep(max(0.0, self._at - time.perf_counter()))
+    return np.asarray(self._value, dtype, copy=copy)
+
+
 class _Paced:
-  """A step that keeps its caller waiting, as a device would; in it, a callback would cost 5 ms."""
+  """A step of a device that does one after the other, while its caller goes on."""
 
   def __init__(self, stage: Any, seconds: float, hasty: int):
     self._stage, self._seconds, self._hasty = stage, seconds, hasty
+    self._free = 0.0  # When it has done all that it was asked for.
 
   def lower(self, *arguments: Any) -> "_Paced":
     return _Paced(self._stage.lower(*arguments), self._seconds, self._hasty)
@@ -66,10 +87,11 @@ class _Paced:
     return _Paced(self._stage.compile(), self._seconds, self._hasty)
 
   def __call__(self, *arguments: Any) -> Any:
-    results = self._stage(*arguments)
+    state, metrics = self._stage(*arguments)
     self._hasty -= 1
-    time.sleep(self._seconds if self._hasty < 0 else 0)
-    return results
+    takes = self._seconds if self._hasty < 0 else 0.0
+    self._free = max(self._free, time.perf_counter()) + takes
+    return state, {name: _Due(x, self._free) for name, x in metrics.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +105,14 @@ class Idle(recipe.Recipe):
 
   seconds: float = 0.0
   hasty: int = 0
+
+  def feed(self, examples: int) -> Iterator[Any]:
+    """Yields batches, each copied to memory that is in use already."""
+    room: dict[str, np.ndarray] = {}
+    for batch in super().feed(examples):
+      for name, x in batch.local.items():
+        np.copyto(room.setdefault(name, np.zeros_like(x)), x)
+      yield batch
 
   def step(self, layout: Any) -> Any:
     """Returns the jitted `step(state, batch)`, which donates `state`."""
@@ -180,12 +210,12 @@ def loop(config: Mapping[str, Any], seconds: float, steps: int, hasty: int) -> C
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   task, real = tasks.recipe(config, mesh)
   parts: dict[str, Any] = {x.name: getattr(real, x.name) for x in dataclasses.fields(real)}
-  marks: list[tuple[int, float, float]] = []
+  marks: list[tuple[int, float, float, float]] = []
 
   def say(line: str) -> None:
     if line.startswith("step "):
       step = int(line.split()[1].partition("/")[0])
-      marks.append((step, time.thread_time(), time.process_time()))
+      marks.append((step, time.perf_counter(), time.thread_time(), time.process_time()))
 
   with tempfile.TemporaryDirectory() as workdir:
     train.fit(
@@ -199,20 +229,9 @@ def loop(config: Mapping[str, Any], seconds: float, steps: int, hasty: int) -> C
       say=say,
     )
   (first, *before), (last, *after) = marks[-2:]  # The first part holds compilation.
-  loop, whole = (1e3 * (b - a) / (last - first) for a, b in zip(before, after, strict=True))
-  return Cost(loop, whole + copy(next(task.batches(0))))
-
-
-def copy(batch: Mapping[str, np.ndarray]) -> float:
-  """Returns the milliseconds of a copy of a batch to memory that is already in use."""
-  there = {name: np.zeros_like(x) for name, x in batch.items()}
-  times = []
-  for _ in range(9):
-    began = time.thread_time()
-    for name, x in batch.items():
-      np.copyto(there[name], x)
-    times.append(time.thread_time() - began)
-  return 1e3 * min(times)
+  spent = (1e3 * (b - a) / (last - first) for a, b in zip(before, after, strict=True))
+  wall, loop, whole = spent
+  return Cost(wall - 1e3 * seconds, loop, whole)
 
 
 def read(config: Mapping[str, Any], steps: int, before: int) -> tuple[float, float]:
@@ -246,17 +265,18 @@ def main() -> None:
   parser = argparse.ArgumentParser(description="What a training step costs the host.")
   parser.add_argument("--storage", choices=schema.STORAGES, default="bfloat16")
   parser.add_argument("--cache-gb", type=float, default=0.0, help="as config.data.cache_gb")
+  parser.add_argument("--cores", type=int, default=0, help="that the process gets; 0: all")
   parser.add_argument("--clips", type=int, default=32, help="a step, without --estimate")
   parser.add_argument("--steps", type=int, default=40, help="of each measurement")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--estimate", nargs="*", default=[], metavar="FILE.json")
   args = parser.parse_args()
+  if args.cores:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
   flags.FLAGS.mark_as_parsed()  # Grain's worker options are absl flags.
   reports = [json.loads(pathlib.Path(path).read_text()) for path in args.estimate]
-  print(
-    f"{os.cpu_count()}-core {platform.machine()} CPU, features of 8 s clips in {args.storage}",
-    end="",
-  )
+  cores = f"{args.cores or os.cpu_count()} of {os.cpu_count()} cores of a {platform.machine()} CPU"
+  print(f"{cores}, features of 8 s clips in {args.storage}", end="")
   with tempfile.TemporaryDirectory() as folder:
     config = config_of(folder, args.clips, args.cache_gb)
     there = noise(config, args.storage, pathlib.Path(folder))
@@ -274,19 +294,21 @@ def main() -> None:
       hasty = _epoch(config, there) if args.cache_gb else 0
       costs = [loop(config, seconds, args.steps, hasty) for _ in range(args.rounds)]
       cost = min(costs, key=lambda cost: cost.whole)
+      added = f"longer by {cost.added:.2f} ms, " if report else ""
       line = (
-        f"{clips} clips a step: {cost.loop:.2f} ms of the loop's thread, {cost.whole:.2f} of all"
+        f"{clips} clips a step: {added}{cost.loop:.2f} ms of the loop's thread, "
+        f"{cost.whole:.2f} of all"
       )
       if report:
-        cores = ", ".join(
+        needed = ", ".join(
           f"{n} chips {n * clips / seconds:,.0f} clips/s = "
           f"{n * clips / seconds * per_clip / 1e3:.2f} cores"
           for n in (8, 64)
         )
         line = (
           f"{report['topology']}, {1e3 * seconds:.1f} ms ({report['seconds_from']}) with {line} "
-          f"({0.1 * cost.loop / seconds:.2f} and {0.1 * cost.whole / seconds:.2f} % of a core); "
-          f"{cores}"
+          f"({', '.join(f'{0.1 * x / seconds:.2f}' for x in cost)} % of a step); "
+          f"{needed}"
         )
       print(line, flush=True)
 

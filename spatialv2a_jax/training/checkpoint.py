@@ -175,7 +175,7 @@ class Checkpoints:
     return None
 
   def _set_aside(self, step: int, reason: str) -> str:
-    aside = self.folder.parent / f"{_DAMAGED}{step}-{int(time.time())}"
+    aside = self.folder.parent / f"{_DAMAGED}{step}-{time.time_ns()}"
     (self.folder / str(step)).rename(aside)
     return f"checkpoint {step} is damaged, set aside as {aside}: {reason}"
 
