@@ -4,6 +4,8 @@ Which clips a batch has is a matter of its step alone, so every process of a job
 them in time. Imports no jax.
 """
 
+import contextlib
+import pathlib
 import threading
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -63,7 +65,7 @@ class Kept:
       row: its place there.
 
     Raises:
-      UserError: the system has not that much memory.
+      UserError: the system has not that much memory left.
     """
     with self._lock:
       if not self._arrays:
@@ -79,11 +81,25 @@ class Kept:
   def _begin(self, batch: Mapping[str, np.ndarray]) -> None:
     size = sum(x[0].nbytes for x in batch.values())
     self._capacity = min(self._capacity, self._limit // size)
-    try:
-      self._arrays = {
-        name: np.empty((self._capacity, *x.shape[1:]), x.dtype) for name, x in batch.items()
-      }
-    except MemoryError:
+    # Else the process is killed once so much is in use, which may be hours from now.
+    needed, left = self._capacity * size, available()
+    if left is not None and needed > left:
       raise UserError(
-        f"config.data.cache_gb: the system has no {self._limit / 2**30:.1f} GiB to keep clips in"
-      ) from None
+        f"cache_gb={self._limit / 2**30:.1f}: the clips take {needed / 2**30:.1f} GiB, of which "
+        f"this machine has {left / 2**30:.1f} left; give less"
+      )
+    self._arrays = {
+      name: np.empty((self._capacity, *x.shape[1:]), x.dtype) for name, x in batch.items()
+    }
+
+
+def available() -> int | None:
+  """Returns the bytes of memory that Linux could give this process, or its container; None else."""
+  found = []
+  with contextlib.suppress(OSError, StopIteration):
+    lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("MemAvailable:"))
+    found.append(1024 * int(line.split()[1]))
+  with contextlib.suppress(OSError, ValueError):  # It says "max" where there is no limit.
+    found.append(int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
+  return min(found, default=None)

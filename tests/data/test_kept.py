@@ -1,12 +1,12 @@
 """Clips that stay in memory are those of the records, and are not read again."""
 
+import os
 import shutil
-import types
 
 import numpy as np
 import pytest
 
-from data import pipeline, shards, tfrecord
+from data import kept, pipeline, shards, tfrecord
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
 from tests.loader_shards import CLIPS, build, damage
@@ -94,11 +94,11 @@ def test_damaged_records_are_replaced_and_named_each_time(built, tmp_path):
   shutil.copytree(built[0].parent, tmp_path / "shards")
   paths = shards.paths(tmp_path / "shards")
   damage(paths[1], 2)
-  plain, kept = (
+  plain, cached = (
     pipeline.loader(paths, batch_size=4, seed=7, epochs=EPOCHS, cache_gb=gb) for gb in (0, 1)
   )
-  same(list(kept), list(plain))
-  assert kept.bad == plain.bad and len(kept.bad) == 1
+  same(list(cached), list(plain))
+  assert cached.bad == plain.bad and len(cached.bad) == 1
 
 
 def test_a_batch_that_is_handed_out_is_nobody_elses(built):
@@ -136,10 +136,18 @@ def test_limits_without_sense_are_refused(built, options, message):
     pipeline.loader(built, batch_size=4, seed=7, **options)
 
 
-def test_memory_that_the_system_does_not_have_is_told(built, monkeypatch):
-  def none(*_):
-    raise MemoryError
-
-  monkeypatch.setattr("data.kept.np", types.SimpleNamespace(empty=none))
-  with pytest.raises(UserError, match=r"cache_gb: the system has no 2\.0 GiB"):
+def test_clips_that_do_not_fit_into_memory_are_refused_at_once(built, monkeypatch):
+  """However much is asked for, it is those that there are which must fit."""
+  size = sum(x[0].nbytes for x in batches(built, epochs=1)[0].values())
+  monkeypatch.setattr("data.kept.available", lambda: CLIPS * size)
+  batches(built, cache_gb=2)
+  monkeypatch.setattr("data.kept.available", lambda: CLIPS * size - 1)
+  with pytest.raises(UserError, match=r"cache_gb=2\.0: the clips take 0\.0 GiB, of which"):
     batches(built, cache_gb=2)
+  monkeypatch.setattr("data.kept.available", lambda: None)  # Where nobody knows.
+  batches(built, cache_gb=2)
+
+
+def test_what_is_left_of_the_memory_is_what_the_system_says():
+  left, pages = kept.available(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  assert left is None or 2**24 < left <= pages
