@@ -57,8 +57,8 @@ class Rows:
     start, length = self.offset + step * self.batch_size, len(self.source)
     positions = range(start + self.first, start + self.last)
     wanted = [(self.order[position], position // length) for position in positions]
+    slots = self._slots(wanted)  # First: who finds some knows the kinds of a batch, too.
     batch = self.memory.arrays(self.kinds) if self.kinds else {}
-    slots = self._slots(wanted)
     if self.kept:
       self.kept.copy(slots, batch)
     missing = [row for row in range(len(wanted)) if row not in slots]

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from data import kept, pipeline, shards, tfrecord
+from data.kept import Kept, Key
+from data.rows import Rows
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
 from tests.loader_shards import CLIPS, build, damage
@@ -83,6 +85,30 @@ def test_what_does_not_fit_is_read_each_epoch(built, reads):
   reads.clear()
   batches(built, batch_size=CLIPS, cache_gb=10.5 * size / 2**30)
   assert len(clip_reads(reads)) == CLIPS + (EPOCHS - 1) * (CLIPS - 10)
+
+
+def test_a_clip_takes_one_place_and_there_are_as_many_as_clips():
+  """Two threads may read the same one, or a batch have it twice."""
+  kept, batch = Kept(1 << 20, 2), {"x": np.arange(4.0)}
+  for record in (5, 5, 6, 7):
+    kept.add(Key(record, False), f"clip{record}", batch, record - 5)
+  assert [kept.find(Key(record, False)) for record in (5, 6, 7)] == [0, 1, None]
+  found = {"x": np.zeros(3)}
+  kept.copy({2: 1, 0: 0}, found)
+  assert found["x"].tolist() == [0, 0, 1]
+
+
+def test_what_another_thread_read_meanwhile_is_found(built, monkeypatch):
+  """Even the first clips, before which nobody knows what a batch holds."""
+  find = Rows._slots
+
+  def late(rows, wanted):
+    monkeypatch.setattr(Rows, "_slots", find)
+    rows(0)  # By another thread.
+    return find(rows, wanted)
+
+  monkeypatch.setattr(Rows, "_slots", late)
+  same(batches(built, epochs=1, cache_gb=1), batches(built, epochs=1))
 
 
 def test_a_run_that_goes_on_reads_what_it_needs(built):
