@@ -1,6 +1,7 @@
 """Procedural scenes: determinism, mirror, and agreement of picture, sound and truth."""
 
 import collections
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -342,6 +343,22 @@ def test_distance_lowers_level_and_direct_to_reverberant_ratio():
   np.testing.assert_allclose(np.diff(10 * np.log10(direct)), -6.02, atol=0.1)
   np.testing.assert_allclose(np.diff(level), -6.02, atol=0.1)
   np.testing.assert_allclose(np.diff(10 * np.log10(tail)), 0, atol=0.3)
+
+
+def test_what_nobody_hears_is_silent():
+  """Below -60 dBFS: where sound comes from is then not asked for."""
+
+  def level(strength):
+    source = source_of("steam", 1.0)
+    event = dataclasses.replace(source.events[0], strength=strength)
+    plan = scene_plan.Plan(np.zeros(50), (dataclasses.replace(source, events=(event,)),))
+    return scenes._sound(plan, np.random.default_rng(0), scenes.Settings(seconds=2.0))[1][0]
+
+  loud_f = level(1.0)
+  frame = int(loud_f.argmax())
+  for excess_db, expected in ((0.1, -59.9), (-0.1, scenes.SILENT_DB)):
+    found = level(10 ** ((-60 + excess_db - loud_f[frame]) / 20))[frame]
+    assert found == pytest.approx(expected, abs=0.01)
 
 
 def test_yaw_moves_background_and_sources_alike():
