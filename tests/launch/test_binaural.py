@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from data import sources
 from launch import tasks, train
 from spatialv2a_jax import binauralizer, model_folder, sharding
 from spatialv2a_jax.errors import UserError
+from spatialv2a_jax.models import mono2binaural
 from spatialv2a_jax.training import optim
 from tests import tiny
 
@@ -75,6 +77,29 @@ def test_a_run_begins_with_all_or_with_the_picture_s_part_of_a_model_folder(tmp_
   with pytest.raises(UserError, match="neither 'mono2binaural' nor 'resnet18'"):
     build(config_of("smoke", init_from=tmp_path / "other")).values()
   build(config_of("smoke", init_from=tmp_path / "gone"))  # Only a new run reads it.
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+  net = types.SimpleNamespace(init=None, init_stats=dict)
+  monkeypatch.setattr(mono2binaural, "build", lambda *_: net)
+
+
+def test_what_is_left_says_where_the_picture_s_part_comes_from(tmp_path, no_network):
+  """The licence of converted weights stays with them."""
+  licence, one = {"licence": "BSD-3-Clause"}, {"x": np.ones(1, "f4")}
+  model_folder.save_model(tmp_path / "r", {"resnet18": one}, {}, {"resnet18_source": licence})
+  task = build(config_of("smoke", init_from=tmp_path / "r"))
+  task.export(tmp_path / "out", one, {"x": 2 * one["x"]})
+  model, name = model_folder.load_model(tmp_path / "out"), binauralizer.NETWORK
+  assert model.config[f"{name}_source"] == licence | {"init_from": str(tmp_path / "r")}
+  assert (model.params[name]["x"], model.stats[name]["x"]) == (1, 2)
+
+
+def test_held_out_pairs_are_judged_by_the_running_statistics(monkeypatch, no_network):
+  monkeypatch.setattr(binauralizer, "loss", lambda *_, train=True, **__: train)
+  task = build(config_of("smoke", **{"data.eval": "synthetic"}))
+  assert task.loss() and not task.evaluate.loss()
 
 
 @pytest.mark.slow

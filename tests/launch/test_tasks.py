@@ -1,14 +1,16 @@
 """From a config to what the steps of a run are made of."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 
 from data import shards
-from launch import tasks
+from launch import binaural, tasks
 from spatialv2a_jax import sharding
 from spatialv2a_jax.training import guard, optim, recipe
+from tests import loader_shards
 from tests.launch.test_train import config_of, one_device
 
 OPTIONS = {
@@ -45,6 +47,28 @@ def test_a_recipe_has_every_value_of_its_config():
     assert name in given or getattr(made, name) != getattr(usual, name), name
 
 
+@pytest.mark.parametrize(
+  "name, kind, shapes, source",
+  [
+    ("tiny", "features", loader_shards.SHAPES, tasks.Source),
+    ("vae_tiny", "audio", {"audio": (2, 9)}, tasks.Source),
+    ("mono2binaural", "pairs", {"image": (4, 8, 3)}, binaural.Pairs),
+  ],
+)
+def test_noise_is_that_of_its_step_wherever_a_run_begins(monkeypatch, name, kind, shapes, source):
+  """And a process has its own rows of it alone."""
+  config = config_of(name, "smoke", **{"data.path": "synthetic", "data.batch_size": 4})
+  read = source(config, one_device(), sharding.Rules(), kind, shapes)
+  first, second = itertools.islice(read(0), 2)
+  monkeypatch.setattr(sharding, "local_rows", lambda *_: (1, 3))
+  same = np.testing.assert_array_equal
+  for field, value in first.items():
+    same(next(read(0))[field], value[1:3])
+    same(next(read(1))[field], second[field][1:3])
+    same(next(read.whole())[field], value)
+  assert not all(np.array_equal(value, second[field]) for field, value in first.items())
+
+
 def test_a_batch_larger_than_the_data_is_told(tmp_path):
   """A clip's draws follow from its name and the step: copies in a batch are no more data."""
   shards.build([shards.Item(f"{i}", i) for i in range(5)], lambda _: {"x": np.zeros(2)},
@@ -57,4 +81,4 @@ def test_a_batch_larger_than_the_data_is_told(tmp_path):
 
   (line,) = remarks(path=tmp_path, batch_size=8)
   assert line.startswith("5 clips for batches of 8: copies")
-  assert remarks(path=tmp_path, batch_size=4) == remarks(path="synthetic") == []
+  assert remarks(path=tmp_path, batch_size=5) == remarks(path="synthetic") == []

@@ -121,11 +121,12 @@ def test_the_loader_mirrors_and_keeps_if_the_config_says_so(tmp_path, monkeypatc
   taken = []
   monkeypatch.setattr(tasks.shards, "paths", lambda *_: [])
   monkeypatch.setattr(tasks.pipeline, "loader", lambda *_, **more: taken.append(more) or iter(()))
-  options = {"data.path": str(tmp_path), "data.mirror": mirror, "data.cache_gb": kept}
+  options = {"path": tmp_path, "mirror": mirror, "cache_gb": kept, "workers": 2}
+  options = {f"data.{name}": value for name, value in options.items()}
   task = tasks.build(config_of("tiny", "smoke", **options), one_device(), sharding.Rules())
-  task.batches(3)
-  found = [(more["mirror"], more["cache_gb"], more["start_step"]) for more in taken]
-  assert found == [(mirror, kept, 3)]
+  task.batches(3, 5)
+  expected = {"mirror": mirror, "cache_gb": kept, "workers": 2, "start_step": 3, "offset": 5}
+  assert [{name: more[name] for name in expected} for more in taken] == [expected]
 
 
 def test_values_of_the_command_line_replace_those_of_the_file():
