@@ -31,14 +31,18 @@ def test_every_held_out_clip_counts_the_same_whatever_the_batch(tmp_path):
   state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
   stop = types.SimpleNamespace(due=lambda: False, poll=lambda: False)
 
-  def evaluate(size, batches=4):
+  def evaluate(size, batches=4, listener=None):
     data = {"eval": str(tmp_path), "eval_batches": batches, "batch_size": size}
     config = {"data": data, "seed": 0}
     source = tasks.Source(config, mesh, rules, "features", loader_shards.SHAPES)
-    hook = evaluation.Evaluation(loss, config, mesh, rules, source)
+    hook = evaluation.Evaluation(loss, config, mesh, rules, source, listener)
     return hook(state, 1, None, stop)
 
   for size, batches, clips in ((8, 4, 22), (16, 4, 22), (22, 1, 22), (8, 2, 16)):
     mean = np.square(2.0 * np.array(order[:clips])).mean()
     found = evaluate(size, batches)
     assert found == pytest.approx({"eval/loss": mean, "eval/minus": -mean})
+
+  heard = []  # Clips of the first batch; the last one may be filled up.
+  evaluate(8, listener=lambda params, stats, batch, *_: heard.append(batch))
+  assert [loader_shards.numbers(batch) for batch in heard] == [order[:8]]

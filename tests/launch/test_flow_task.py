@@ -78,6 +78,45 @@ def test_tokens_are_those_of_the_joint_blocks():
   assert seen == {task.tokens}
 
 
+def test_sound_is_sampled_as_asked_from_the_noise_of_its_clip(monkeypatch):
+  """The same at each call, whatever clips stand beside it, with ears that share what they did."""
+  asked = []
+
+  def guided(net, params, stats, cond, *, latent_len, guidance):
+    asked.append((stats, sorted(cond), latent_len, guidance))
+
+  def sample(velocity, noise_betc, *, steps):
+    asked.append(steps)
+    return noise_betc
+
+  monkeypatch.setattr(listen.flow, "guided", guided)
+  monkeypatch.setattr(listen.flow, "sample", sample)
+  net: Any = types.SimpleNamespace(unnormalize=lambda params, x_betc: params * x_betc)
+  settings = {"clips": 2, "steps": 7, "guidance": 3.5}
+  heard = []
+  codec: Any = types.SimpleNamespace(waveform=lambda vae, z_etc: z_etc)
+  hear = listen.Listener(net, codec, {}, schema.AUDIO["16k"], settings, 0.75)
+  book: Any = types.SimpleNamespace(audio=lambda step, name, z_etc, _: heard.append(z_etc))
+  batch = {name: np.zeros((2, 1, 1), np.float32) for name in listen.COND}
+  batch["mean_betc"] = np.zeros((2, 2, 400, 20), np.float32)
+  for ids in ([7, 8], [9, 7]):
+    hear(2.0, {}, batch | {"id_b": np.array(ids, np.uint32)}, 1, book)
+  assert asked == [({}, sorted(listen.COND), 400, 3.5), 7]
+  seven, _, eight, _, nine, again = heard  # The second and the fourth are the truth.
+  np.testing.assert_array_equal(seven, again)
+  assert not np.array_equal(seven, eight) and not np.array_equal(seven, nine)
+  assert seven.std() == pytest.approx(2, rel=0.05)
+  assert np.corrcoef(seven.reshape(2, -1))[0, 1] == pytest.approx(0.75, abs=0.05)
+
+
+def test_what_is_heard_is_of_the_noise_of_training(tmp_path):
+  vae = {"audio": "16k", "vae": {"width": 8}}
+  model_folder.save_model(tmp_path, {"vae": {"x": np.ones(1, "f4")}}, {}, vae)
+  options = {"loss.ear_correlation": 0.7, "listen.steps": 3}
+  hear = build(vae=str(tmp_path), **options).evaluate.listener
+  assert hear.correlation == 0.7 and hear.settings["steps"] == 3
+
+
 def test_a_few_clips_are_heard_at_each_call_and_their_truth_once():
   codec: Any = types.SimpleNamespace(waveform=lambda vae, z_etc: float(z_etc.mean()))
   net: Any = None

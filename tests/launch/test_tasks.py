@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
 from data import shards
-from launch import binaural, tasks
-from spatialv2a_jax import sharding
+from launch import binaural, flow_task, tasks
+from spatialv2a_jax import codec, sharding
 from spatialv2a_jax.training import guard, optim, recipe
 from tests import loader_shards
 from tests.launch.test_train import config_of, one_device
@@ -69,16 +70,42 @@ def test_noise_is_that_of_its_step_wherever_a_run_begins(monkeypatch, name, kind
   assert not all(np.array_equal(value, second[field]) for field, value in first.items())
 
 
+@pytest.mark.parametrize(
+  "name, module, function",
+  [("tiny", flow_task, "latent_statistics"), ("vae_tiny", codec, "statistics")],
+)
+def test_a_new_run_measures_as_many_batches_as_its_config_says(monkeypatch, name, module, function):
+  monkeypatch.setattr(module, function, lambda batches, *_: (0, len(list(batches))))
+  options = {"path": "synthetic", "statistics": 3, "batch_size": 2}
+  config = config_of(name, "smoke", **{f"data.{name}": x for name, x in options.items()})
+  values = tasks.build(config, one_device(), sharding.Rules()).values()["frozen"]
+  assert values["latent_std" if name == "tiny" else "data_std"] == 3
+
+
+def test_a_model_folder_is_written_once(tmp_path, monkeypatch):
+  """Processes that share it would write to the same files."""
+  for rank in (1, 0):
+    monkeypatch.setattr(jax, "process_index", lambda rank=rank: rank)
+    tasks.write(tmp_path / "out", {"x": {"y": np.ones(1, "f4")}}, {}, {})
+    assert (tmp_path / "out").exists() == (rank == 0)
+
+
 def test_a_batch_larger_than_the_data_is_told(tmp_path):
   """A clip's draws follow from its name and the step: copies in a batch are no more data."""
-  shards.build([shards.Item(f"{i}", i) for i in range(5)], lambda _: {"x": np.zeros(2)},
-               tmp_path, shards=2, config={})  # fmt: skip
+  items = [shards.Item(f"{i}", i, split="test" if i > 4 else "train") for i in range(8)]
+  shards.build(items, lambda _: {"x": np.zeros(2)}, tmp_path, shards=2, config={})
+
+  def source(**data):
+    config = config_of("vae_tiny", "smoke", **{f"data.{name}": x for name, x in data.items()})
+    return tasks.Source(config, one_device(), sharding.Rules(), "audio", {"audio": (2, 9)})
 
   def remarks(**data):
-    config = config_of("vae_tiny", "smoke", **{f"data.{name}": x for name, x in data.items()})
-    source = tasks.Source(config, one_device(), sharding.Rules(), "audio", {"audio": (2, 9)})
-    return source.remarks()
+    return source(**data).remarks()
 
   (line,) = remarks(path=tmp_path, batch_size=8)
   assert line.startswith("5 clips for batches of 8: copies")
   assert remarks(path=tmp_path, batch_size=5) == remarks(path="synthetic") == []
+  (line,) = remarks(path=f"{tmp_path}:test", batch_size=4)
+  assert line.startswith("3 clips for batches of 4")
+  digests = source(path=tmp_path, eval=f"{tmp_path}:test").digests()
+  assert digests.keys() == {"path", "eval"} and digests["path"] != digests["eval"]
