@@ -152,6 +152,56 @@ def test_a_run_of_an_older_version_is_drawn_as_far_as_it_goes(tmp_path):
     report_run.read(tmp_path)
 
 
+def test_facts_are_those_of_the_whole_run(tmp_path):
+  speed, held_out = (1.0, 2.0, 3.0, 50.0, 100.0), (2.0, 3.0, 1.5, 4.0, 2.5)
+  rows = [
+    {"step": 1000 * (i + 1), "loss": 5.0 - i, "eval/loss": held_out[i], "lr": 0.1,
+     "clips_per_s": speed[i], "tokens_per_s": 1e3 * speed[i], "skipped": float(i),
+     "bad_records": 2.0 * i, "goodput": 0.1 * i, "goodput/wall_s": 9000.0 * i}
+    for i in range(5)
+  ]  # fmt: skip
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  for folder, names in (("checkpoints", (900, 1000)), ("averages", (900, 1000, 10_000))):
+    for name in names:
+      (tmp_path / folder / str(name)).mkdir(parents=True)
+  (tmp_path / "faults").mkdir()
+  for step in (30, 7):
+    (tmp_path / "faults" / f"step-{step:08d}.json").write_text(json.dumps({"step": step}))
+  got = report_run.read(tmp_path)
+  assert got is not None and got["summary"] == {
+    "Step": "5,000",
+    "Loss": "1",
+    "Held-out loss": "2.5; best 1.5 at step 3,000",
+    "Speed": "3 clips/s in the median, 3,000 tokens/s",
+    "Goodput": "40.0 % of 10.0 h",
+    "Updates left out": "4",
+    "Damaged records": "8",
+    "Checkpoints": "2, the newest of step 1,000",
+    "Snapshots of averages": "3, up to step 10,000",
+  }
+  assert [one["step"] for one in got["skipped"]] == [7, 30]
+  begins = {figure["title"]: figure["zero"] for figure in got["figures"]}
+  assert begins["Learning rate"] and begins["Clips per second"]
+  assert not begins["Loss, both ears and each ear"]  # Its small changes are what one looks for.
+
+
+def test_a_curve_of_too_many_points_is_drawn_by_means(monkeypatch):
+  monkeypatch.setattr(report_run, "POINTS", 2)
+  rows = [{"step": step, "loss": step**2} for step in range(1, 6)]
+  assert report_run._series(rows, "loss") == {"x": [3, 5], "y": [4.66667, 20.5]}
+
+
+@pytest.mark.parametrize(
+  "seconds, text",
+  [
+    (0.4, "0 s"), (119, "119 s"), (120, "2.0 min"), (7199, "120.0 min"),
+    (7200, "2.0 h"), (172_799, "48.0 h"), (172_800, "2.0 days"),
+  ],
+)  # fmt: skip
+def test_a_duration_has_the_unit_of_which_there_are_two(seconds, text):
+  assert report_run._duration(seconds) == text
+
+
 def test_a_run_that_goes_on_beyond_its_end_is_not_finished(tmp_path):
   write_run(tmp_path)
   (tmp_path / "model").mkdir()

@@ -1,5 +1,6 @@
 """The loss on held-out clips."""
 
+import contextlib
 import types
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from launch import evaluation, tasks
 from spatialv2a_jax import schema, sharding
+from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.training import train_step
 from tests import loader_shards
 from tests.launch.test_train import one_device
@@ -22,6 +24,17 @@ def loss(params, stats, batch, key):
   square_b = jnp.square(params * mean_betc[:, 0, 0, 0])
   value = (weight_b * square_b).sum() / jnp.maximum(weight_b.sum(), 1)
   return value, ({"minus": -value}, stats)
+
+
+def test_held_out_clips_of_another_layout_are_told_before_the_first_evaluation(tmp_path):
+  loader_shards.build(tmp_path)
+  config = {"data": {"eval": str(tmp_path), "batch_size": 8}, "seed": 0}
+  for frames in (4, 5):
+    shapes = loader_shards.SHAPES | {"mean": (2, frames, 3)}
+    source = tasks.Source(config, one_device(), sharding.Rules(), "features", shapes)
+    hook = evaluation.Evaluation(loss, config, one_device(), sharding.Rules(), source)
+    with contextlib.nullcontext() if frames == 4 else pytest.raises(UserError, match="needs .2, 5"):
+      hook.check()
 
 
 def test_every_held_out_clip_counts_the_same_whatever_the_batch(tmp_path):
