@@ -138,6 +138,15 @@ def test_too_many_damaged_records_end_the_run(paths):
   assert "\n" not in str(error.value)
 
 
+def test_as_many_damaged_neighbours_as_are_put_up_with_cost_themselves_alone(paths):
+  for place in (1, 2):
+    damage(paths[0], place)
+  (batch,) = pipeline.loader(paths, batch_size=CLIPS, seed=0, epochs=1, max_bad=2)
+  assert len(set(numbers(batch))) == CLIPS - 2
+  with pytest.raises(UserError, match="damaged"):
+    list(pipeline.loader(paths, batch_size=CLIPS, seed=0, epochs=1, max_bad=1))
+
+
 def test_a_wholly_damaged_dataset_does_not_loop(paths):
   for path in paths:
     for place in range(len(tfrecord.read_index(path))):

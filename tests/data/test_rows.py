@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from data import pipeline, shards, tf_example, tfrecord
+from data import pipeline, rows, shards, tf_example, tfrecord
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
 from tests.loader_shards import SHAPES, damage
@@ -93,6 +93,12 @@ def test_the_records_of_a_batch_are_asked_for_before_the_first_is_read(folders, 
   # Threads of earlier tests may still read ahead.
   asked, *rest = (what for source, what in heard if source is batches._source)
   assert len(asked) == 6 and list(dict.fromkeys(rest)) == asked
+
+
+def test_coins_are_those_of_every_version():
+  """A run goes on with the clips mirrored that it would have had."""
+  coins = [rows.is_mirrored(7, epoch, f"clip{n}") for epoch in (0, 3) for n in range(12)]
+  assert "".join(map(str, map(int, coins))) == "100111000011111010111001"
 
 
 def test_damage_leaves_its_row_to_the_next_record(folders, tmp_path):

@@ -1,5 +1,6 @@
 """What the flow network's task makes of its config."""
 
+import dataclasses
 import types
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from launch import listen, tasks
-from spatialv2a_jax import model_folder, schema, sharding
+from data import captions
+from launch import flow_task, listen, tasks
+from spatialv2a_jax import features, model_folder, schema, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models.blocks import JointBlock
 from tests.launch.test_train import config_of, one_device
@@ -54,14 +56,33 @@ def test_a_clip_is_evaluated_as_if_it_were_alone():
 
 
 def test_a_run_can_begin_with_what_another_left(tmp_path):
-  task = build(**{"loss.ear_correlation": 0.7, "listen.guidance": 3.5})
+  task = build(**{"loss.ear_correlation": 0.7, "listen.guidance": 3.5, "seconds": 1.6})
   params, stats = parameters(task)
   task.export(tmp_path, params, stats)
   about = model_folder.load_model(tmp_path).config
   assert (about["ear_correlation"], about["guidance"]) == (0.7, 3.5)
+  assert (about["audio"], about["seconds"]) == ("16k", 1.6) and about["features"]["clip_dim"] == 4
   jax.tree.map(
     np.testing.assert_array_equal, build(init_from=str(tmp_path)).values(), (params, stats)
   )
+
+
+def test_features_of_no_text_are_those_of_the_encoder_of_the_captions(tmp_path):
+  """That of the shards where it has weights: it need not be on the machine that trains."""
+  encoders = features.Config(text_dim=2, text_len=3)
+  random = flow_task.null_text(tasks.SYNTHETIC, encoders)
+  np.testing.assert_array_equal(random, features.encode_text("", encoders))
+  trained = dataclasses.replace(encoders, encoder="mmaudio")
+
+  def stored(named):
+    texts = {caption: np.full((3, 2), len(caption) + 0.5) for caption in named}
+    captions.build(named, texts.get, tmp_path, config={"of": named}, storage="bfloat16")
+    return flow_task.null_text(f"{tmp_path}:test", trained)
+
+  found = stored(["", "a dog"])
+  assert found.dtype == np.float32 and (found == 0.5).all()
+  with pytest.raises(UserError, match="it has no caption ''; encode the clips again"):
+    stored(["a dog"])
 
 
 def test_tokens_are_those_of_the_joint_blocks():
