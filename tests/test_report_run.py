@@ -147,6 +147,8 @@ def test_a_run_of_an_older_version_is_drawn_as_far_as_it_goes(tmp_path):
   assert got["summary"] == {"Step": "3", "Loss": "2"}
   assert not any(got[name] for name in ("more", "goodput", "checkpoints", "skipped", "sounds"))
   assert report_run.read(tmp_path / "absent") is None
+  (tmp_path / "config.json").write_text('{"clip": Infinity}')  # What no browser would parse.
+  assert report_run.read(tmp_path)["config"] == {"clip": "Infinity"}
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(UserError, match="cannot read .*config.json"):
     report_run.read(tmp_path)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data import sources
-from launch import tasks, train
+from launch import binaural, tasks, train
 from spatialv2a_jax import binauralizer, model_folder, sharding
 from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import mono2binaural
@@ -94,6 +94,21 @@ def test_what_is_left_says_where_the_picture_s_part_comes_from(tmp_path, no_netw
   model, name = model_folder.load_model(tmp_path / "out"), binauralizer.NETWORK
   assert model.config[f"{name}_source"] == licence | {"init_from": str(tmp_path / "r")}
   assert (model.params[name]["x"], model.stats[name]["x"]) == (1, 2)
+
+
+def test_pairs_are_read_as_the_config_says(tmp_path, monkeypatch, no_network):
+  taken = []
+  monkeypatch.setattr(binaural.shards, "paths", lambda *place: place)
+  monkeypatch.setattr(binaural.sources, "check_size", lambda *given: taken.append(given))
+  monkeypatch.setattr(binaural.pairs, "loader", lambda *given, **more: taken.append((given, more)))
+  options = {"path": f"{tmp_path}:val", "spatializer": "paper", "workers": 2, "batch_size": 3}
+  config = config_of("smoke", seed=5, **{f"data.{name}": value for name, value in options.items()})
+  build(config).batches(3, 4)
+  size, (given, more) = taken
+  assert size == (tmp_path, config["model"]["rows"], config["model"]["columns"])
+  assert given == ((tmp_path, "val"), "paper")
+  assert (more["start_step"], more["offset"], more["workers"]) == (3, 4, 2)
+  assert (more["batch_size"], more["rows"], more["seed"]) == (3, (0, 3), 5)
 
 
 def test_held_out_pairs_are_judged_by_the_running_statistics(monkeypatch, no_network):
