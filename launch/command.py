@@ -1,8 +1,9 @@
 """The command line of what takes a config: the file, and single values of it."""
 
+import functools
 import pathlib
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -24,8 +25,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> dict[str, Any] | Non
   Raises:
     UserError: one line for any mistake in it.
   """
-  config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=list(argv))
-  return _read(argv, values)
+  return _read(argv, values, functools.partial(config_flags.DEFINE_config_file, "config"))
 
 
 def replaced(config: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
@@ -34,15 +34,16 @@ def replaced(config: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
   Raises:
     UserError: one line for any mistake in them.
   """
-  values = flags.FlagValues()
-  whole = ml_collections.ConfigDict(dict(config))
-  argv = ["config", *words]
-  config_flags.DEFINE_config_dict("config", whole.lock(), flag_values=values, sys_argv=argv)
-  return _read(argv, values) or {}
+  whole = ml_collections.ConfigDict(dict(config)).lock()
+  define = functools.partial(config_flags.DEFINE_config_dict, "config", whole)
+  return _read(["config", *words], flags.FlagValues(), define) or {}
 
 
-def _read(argv: Sequence[str], values: flags.FlagValues) -> dict[str, Any] | None:
+def _read(
+  argv: Sequence[str], values: flags.FlagValues, define: Callable[..., Any]
+) -> dict[str, Any] | None:
   try:
+    define(flag_values=values, sys_argv=list(argv))  # Looks up keys, if it has the config.
     rest = values(list(argv))[1:]
     config = values["config"].value
     resolved = None if config is None else config.to_dict()

@@ -163,3 +163,19 @@ def test_a_mistake_in_a_config_is_told_before_anything_runs(tmp_path, section, k
   with pytest.raises(UserError) as stop:
     train.run(train.Arguments(config, str(tmp_path / "run")))
   assert message in str(stop.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  "word, message",
+  [
+    ("--config.mesh.dta=2", """no key 'dta' Did you mean "data" instead of "dta"?"""),
+    ("--config.mesh.data=two", "config.mesh.data=two"),
+    ("--config.data.workers", "config.data.workers"),
+  ],
+)
+def test_a_mistake_in_the_place_of_a_replay_is_one_line(monkeypatch, capsys, word, message):
+  """Not the exit code of a replay that differs."""
+  monkeypatch.setattr(train.replay, "settings", lambda *_: config_of("tiny", "smoke"))
+  assert train.main(["launch.train", "--verify=run", word]) == 2
+  told = capsys.readouterr().err
+  assert message in told and told.count("\n") == 1 and told.startswith("launch.train: ")
