@@ -127,6 +127,9 @@ def test_what_a_run_wrote_before_it_was_resumed_at_an_earlier_step_is_void(tmp_p
     book.audio(100, "clip", 2 * tone, 16000)
   (again,) = report_run._sounds(tmp_path)
   assert again["step"] == 100 and again["audio"] not in (first["audio"], before[0]["audio"])
+  with logbook.Logbook(tmp_path, 50):  # All attempts before it wrote theirs from there on.
+    pass
+  assert report_run._sounds(tmp_path) == []
 
 
 def test_an_event_file_cut_short_is_read_as_far_as_it_goes(run, tmp_path):

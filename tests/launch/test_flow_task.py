@@ -85,6 +85,16 @@ def test_features_of_no_text_are_those_of_the_encoder_of_the_captions(tmp_path):
     stored(["a dog"])
 
 
+def test_work_is_that_of_what_is_trained(monkeypatch):
+  """Frozen parameters need no gradient, which counts for `mfu`."""
+  monkeypatch.setattr(flow_task, "flops_per_clip", lambda *given: given)
+  options = {"optim.freeze": '(("joint/.*",True),)', "model.ear_depth": 1}
+  sizes, _, shapes, optimizer = build(**options).flops()
+  assert sizes.ear_depth == 1 and shapes["text"] == (3, 4)
+  assert optimizer == tasks.optimizer_of(config_of("tiny", "smoke", **SMALL, **options))
+  assert optimizer != tasks.optimizer_of(config_of("tiny", "smoke"))
+
+
 def test_tokens_are_those_of_the_joint_blocks():
   task, seen = build(), set()
 

@@ -68,6 +68,8 @@ def test_how_a_build_is_run(tmp_path, monkeypatch, capsys):
   assert {name: taken[name] for name in expected} == expected and taken["config"]["judge"] is None
   assert command.main([*map(str, argv), "--quality-weights", "w.pt"]) == 2
   assert taken["config"]["judge"] == "its hash" and taken["judge"] is judge
+  (tmp_path / "scores.csv").write_text("id,CE\n0,4\n")
+  assert command.main([*map(str, argv), "--quality-scores", str(tmp_path / "scores.csv")]) == 2
   assert "quality filter: off" not in capsys.readouterr().out
 
 
