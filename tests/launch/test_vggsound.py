@@ -13,6 +13,7 @@ import soxr
 
 from data import filters, layout, pipeline, shards, stages, tf_example, tfrecord
 from launch import data as command
+from launch import encode
 from tests.data import clips
 from tests.data.clips import RATE
 
@@ -224,6 +225,13 @@ def test_features_follow_on_demand(videos, out, tmp_path, capsys):
       heard = tf_example.value_of(raw["audio"], fields["audio"])
       np.testing.assert_array_equal(heard, records(copy, split)[name]["audio"][:, :samples])
       assert bytes(raw["caption"]).decode() == f"{name} label"
+
+
+def test_features_that_fail_end_a_build_before_its_audit(videos, out, tmp_path, monkeypatch):
+  copy = shutil.copytree(out, tmp_path / "10:30")
+  monkeypatch.setattr(encode, "run", lambda _: 4)
+  assert command.main(arguments(videos, copy, "--features", "--config", TINY, "--audit")) == 4
+  assert not list(copy.glob("audit.*"))
 
 
 def test_reports_are_of_this_build_alone(videos, out, tmp_path, capsys):

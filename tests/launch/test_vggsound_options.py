@@ -44,6 +44,13 @@ def test_a_slice_is_one_of_those_there_are():
       vggsound.part(wrong)
 
 
+def test_clips_are_long_enough_for_what_trains_on_them():
+  given = ["--features", "--config", TINY.replace("smoke", "demo"), "--seconds"]
+  vggsound._check_encoding(parsed(*given, "4"))
+  with pytest.raises(UserError, match="--seconds 3.96: give 4 or more, as --config"):
+    vggsound._check_encoding(parsed(*given, "3.96"))
+
+
 def test_how_a_build_is_run(tmp_path, monkeypatch, capsys):
   """Links that lead nowhere are named; scores that a network gives depend on that network."""
   taken = {}
