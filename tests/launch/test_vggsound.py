@@ -230,7 +230,8 @@ def test_features_follow_on_demand(videos, out, tmp_path, capsys):
 def test_features_that_fail_end_a_build_before_its_audit(videos, out, tmp_path, monkeypatch):
   copy = shutil.copytree(out, tmp_path / "10:30")
   monkeypatch.setattr(encode, "run", lambda _: 4)
-  assert command.main(arguments(videos, copy, "--features", "--config", TINY, "--audit")) == 4
+  for more in (["--audit"], ["--slice", "1/2"]):  # An array makes features, too.
+    assert command.main(arguments(videos, copy, "--features", "--config", TINY, *more)) == 4
   assert not list(copy.glob("audit.*"))
 
 
