@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from data import kept, pipeline, shards, tfrecord
-from data.kept import Kept, Key
+from data import pipeline, shards, tfrecord
+from data.kept import Kept, Key, available
 from data.rows import Rows
 from spatialv2a_jax import schema
 from spatialv2a_jax.errors import UserError
@@ -175,5 +175,5 @@ def test_clips_that_do_not_fit_into_memory_are_refused_at_once(built, monkeypatc
 
 
 def test_what_is_left_of_the_memory_is_what_the_system_says():
-  left, pages = kept.available(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  left, pages = available(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   assert left is None or 2**24 < left <= pages
