@@ -162,6 +162,40 @@ def test_motion_is_remembered_and_fades():
   assert not heat_vyx[31].any()  # 2.4 s later.
 
 
+def test_a_pan_is_removed_in_any_direction():
+  """What moves against the camera does not depend on which side of the picture is up."""
+  frames = clip(4, pan=0.8).astype(np.float32) / 255
+  motion_nyx = localizers.residual_motion(frames)
+  turned_nxy = localizers.residual_motion(frames.swapaxes(1, 2))
+  np.testing.assert_allclose(turned_nxy.swapaxes(1, 2), motion_nyx, atol=1e-6)
+
+
+def test_what_one_translation_explains_by_less_than_half_is_no_pan():
+  """Then the motion stays the plain difference."""
+  frames, panned = clip(4), clip(4, pan=0.8)
+  frames[:, :, :52] = panned[:, :, :52]  # Of which a translation would leave 0.7.
+  frames = frames.astype(np.float32) / 255
+  motion_nyx = localizers.residual_motion(frames)
+  np.testing.assert_allclose(motion_nyx[1:], abs(np.diff(frames, axis=0)).mean(-1), atol=1e-6)
+  assert motion_nyx[:, :, :52].mean() > 0.01
+
+
+def test_a_heat_map_knows_what_moved_up_to_the_middle_of_its_frame():
+  middle_v = (np.arange(8) + 0.5) / schema.CLIP_FPS
+  for n in range(1, 24):  # Moves between the times of frames n - 1 and n.
+    motion_nyx = np.zeros((25, 6, 6), np.float32)
+    motion_nyx[n] = 1
+    seen_v = localizers.motion_heat(motion_nyx, 8).any(axis=(1, 2))
+    np.testing.assert_array_equal(seen_v, middle_v > (n - 1) / schema.SYNC_FPS)
+
+
+def test_motion_fades_to_three_quarters_in_an_eighth_of_a_second():
+  motion_nyx = np.zeros((32, 8, 16), np.float32)
+  motion_nyx[5, :, :8] = motion_nyx[30, :, 8:] = 1  # One second apart; map 9 shows frame 30.
+  heat_yx = localizers.motion_heat(motion_nyx, 10)[9]
+  np.testing.assert_allclose([heat_yx[4, 2], heat_yx[4, 13]], [0.75**8, 1], rtol=1e-4)
+
+
 def test_views_are_what_encode_takes(tmp_path):
   io.write_video(tmp_path / "x.mp4", clip(20, tremble(5)), 25)
   frames = io.read_views(tmp_path / "x.mp4", features.views())["frames"]
@@ -228,6 +262,15 @@ def test_the_blob_of_a_track_is_where_the_picture_law_says(tmp_path, azimuth, co
   want = max(-1, min(1, -azimuth / 60))
   np.testing.assert_allclose(encoded["spatial_vk"][:, S_H], want, atol=0.25)
   assert azimuth == 0 or (np.sign(encoded["spatial_vk"][:, S_H]) == -np.sign(azimuth)).all()
+
+
+def test_the_blob_of_a_track_is_round_and_as_wide_as_it_says():
+  heat_yx = localizers.Track(np.zeros(1), np.zeros(1)).heat(1)[0]
+  across_x, down_y = heat_yx[Y // 2, X // 2 :][:16], heat_yx[Y // 2 :, X // 2][:16]
+  np.testing.assert_allclose(down_y, across_x, rtol=1e-4)
+  away_x = (np.arange(16) + 0.5) * schema.HFOV_DEG / X / localizers.TRACK_WIDTH_DEG
+  want_x = np.exp(-0.5 * (away_x**2 - away_x[0] ** 2))  # Its largest pixel is 1.
+  np.testing.assert_allclose(across_x, want_x, rtol=1e-4)
 
 
 def test_a_track_passes_behind_the_head_the_short_way():
