@@ -285,24 +285,6 @@ def test_statistics_leave_out_padding_and_dropped_clips():
   assert abs(stats(COND, mask()) - expected).max() > 1e-3
 
 
-def test_the_start():
-  net = two_ears()
-  boxed = jax.jit(net.init)(jax.random.key(0, impl="unsafe_rbg"))  # Compiles fast.
-  params, x_betc = nn.unbox(boxed), normal(4, CLIPS, 2, FRAMES, 4)
-  assert not velocity(params, x_betc).any()
-  names = ("joint", "joint_last")
-  assert all((params[n]["cross_mass"] == 1).all() for n in names)
-  assert not params["ear_embedding"].any()
-  both = params["ears"]["audio"]["qkv"]["kernel"]
-  assert both.shape == (2, 1, 3, 16, 2, 8)
-  assert abs(both[0] - both[1]).max() > 0.01  # Each ear draws its own.
-
-  rules = Rules()
-  for box in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)):
-    assert isinstance(box, nn.Partitioned) and len(box.names) == box.value.ndim
-    rules.spec(*box.names)  # Raises on unknown names and on clashes.
-
-
 @pytest.mark.slow
 def test_gradients_reach_what_learns_and_only_that():
   params, x_betc = two_ear_params(), normal(4, CLIPS, 2, FRAMES, 4)

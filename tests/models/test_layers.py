@@ -109,10 +109,10 @@ def test_initialisers_are_pytorchs():
   bound = 1 / np.sqrt(48 * 7)
   for value in conv.values():
     assert 0.95 * bound < abs(value).max() <= bound
-  # A fused pair of matrices starts as two separate ones would.
-  mlp = nn.unbox(layers.GatedMlp(96).init(jax.random.key(0), x))["params"]
-  bound = np.sqrt(6 / (48 + 96))
-  assert 0.98 * bound < abs(mlp["up"]["kernel"]).max() <= bound
+  # A fused pair of matrices or convolutions starts as two separate ones would.
+  for taps, bound in ((0, np.sqrt(6 / (48 + 96))), (3, 1 / np.sqrt(48 * 3))):
+    mlp = nn.unbox(layers.GatedMlp(96, taps).init(jax.random.key(0), x))["params"]
+    assert 0.98 * bound < abs(mlp["up"]["kernel"]).max() <= bound
 
 
 def test_hidden_width_is_upstreams():
