@@ -122,6 +122,21 @@ def test_the_device_decides_which_attention_the_blocks_have(
   assert set(taken) == ({("cudnn", 6), ("cudnn", 6 * ears + 6)} if used else set())
 
 
+@pytest.mark.parametrize(
+  "capability, head_dim, used",
+  [
+    ("8.0", 64, True),  # Ampere.
+    ("9.0", 120, True),
+    ("9.0", 128, False),  # No room for the columns of the other ear's mass.
+    ("9.0", 60, False),
+    ("10.0", 64, True),
+  ],
+)
+def test_which_heads_and_gpus_cudnns_attention_takes(capability, head_dim, used):
+  device = gpu(compute_capability=capability)
+  assert attention.is_fused("auto", device, "bfloat16", head_dim) == used
+
+
 @pytest.mark.parametrize("width", [8, 12])
 @pytest.mark.parametrize("frames", [(6, 6), (7, 7), (7, 4), (6, 5)])
 def test_what_fills_up_tokens_and_widths_changes_nothing(frames, width):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spatialv2a_jax.models import attention, blocks
+from spatialv2a_jax.models import attention, blocks, layers
 
 
 def normal(seed, *shape):
@@ -103,3 +103,28 @@ def test_logits_of_any_size_give_weights(sign):
   )
   mean = v_bthk.astype(jnp.float32).mean(axis=1, keepdims=True)
   np.testing.assert_allclose(out.astype(jnp.float32), jnp.broadcast_to(mean, out.shape), atol=0.01)
+
+
+def test_a_bias_has_more_digits_than_bfloat16():
+  """One key is ahead by its logit of 10, the other by a bias of nearly as much."""
+  q_bthk = jnp.ones((1, 1, 1, 16), jnp.bfloat16)
+  k_bshk = jnp.asarray([[0.0], [2.5]], jnp.bfloat16).reshape(1, 2, 1, 1) * q_bthk
+  v_bshk = jnp.asarray([1.0, 0.0], jnp.bfloat16).reshape(1, 2, 1, 1) * q_bthk
+  group_tn, bias_shn = jnp.ones((1, 1)), jnp.asarray([9.97, 0.0]).reshape(2, 1, 1)
+  attend = jax.jit(attention.attend_biased)
+  out = attend(q_bthk, k_bshk, v_bshk, group_tn, bias_shn, jnp.asarray(20.0))
+  want = 1 / (1 + np.exp(10 - 9.97))  # With 9.97 rounded to 10 it would be one half.
+  np.testing.assert_allclose(out.astype(jnp.float32), np.full(out.shape, want), atol=2e-3)
+
+
+def test_no_logit_is_larger_than_its_bound_which_one_reaches():
+  q_scale, k_scale = normal(0, 16).at[0].set(-4), normal(1, 16).at[0].set(3)
+  scales = [(q_scale, jnp.ones(16)), (jnp.ones(16), k_scale)]
+  streams = [
+    blocks.Stream(32, 2, 48).bind({"params": {"q_norm": {"scale": q}, "k_norm": {"scale": k}}})
+    for q, k in scales
+  ]
+  x = jnp.eye(16)  # All of a token in one channel.
+  q, k = (layers.RMSNorm().apply({"params": {"scale": s}}, x) for s in (q_scale, k_scale))
+  bound = blocks.largest_logit(16, *streams)
+  np.testing.assert_allclose(abs(jnp.asarray(q) @ jnp.asarray(k).T).max() / 4, bound, rtol=1e-5)

@@ -75,6 +75,19 @@ def test_shift_and_not_slope_makes_the_heat_map():
   np.testing.assert_allclose(localizer.heat(jnp.asarray(logits))[0, 0], want, atol=1e-6)
 
 
+def test_averaging_with_the_mirror_is_a_mean_of_two_maps():
+  """Of a network that likes the right side: its map of the mirrored picture is turned back."""
+  rng = np.random.default_rng(0)
+  frames, liking_x = rng.integers(0, 256, (2, 3, 4, 3), np.uint8), np.arange(4) / 4
+
+  def heat_of(params, frames_byxc, scale):
+    return params * scale * jnp.asarray(frames_byxc)[..., 0] * liking_x[None, None]
+
+  got = localizer.mirror_tta(heat_of)(0.5, frames, 0.01)
+  want = 0.5 * 0.01 * frames[..., 0] * ((liking_x + liking_x[::-1]) / 2)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 def test_synonyms_get_a_prompt_each():
   assert localizer.prompts("dog barking") == ["A photo of dog barking"]
   assert localizer.prompts(" car, truck ,") == ["A photo of car", "A photo of truck"]

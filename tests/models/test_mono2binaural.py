@@ -62,6 +62,18 @@ def test_sizes_that_cannot_be_built_are_refused():
     mono2binaural.Config(norm="layer")
 
 
+def test_pictures_kernels_are_drawn_as_torchvisions():
+  """Kaiming's by what goes out, where a convolution widens: half of what it is by what goes in."""
+  x = jnp.zeros((1, 4, 4, 16))
+  kernel = unboxed(resnet.Conv(64, 3, padding=1).init(jax.random.key(0), x))["params"]["kernel"]
+  np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 64)), rtol=0.03)
+
+
+def test_apnet_gives_the_output_where_both_heads_are():
+  assert mono2binaural.Config(assoconv=True).heads == ("apnet", "assoconv")
+  assert mono2binaural.Config(apnet=False, assoconv=True).heads == ("assoconv",)
+
+
 def test_batch_norm_forgets_at_pytorchs_rate():
   norm = resnet.BatchNorm(train=True)
   x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (1, 5, 1, 1)), jnp.float32)

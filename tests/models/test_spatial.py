@@ -10,8 +10,10 @@ import pytest
 
 from spatialv2a_jax import localizers
 from spatialv2a_jax.models import layers, spatial
+from tests.models.reference import silu
 
 S_H, S_AREA, S_VAR, S_LR, S_SHAPE = range(5)
+KEY = jax.random.key(0)
 
 
 def blob(size, x, y=0.0, wide=0.2, tall=0.2):
@@ -116,6 +118,19 @@ def test_support_of_the_balance():
     describe(heat, lr_support="image")
 
 
+def test_closed_forms_of_the_other_modes():
+  full, point = np.ones((8, 24), np.float32), np.zeros((8, 24), np.float32)
+  half = full.copy()
+  half[:, 12:] = 0.5  # Two thirds of the heat are to the left.
+  point[3, 20] = 0.9
+  d_vk, _ = describe(full, half, point, **OTHER_MODES)
+  np.testing.assert_allclose(d_vk[:, S_H], [0, -1 / 6, 41 / 24 - 1], atol=1e-6)
+  np.testing.assert_allclose(d_vk[:, S_LR], [0, -1 / 3, 1], atol=1e-6)
+  p = np.array([2 / 3, 1 / 3])
+  mixed = 1 - (np.log(2) + (p * np.log(p)).sum()) / np.log(8 * 24)
+  np.testing.assert_allclose(d_vk[:, S_SHAPE], [1, mixed, 0], atol=1e-5)
+
+
 def test_batch_norm_uses_the_clips_that_count():
   rng = np.random.default_rng(0)
   x = rng.normal(2, 3, (5, 7, 4)).astype(np.float32)
@@ -133,6 +148,9 @@ def test_batch_norm_uses_the_clips_that_count():
   )
   np.testing.assert_allclose(still, (x - 0.5) / np.sqrt(2 + 1e-5) * scale + bias, atol=1e-5)
   assert same is stats
+  faint = {"mean": jnp.zeros(4), "var": jnp.full(4, 3e-5)}
+  y, _ = spatial.batch_norm(jnp.asarray(x), scale, bias, faint, jnp.asarray(keep), train=False)
+  np.testing.assert_allclose(y, x / np.sqrt(4e-5) * scale + bias, rtol=1e-4, atol=1e-4)
   nobody = np.zeros(5, bool)
   y, same = spatial.batch_norm(jnp.asarray(x), scale, bias, stats, jnp.asarray(nobody), train=True)
   assert np.isfinite(y).all()
@@ -159,3 +177,27 @@ def test_condition_follows_its_frame_and_ignores_the_rest_of_the_batch(frames, l
   assert (np.diff(index) <= 1).all() and index[0] == 0 and index[-1] == frames - 1
   steps = np.abs(np.diff(c_btd[0], axis=0)).max(-1) > 0
   np.testing.assert_array_equal(steps, np.diff(index) == 1)
+
+
+def test_condition_is_convolution_silu_gated_convolutions_upsampling_and_norm():
+  net, rng = spatial.SpatialCondition(width=4, ffn=6), np.random.default_rng(0)
+  d_bvk = rng.standard_normal((1, 8, 5)).astype(np.float32)
+  stats = {"mean": rng.random(4), "var": rng.uniform(0.5, 1.5, 4)}
+  one, none = np.ones(1, bool), np.zeros(1, bool)
+  call = {"latent_len": 31, "train": False}
+  shapes = nn.unbox(jax.eval_shape(lambda k: net.init(k, d_bvk, stats, none, one, **call), KEY))
+  draw = lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32)  # noqa: E731
+  params = jax.tree.map(draw, shapes["params"])
+  got, _ = jax.jit(lambda p: net.apply({"params": p}, d_bvk, stats, none, one, **call))(params)
+
+  def convolve(x, kernel):
+    padded = np.pad(x, ((len(kernel) // 2,) * 2, (0, 0)))
+    return np.sum([padded[j : j + len(x)] @ w for j, w in enumerate(kernel)], axis=0)
+
+  first, up = params["first"], params["mlp"]["up"]["kernel"]
+  x_vd = silu(convolve(d_bvk[0], first["kernel"]) + first["bias"])
+  gated = silu(convolve(x_vd, up[0])) * convolve(x_vd, up[1])
+  x_td = convolve(gated, params["mlp"]["down"]["kernel"])[layers.nearest_exact(8, 31)]
+  want = (x_td - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
+  assert first["kernel"].shape == (7, 5, 4) and up.shape == (2, 3, 4, 6)
+  np.testing.assert_allclose(got[0], want, atol=1e-5)

@@ -29,6 +29,19 @@ def test_every_segment_is_encoded_as_upstream(small):
       np.testing.assert_allclose(row[8 * segment : 8 * segment + 8], want, atol=3e-5)
 
 
+def test_the_norms_have_upstreams_epsilon(small):
+  """Faint embeddings and tokens show it: it is much of what the first norms divide by."""
+  state, _, encode, frames = small
+  parts = ("embed", "cls_token", "vfeat_extractor.norm.")
+  faint = {n: x * (1e-3 if any(p in n for p in parts) else 1) for n, x in state.items()}
+  _, params = engine.convert(table.SOURCE, faint, "state")
+  tokens = encode(params, frames)[1, :8]
+  want = encoder_reference.synchformer(
+    faint, frames[1, :16].transpose(0, 3, 1, 2), heads=2, layers=2
+  )
+  np.testing.assert_allclose(tokens, want, atol=1e-4)
+
+
 def test_frames_after_the_last_segment_are_unseen(small):
   _, params, encode, frames = small
   other = frames.copy()
