@@ -12,6 +12,8 @@ from spatialv2a_jax.errors import UserError
 from spatialv2a_jax.models import mono2binaural
 from tests import tiny
 
+KEY = jax.random.key(0)
+
 
 def noise(count=1, samples=WINDOW, seed=0) -> np.ndarray:
   return np.random.default_rng(seed).standard_normal((count, samples)).astype("f4")
@@ -65,9 +67,7 @@ def value(net, audio_bep, power=1, weight=(1.0, 1.0)):
     "weight_b": jnp.asarray(weight),
   }  # fmt: skip
   config = binauralizer.LossConfig(power)
-  return binauralizer.loss(
-    {}, {}, batch, jax.random.key(0), net=net, heads=("apnet",), config=config
-  )
+  return binauralizer.loss({}, {}, batch, KEY, net=net, heads=("apnet",), config=config)
 
 
 def test_the_loss_of_known_predictions():
@@ -94,6 +94,21 @@ def test_the_loss_of_known_predictions():
   assert float(metrics["unet"]) == pytest.approx(0, abs=1e-6)
   with pytest.raises(ValueError, match="neither 1 nor 2"):
     binauralizer.LossConfig(power=3)
+
+
+def test_evaluation_is_told_to_the_network():
+  audio_bep, told = jnp.zeros((2, 2, WINDOW)), []
+
+  def apply(*args, train):
+    told.append(train)
+    return predictions(audio_bep).apply(*args, train=train)
+
+  net = mono2binaural.Mono2Binaural(lambda key: {}, lambda: {}, apply)
+  batch = {"audio_bep": audio_bep, "image_byxc": jnp.zeros((2, 1, 1, 3)), "weight_b": jnp.ones(2)}
+  options = {"net": net, "heads": (), "config": binauralizer.LossConfig()}
+  for train in (True, False):
+    jax.eval_shape(lambda b, t=train: binauralizer.loss({}, {}, b, KEY, train=t, **options), batch)
+  assert told == [True, False]
 
 
 class Echo:
@@ -156,15 +171,36 @@ def test_level_does_not_matter_and_silence_stays_silent(folder):
   assert not net.windows(0 * mix[:1], image[:1]).any()
 
 
-def test_the_difference_of_a_head_is_left_minus_right(folder, monkeypatch):
+@pytest.mark.parametrize("heads", [("apnet",), ()], ids=["head", "mask of the difference"])
+def test_the_difference_is_that_of_the_head_if_there_is_one(folder, monkeypatch, heads):
   def apply(params, stats, mix, image):
-    return {"apnet_left": 0.75 * mix, "apnet_right": 0.25 * mix}, stats
+    ears = {"apnet_left": 0.75 * mix, "apnet_right": 0.25 * mix} if heads else {}
+    return ears | {"mask": 9 * mix, "difference": (9 if heads else 0.5) * mix}, stats
 
   net = mono2binaural.Mono2Binaural(lambda key: {}, lambda: {}, apply)
   monkeypatch.setattr(mono2binaural, "build", lambda config: net)
+  monkeypatch.setattr(mono2binaural.Config, "heads", heads)
   mix = 3 * noise()
   found = binauralizer.Binauralizer(folder).windows(mix, np.zeros((1, 32, 64, 3), np.uint8))
   np.testing.assert_allclose(found, 0.5 * mix, atol=1e-4)
+
+
+def test_the_network_hears_the_level_it_was_trained_with_and_sees_the_window_s_picture(folder):
+  net, heard = binauralizer.Binauralizer(folder), []
+
+  def difference(mix, image):
+    assert len(mix) == len(image) == binauralizer.BATCH  # One shape.
+    heard.append(np.asarray(mix))
+    return mix * image[:, :1, 0, 0]
+
+  net._difference = difference
+  count = binauralizer.BATCH + 3
+  mix = noise(count) * np.linspace(0.01, 2, count, dtype="f4")[:, None]
+  image = np.broadcast_to(np.arange(count).reshape(-1, 1, 1, 1), (count, 32, 64, 3))
+  found = net.windows(mix, image.astype(np.uint8))
+  np.testing.assert_allclose(found, mix * np.arange(count)[:, None], rtol=1e-5)
+  level_b = np.sqrt(np.square(np.concatenate(heard)[:count]).mean(1))
+  np.testing.assert_allclose(level_b, 0.1, rtol=1e-5)
 
 
 def test_a_folder_of_another_network_is_refused(folder, model_folder):

@@ -144,6 +144,32 @@ def test_the_prompt_decides_what_is_looked_for(plain, films, alone):
   np.testing.assert_array_equal(without["spatial_vk"], read(plain, films[0], " ,")["spatial_vk"])
 
 
+def test_synonyms_are_one_sound_of_their_mean_embedding(plain, monkeypatch):
+  told = []
+
+  def run(what, function, params, x, e_of, shift):
+    told.append(e_of)
+    return [(np.zeros((7, 5)), np.zeros((7, 12, 20)))]
+
+  monkeypatch.setattr(plain, "_run", run)
+  for prompt in ("dog", "cat", "dog, cat"):
+    plain.stages(prompt)[-1].encode({"place": np.zeros((7, 96, 96, 3), np.uint8)}, SECONDS, 0.0)
+  dog, cat, both = told
+  assert both.shape == dog.shape == (1, tiny_mmaudio.CLIPSEG.dim) and abs(dog - cat).max() > 1e-3
+  np.testing.assert_allclose(both, (dog + cat) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", ["mmaudio", "random"])
+def test_the_start_of_a_window_places_its_track(plain, tmp_path, encoder):
+  path = tmp_path / "track.json"
+  path.write_text(json.dumps({"time_s": [0, 10], "azimuth_deg": [50, -50]}))
+  config = dataclasses.replace(plain.config, encoder=encoder, localizer=f"track:{path}")
+  stage = Encoders(config, plain.weights).stages()[-1]
+  frames = {"frames": np.zeros((24, 48, 80, 3), np.uint8)}
+  early, late = (stage.encode(frames, SECONDS, start)["spatial_vk"][:, 0] for start in (0.0, 9.0))
+  assert (early < -0.5).all() and (late > 0.5).all()
+
+
 def test_acls_own_shift_is_used_where_its_weights_are(plain, folder, films, alone, tmp_path):
   mask = {"slope": np.float32(4), "bias": np.float32(8)}
   model_folder.save_model(tmp_path / "acl", {"acl": {"mask": mask}}, {}, {})
@@ -208,6 +234,14 @@ def test_eight_seconds_give_all_frames_at_any_rate(tmp_path, monkeypatch, folder
     error = np.abs(got.astype(float) - want[at])
     assert error.max() < 6, name  # The codec's; a frame further would be 2 to 5 more.
     assert error.mean() < 2
+
+
+def test_a_video_that_is_too_short_holds_its_last_frame(plain, tmp_path):
+  film = tiny.film(tmp_path / "x.mp4", 0.4)
+  stage = encoders.Stage("", features.views(), {}, lambda frames, *_: dict(frames))
+  seen = plain.read(film, [stage], SECONDS)["frames"]
+  assert len(seen) == 24 and abs(seen[9].astype(int) - seen[0]).max() > 50
+  np.testing.assert_array_equal(seen[10:], np.repeat(seen[9:10], 14, axis=0))
 
 
 def test_frames_are_squashed_for_clip_and_cropped_for_synchformer(folder):
