@@ -110,8 +110,9 @@ class Idle(recipe.Recipe):
     """Yields batches, each copied to memory that is in use already."""
     room: dict[str, np.ndarray] = {}
     for batch in super().feed(examples):
+      room = room or {name: np.zeros_like(x) for name, x in batch.local.items()}
       for name, x in batch.local.items():
-        np.copyto(room.setdefault(name, np.zeros_like(x)), x)
+        np.copyto(room[name], x)
       yield batch
 
   def step(self, layout: Any) -> Any:
