@@ -51,7 +51,8 @@ class Listener:
     self, params: Any, stats: Any, batch: Mapping[str, np.ndarray], step: int, book: Logbook
   ) -> None:
     """Generates the first clips of a batch, with the same noise at each call."""
-    clips = min(self.settings["clips"], len(batch["id_b"]))
+    # What fills up the last batch has no weight and is at its end.
+    clips = min(self.settings["clips"], np.count_nonzero(batch["weight_b"]))
     if not clips:
       return
     rows = schema.widen({name: batch[name][:clips] for name in (*COND, "mean_betc", "id_b")})

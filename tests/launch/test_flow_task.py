@@ -129,7 +129,7 @@ def test_sound_is_sampled_as_asked_from_the_noise_of_its_clip(monkeypatch):
   hear = listen.Listener(net, codec, {}, schema.AUDIO["16k"], settings, 0.75)
   book: Any = types.SimpleNamespace(audio=lambda step, name, z_etc, _: heard.append(z_etc))
   batch = {name: np.zeros((2, 1, 1), np.float32) for name in listen.COND}
-  batch["mean_betc"] = np.zeros((2, 2, 400, 20), np.float32)
+  batch |= {"mean_betc": np.zeros((2, 2, 400, 20), np.float32), "weight_b": np.ones(2)}
   for ids in ([7, 8], [9, 7]):
     hear(2.0, {}, batch | {"id_b": np.array(ids, np.uint32)}, 1, book)
   assert asked == [({}, sorted(listen.COND), 400, 3.5), 7]
@@ -156,7 +156,7 @@ def test_a_few_clips_are_heard_at_each_call_and_their_truth_once():
   vars(hear)["_sample"] = lambda params, stats, rows: -rows["mean_betc"]
   batch = {name: np.zeros((3, 1, 1), np.float32) for name in listen.COND}
   batch["mean_betc"] = np.ones((3, 2, 4, 1), np.float32) * np.arange(1, 4)[:, None, None, None]
-  batch["id_b"] = np.array([7, 8, 9], np.uint32)
+  batch |= {"id_b": np.array([7, 8, 9], np.uint32), "weight_b": np.ones(3)}
   wrote = []
   book: Any = types.SimpleNamespace(audio=lambda *given: wrote.append(given))
   for step in (10, 20):
@@ -167,6 +167,9 @@ def test_a_few_clips_are_heard_at_each_call_and_their_truth_once():
     (10, "clip/8/generated", -2, 16_000), (10, f"clip/8/{truth}", 2, 16_000),
     (20, "clip/7/generated", -1, 16_000), (20, "clip/8/generated", -2, 16_000),
   ]  # fmt: skip
+  wrote.clear()
+  hear({}, {}, batch | {"weight_b": np.array([1, 0, 0])}, 30, book)  # Filled up by others.
+  assert wrote == [(30, "clip/7/generated", -1, 16_000)]
   for wrong in ({"clips": -1}, {"steps": 0}):
     with pytest.raises(UserError, match=f"config.listen.{next(iter(wrong))}"):
       listen.Listener(net, codec, {}, schema.AUDIO["16k"], settings | wrong)
