@@ -194,7 +194,7 @@ def config_of(folder: str, clips: int, cache_gb: float) -> dict[str, Any]:
   config["model"] |= {"width": 16, "heads": 1, "dtype": "float32", "activations": "float32"}
   config["data"] |= {"path": folder, "batch_size": clips, "cache_gb": cache_gb}
   config["rules"] |= {"zero": ""}
-  config["guard"] |= {"sigma": 0.0}  # What `touch` returns is no loss that falls.
+  config["guard"] |= {"sigma": 0.0}  # What `Idle` returns is no loss that falls.
   return config
 
 

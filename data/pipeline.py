@@ -1,8 +1,8 @@
 """From shards to batches: one global order of clips, of which a step number is the whole state.
 
-Grain makes the order (shuffle, repeat) of record *numbers*; a host looks up and reads only its rows
-of each global batch. So the batch of a step is a function of (seed, step) alone and neither the
-number of hosts nor of worker processes changes it. Fields keep the 16 or 8 bits of the
+Grain makes the order, shuffled anew each epoch, of record *numbers*; a host looks up and reads only
+its rows of each global batch. So the batch of a step is a function of (seed, step) alone and
+neither the number of hosts nor of worker processes changes it. Fields keep the 16 or 8 bits of the
 records (`schema.widen` is for the devices). Imports no jax.
 
 Axes: b clip, e ear (0 left, 1 right); the others as in `spatialv2a_jax.schema`.
@@ -116,7 +116,8 @@ def loader(
     max_bad: distinct damaged records to replace by their successors before giving up; None: the
       larger of 5 and 1 %.
     cache_gb: GiB of memory for clips that were read, verified and parsed: those that fit are not
-      read again. Needs workers=0, and a `kind` whose clips are the same each epoch.
+      read again, with `mirror` once they were read both ways. Needs workers=0, and a `kind` whose
+      clips are the same each epoch.
     reader: makes the rows of a batch; "pairs" need one of their own.
 
   Raises:
@@ -158,7 +159,7 @@ def loader(
   dtypes = _dtypes(fields, layouts, tables, mirror)
   read = reader(
     source=source,
-    order=order,
+    order=order,  # Beyond its length, Grain goes on with the next epochs.
     fields=fields,
     layouts=layouts,
     tables=tables,

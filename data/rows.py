@@ -34,7 +34,7 @@ class Rows:
   """Reads the rows that one host has of a global batch. Pickled to workers."""
 
   source: tfrecord.TFRecordSource
-  order: Any  # grain.MapDataset: record numbers by position, endless.
+  order: Any  # grain.MapDataset: record numbers by position, of any epoch.
   fields: Mapping[str, str]  # Name in the records -> name in the batch.
   layouts: Mapping[str, Mapping[str, tf_example.Tensor]]  # Folder -> fields of its records.
   tables: Mapping[str, captions.Table]  # Folder -> text features of its captions.

@@ -1,6 +1,7 @@
 """Clips that stay in memory are those of the records, and are not read again."""
 
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -177,3 +178,13 @@ def test_clips_that_do_not_fit_into_memory_are_refused_at_once(built, monkeypatc
 def test_what_is_left_of_the_memory_is_what_the_system_says():
   left, pages = available(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   assert left is None or 2**24 < left <= pages
+
+
+@pytest.mark.parametrize(("limit", "left"), [("max", 8192), ("9999", 8192), ("4096", 4096)])
+def test_a_container_has_no_more_than_its_limit(monkeypatch, limit, left):
+  files = {
+    "/proc/meminfo": "MemTotal:       16 kB\nMemAvailable:    8 kB\n",
+    "/sys/fs/cgroup/memory.max": f"{limit}\n",
+  }
+  monkeypatch.setattr(pathlib.Path, "read_text", lambda path: files[str(path)])
+  assert available() == left

@@ -188,6 +188,7 @@ def test_a_step_whose_checkpoint_was_set_aside_before_may_be_damaged_again(tmp_p
   (tmp_path / "checkpoints" / "2" / "run" / "metadata").write_text("{")
   manager = checkpoint.Checkpoints(tmp_path)
   monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(checkpoint.time, "time", lambda: 1.0)  # In the same second.
   with pytest.raises(UserError, match="2 is damaged, set aside as .*go on from step 1"):
     manager.restore(abstract, "toy")
   assert len(list(tmp_path.glob("damaged-2-*"))) == 2

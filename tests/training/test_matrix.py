@@ -122,6 +122,7 @@ def test_kills_stops_and_workers_change_no_bit(tmp_path, launch):
 
   rng = random.Random(0)
   for attempt in range(5):
+    # Every other one keeps its clips in memory.
     (process,) = launch(tmp_path / "killed", **{"data.cache_gb": attempt % 2 / 1024})
     wait_for(process, "training to step")
     # A line of step 7 tells that the checkpoint of step 3 is complete: the first to resume from.
